@@ -1,0 +1,41 @@
+"""Every error a user can cause, in one place. Each message names what was found and what to do about it."""
+
+from __future__ import annotations
+
+
+class DsmoeError(Exception):
+    """Base of all errors that are the user's to fix; launch files print the message without a stack trace."""
+
+
+class ConfigError(DsmoeError):
+    """One or more mistakes in a run configuration.
+
+    Attributes:
+        problems: one line each, `field: what is wrong (what was expected)`.
+    """
+
+    def __init__(self, problems: list[str], source: str = "configuration"):
+        self.problems = problems
+        count = len(problems)
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+        super().__init__(f"{source} has {count} mistake{'s' if count != 1 else ''}:\n{lines}")
+
+
+class ParallelError(DsmoeError):
+    """The parallel plan does not fit the processes that were launched."""
+
+
+class RouterError(DsmoeError):
+    """A router is unknown, cannot be loaded, or breaks the contract of `dsmoe.routers.base`."""
+
+
+class DataError(DsmoeError):
+    """A corpus, a prepared dataset or a tokenizer is missing, damaged or does not fit the model."""
+
+
+class CheckpointError(DsmoeError):
+    """A checkpoint is missing, incomplete, damaged or belongs to another model."""
+
+
+class TrainingError(DsmoeError):
+    """Training cannot go on (for example a loss that is not finite)."""
