@@ -1,0 +1,68 @@
+# Everything dsmoe needs lives in .venv, beside this file; nothing else on the machine is changed.
+#
+# Paths here are relative, and never pass through make's own lists: the checkout may lie in a folder with a space in
+# its name, and make splits on spaces. So: run make from this folder (or with -C), not with -f from elsewhere.
+
+# The Python that makes .venv, 3.11 or newer. Empty: the first one that is new enough.
+PYTHON ?=
+# More arguments for the command behind a target: make test ARGS='-k config -x'
+ARGS ?=
+
+VENV_PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test gpu-test gpu-benchmark clean
+
+help: ## say what can be made
+	@echo 'make TARGET, where TARGET is one of'
+	@awk -F ' *:.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/.installed ## make .venv with everything dsmoe needs; once it is there, needs no network
+
+quickstart: setup ## train a small mixture-of-experts model on this machine and look at it
+	$(VENV_PYTHON) -m dsmoe.quickstart $(ARGS)
+
+# One thread a process: the distributed tests start up to four processes, which would fight for the cores.
+test: setup ## run the tests (those that need a GPU are skipped without one)
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(ARGS)
+
+gpu-test: setup ## run only the tests that need a GPU
+	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
+
+gpu-benchmark: setup ## measure an MoE layer on this machine's GPU
+	@if [ -f tools/benchmark_moe.py ]; then \
+	    $(VENV_PYTHON) tools/benchmark_moe.py $(ARGS); \
+	else \
+	    echo 'There is no tools/benchmark_moe.py in this checkout yet, so nothing was measured.'; \
+	fi
+
+clean: ## remove .venv and all that was built; data/ and runs/ stay
+	rm -rf .venv build dist .pytest_cache dsmoe.egg-info
+	find dsmoe launch tools tests .ci -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is touched last, so that an install which was cut off does not count as one. A .venv without a working pip
+# is what a cut-off 'python -m venv' leaves; it is made anew.
+# The constraints go through the environment because DeepSpeed's build imports torch: pip also has to obey them in the
+# isolated environment in which it builds (pip before 26.2 reads PIP_CONSTRAINT there, a newer one PIP_BUILD_CONSTRAINT).
+# Both variables split on spaces, hence the relative path.
+# DeepSpeed's commands are plain scripts: pip writes the path of Python into their first line as it is, and the kernel
+# ends that path at the first space. They get the detour through sh that pip gives to every other command.
+.venv/.installed: pyproject.toml constraints.txt
+	@if ! $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then \
+	    for python in $(if $(PYTHON),'$(PYTHON)',python3 python3.11 python3.12 python3.13); do \
+	        if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	            echo "Making .venv with $$python"; exec "$$python" -m venv --clear .venv; \
+	        fi; \
+	    done; \
+	    echo 'dsmoe needs Python 3.11 or newer, and $(or $(PYTHON),python3) is not.' \
+	         'Name one that is: make setup PYTHON=/path/to/python3.11' >&2; \
+	    exit 1; \
+	fi
+	@echo 'Installing into .venv. The first time takes a few minutes, and more where torch comes with CUDA.'
+	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	    $(VENV_PYTHON) -m pip install --quiet -e '.[test]'
+	@grep -lIE '^#!/.* .*/python' .venv/bin/* | while IFS= read -r script; do \
+	    sed -i "1s|.*|#!/bin/sh\n'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\"\n' '''|" "$$script"; \
+	done
+	@touch .venv/.installed
