@@ -1,0 +1,245 @@
+"""Which fast pieces this machine has, and the one factory that picks among them.
+
+dsmoe runs on plain torch; everything here is optional. `find_accelerations` tests each piece by using it (a kernel is
+called on four numbers, a library is loaded), not by its name, and says in one sentence what it gives or why it is
+absent. `rms_norm_class` picks the norm the model is built with. `python -m dsmoe.env` prints all of it.
+
+Importing this module imports nothing heavy; no function here raises because a piece is missing or broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """A fast piece: whether it works here, and a sentence that says what it gives or why it is absent."""
+
+    name: str
+    active: bool
+    reason: str
+    version: str | None = None
+
+
+class Finding(NamedTuple):
+    """What a probe below returns: an `Acceleration` without its name."""
+
+    active: bool
+    reason: str
+    version: str | None = None
+
+
+def find_accelerations() -> list[Acceleration]:
+    """Every fast piece dsmoe or its frameworks can use, in a fixed order. Never raises."""
+    return [_probe(name) for name in PROBES]
+
+
+def rms_norm_class() -> type[nn.Module]:
+    """The fastest RMSNorm of this machine: NVIDIA Apex, else Transformer Engine (both only with CUDA), else torch.
+
+    All three are built as `cls(hidden_size, eps=eps)` and hold one parameter, `weight`. Transformer Engine creates it
+    on the current CUDA device, so move the finished model to its device rather than relying on where a norm starts.
+    """
+    for name, module, attribute in (
+        ("NVIDIA Apex", "apex.normalization", "FusedRMSNorm"),
+        ("Transformer Engine", "transformer_engine.pytorch", "RMSNorm"),
+    ):
+        if _probe(name).active:
+            return getattr(importlib.import_module(module), attribute)
+    import torch
+
+    return torch.nn.RMSNorm
+
+
+def _probe(name: str) -> Acceleration:
+    """A third-party package can fail in any way while it is imported; here that is an answer, not an error."""
+    try:
+        return Acceleration(name, *PROBES[name]())
+    except Exception as error:
+        return Acceleration(name, False, f"the check failed with {type(error).__name__}: {_first_line(error)}")
+
+
+def _cuda() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return Finding(True, f"{count} x {torch.cuda.get_device_name(0)}, CUDA", torch.version.cuda)
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA; runs on the CPU"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        reason = "CUDA_VISIBLE_DEVICES hides every GPU; runs on the CPU"
+    else:
+        reason = f"torch is built for CUDA {torch.version.cuda}, but finds no GPU or no driver; runs on the CPU"
+    return Finding(False, reason)
+
+
+def _transformer_engine() -> Finding:
+    if _find_spec("transformer_engine") is None:
+        return Finding(False, "not installed (pip install 'dsmoe[gpu]'); RMSNorm is torch's")
+    version = _distribution_version("transformer-engine", "transformer_engine")
+    if not _has_cuda():
+        return Finding(False, "installed, but needs a CUDA device; RMSNorm is torch's", version)
+    importlib.import_module("transformer_engine.pytorch").RMSNorm
+    return Finding(True, "fused RMSNorm", version)
+
+
+def _apex() -> Finding:
+    spec = _find_spec("apex")
+    if spec is None:
+        return Finding(False, "not installed; RMSNorm is Transformer Engine's or torch's")
+    # Told by its files, so that the code of a package nobody meant to install is not run.
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "normalization").is_dir() for folder in folders):
+        return _apex_impostor(str(folders[0]) if folders else str(spec.origin))
+    version = _distribution_version("apex")
+    # The classes of NVIDIA's package import without their kernels, and fail at the first call.
+    missing = [extension for extension in ("amp_C", "fused_layer_norm_cuda") if _find_spec(extension) is None]
+    if missing:
+        return Finding(False, f"built without its CUDA extensions ({', '.join(missing)})", version)
+    if not _has_cuda():
+        return Finding(False, "installed, but needs a CUDA device; RMSNorm is torch's", version)
+    importlib.import_module("apex.normalization").FusedRMSNorm
+    return Finding(True, "fused RMSNorm", version)
+
+
+def _apex_impostor(location: str) -> Finding:
+    try:
+        found = metadata.metadata("apex")
+    except metadata.PackageNotFoundError:
+        version, label, remedy = None, location, "remove it from Python's path"
+    else:
+        version, remedy = found["Version"], "pip uninstall apex"
+        label = f"apex {version}" + (f" ({found['Summary']})" if found["Summary"] else "")
+    reason = f"impostor: {label} only shares the name with NVIDIA's Apex, and Megatron-Core looks at the name; {remedy}"
+    return Finding(False, reason, version)
+
+
+def _grouped_gemm() -> Finding:
+    import torch
+
+    remedy = "set model.experts_implementation=loop"
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return Finding(False, f"torch {torch.__version__} has no grouped_mm; {remedy}")
+    # bf16 and rows of 16 bytes are what the CUDA kernel asks for; the CPU takes them too.
+    device = _device()
+    rows = torch.ones(4, 16, dtype=torch.bfloat16, device=device)
+    experts = torch.ones(2, 16, 16, dtype=torch.bfloat16, device=device)
+    ends = torch.tensor([1, 4], dtype=torch.int32, device=device)
+    try:
+        torch.nn.functional.grouped_mm(rows, experts, offs=ends)
+    except RuntimeError as error:
+        reason = f"torch's grouped_mm fails on {device} ({_first_line(error)}); {remedy}"
+        return Finding(False, reason, torch.__version__)
+    return Finding(True, f"torch's grouped_mm runs all experts in one call on {device}", torch.__version__)
+
+
+def _fused_adamw() -> Finding:
+    import torch
+
+    device = _device()
+    parameter = torch.nn.Parameter(torch.ones(4, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], fused=True).step()
+    return Finding(True, f"torch updates all parameters in one kernel on {device}", torch.__version__)
+
+
+def _core_binding() -> Finding:
+    numactl = shutil.which("numactl")
+    if numactl is None:
+        return Finding(False, "no numactl program; `deepspeed --bind_cores_to_rank` needs it")
+    shown = subprocess.run([numactl, "--show"], capture_output=True, text=True, timeout=10)
+    if shown.returncode != 0:
+        return Finding(False, f"numactl is not allowed to work here: {_first_line(shown.stderr)}")
+    return Finding(True, "numactl, for `deepspeed --bind_cores_to_rank`")
+
+
+def _mpi() -> Finding:
+    if _find_spec("mpi4py") is None:
+        return Finding(False, "mpi4py is not installed; only a start with mpirun needs it")
+    # In a process of its own: a broken MPI aborts the one that loads it. Without MPI_Init, which may wait for a server.
+    program = (
+        "import mpi4py; mpi4py.rc(initialize=False, finalize=False);"
+        "from mpi4py import MPI; print(MPI.Get_library_version())"
+    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    version = _distribution_version("mpi4py")
+    if "cannot load MPI library" in loaded.stderr:
+        reason = "mpi4py finds no libmpi (pip install 'dsmoe[mpi]'); only a start with mpirun needs it"
+        return Finding(False, reason, version)
+    if loaded.returncode != 0:
+        return Finding(False, f"mpi4py cannot load MPI ({_last_line(loaded.stderr)})", version)
+    library = loaded.stdout.replace("\0", "").split(",")[0].strip()
+    return Finding(True, f"mpi4py on {library}; mpirun can start a run", version)
+
+
+def _compiler() -> Finding:
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    # pip puts ninja beside Python, and that folder is on PATH only in an activated environment.
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    missing = [tool for tool, path in (("C++ compiler", compiler), ("ninja", ninja)) if path is None]
+    if missing:
+        return Finding(False, f"no {' and no '.join(missing)}; only DeepSpeed's optional ops, not dsmoe, need it")
+    shown = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, timeout=10)
+    return Finding(True, "can build DeepSpeed's optional ops; dsmoe does not need them", shown.stdout.strip() or None)
+
+
+PROBES: dict[str, Callable[[], Finding]] = {
+    "CUDA device": _cuda,
+    "Transformer Engine": _transformer_engine,
+    "NVIDIA Apex": _apex,
+    "grouped GEMM": _grouped_gemm,
+    "fused AdamW": _fused_adamw,
+    "core binding": _core_binding,
+    "MPI library": _mpi,
+    "C++ compiler, ninja": _compiler,
+}
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _device() -> str:
+    return "cuda" if _has_cuda() else "cpu"
+
+
+def _find_spec(module: str) -> importlib.machinery.ModuleSpec | None:
+    """Where a top-level module would be imported from; None where there is none."""
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):  # ValueError: something put a module without a spec into sys.modules
+        return None
+
+
+def _distribution_version(*names: str) -> str | None:
+    for name in names:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _first_line(message: object) -> str:
+    return (str(message).strip().splitlines() or ["no message"])[0]
+
+
+def _last_line(message: str) -> str:
+    return (message.strip().splitlines() or ["no message"])[-1]
