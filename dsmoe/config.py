@@ -226,7 +226,7 @@ def validate_config(
         value = tree.get(name)
         valid[name] = _validate_section(name, section, {} if value is None else value, problems, broken)
     if routers is not None:
-        valid["router"] = _validate_router(valid["router"], routers, problems, broken)
+        valid["router"] = _validate_router(valid["router"], routers, valid["model"], problems, broken)
     deepspeed = tree.get("deepspeed") or {}
     _check_deepspeed(deepspeed, problems)
     _check_together(valid["model"], valid["parallel"], valid["training"], problems, broken)
@@ -253,7 +253,7 @@ def _validate_section(
 
 
 def _validate_router(
-    router: RouterConfig, routers: Mapping[str, type[BaseModel]], problems: list[str], broken: set[str]
+    router: RouterConfig, routers: Mapping[str, type[BaseModel]], model: ModelConfig, problems: list[str], broken: set[str]
 ) -> RouterConfig:
     if router.name not in routers:
         problems.append(
@@ -262,6 +262,8 @@ def _validate_router(
         )
         return router
     options = _validate_section("router", routers[router.name], router.options, problems, broken)
+    if not any(field.startswith(("router.", "model.")) for field in broken) and hasattr(options, "problems"):
+        problems.extend(options.problems(model))
     return RouterConfig(name=router.name, **options.model_dump())
 
 

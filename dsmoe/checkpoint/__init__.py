@@ -1,0 +1,1 @@
+"""Checkpoints that do not know the layout they were saved from: canonical names, safetensors, atomic."""

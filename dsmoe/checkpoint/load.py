@@ -1,0 +1,162 @@
+"""Load: every rank reads the elements it owns now, from whatever files they lie in.
+
+The saving job's layout plays no role: EP, number of ranks and ZeRO stage may all differ. Files are checked against
+the manifest first, each by one rank, and names and shapes against the model, so nothing is missing or left over.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dsmoe.checkpoint import files
+from dsmoe.checkpoint.files import Manifest
+from dsmoe.checkpoint.fragments import KINDS, create_moments, owned_fragment, write_model_weight
+from dsmoe.config import RunConfig
+from dsmoe.errors import CheckpointError
+from dsmoe.model.names import parameter_pieces
+
+
+class CheckpointReader:
+    """Ranges of canonical tensors, assembled from the files that hold them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.manifest = files.read_manifest(folder)
+        self._open: dict[str, object] = {}
+        self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
+        for name in self.manifest.files:
+            if name.startswith("rank_"):
+                self._index(name)
+        for places in self._places.values():
+            places.sort()
+
+    def _index(self, name: str) -> None:
+        try:
+            file = self._open[name] = safe_open(self.folder / name, framework="pt")
+        except Exception as error:
+            raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+        for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
+            kind, tensor, start = key.rsplit("|", 2)
+            if kind != "rng":
+                first = int(start)
+                numel = file.get_slice(key).get_shape()[0]
+                self._places[kind, tensor].append((first, first + numel, name, key))
+
+    def has(self, kind: str) -> bool:
+        return any(place[0] == kind for place in self._places)
+
+    def read(self, kind: str, name: str, low: int, high: int) -> Tensor:
+        """fp32 elements [low, high) of the flattened tensor. Raises `CheckpointError` if any is missing."""
+        parts, reached = [], low
+        for start, stop, file, key in self._places.get((kind, name), ()):
+            if stop <= reached or start >= high:
+                continue
+            if start > reached:
+                break
+            part = self._open[file].get_slice(key)[reached - start : min(stop, high) - start]
+            parts.append(part)
+            reached += part.numel()
+        if reached < high:
+            raise CheckpointError(f"{self.folder}: {kind} of {name} lacks elements {reached} to {high}")
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def random_state(self, rank: int) -> dict[str, Tensor]:
+        file = self._open.get(f"rank_{rank:05d}.safetensors")
+        return {} if file is None else {k: file.get_tensor(k) for k in file.keys() if k.startswith("rng|")}  # noqa: SIM118
+
+    def controller_state(self) -> dict[str, Tensor]:
+        path = self.folder / "state.safetensors"
+        return load_file(path) if path.name in self.manifest.files else {}
+
+
+def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
+    """Bring engine, controller and random state to where the checkpoint left them; collective.
+
+    Raises:
+        CheckpointError: a damaged or missing file, tensors of another model, another router's controller.
+    """
+    _check_files(folder)
+    reader = CheckpointReader(folder)
+    _check_model(reader.manifest, engine.module, config)
+    has_moments = reader.has("exp_avg")
+    if has_moments:
+        create_moments(engine, reader.manifest.step)
+    for parameter, pieces in parameter_pieces(engine.module):
+        fragment = owned_fragment(parameter, engine)
+        for piece in pieces:
+            write_model_weight(parameter, piece.start, reader.read("weight", piece.name, 0, piece.numel))
+            if fragment is None:
+                continue
+            low = max(piece.start, fragment.start)
+            high = min(piece.start + piece.numel, fragment.start + fragment.numel)
+            for kind in (KINDS if has_moments else KINDS[:1]) if low < high else ():
+                values = reader.read(kind, piece.name, low - piece.start, high - piece.start)
+                fragment.tensors[kind][low - fragment.start : high - fragment.start].copy_(values)
+    controller = engine.module.controller
+    if controller is not None:
+        controller.load(reader.controller_state())
+    _restore_random_state(reader)
+    return reader.manifest
+
+
+def load_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
+    """Weights alone, into a model without DeepSpeed's engine (generation, export)."""
+    for parameter, pieces in parameter_pieces(model):
+        for piece in pieces:
+            write_model_weight(parameter, piece.start, reader.read("weight", piece.name, 0, piece.numel))
+    if model.controller is not None:
+        model.controller.load(reader.controller_state())
+
+
+def _check_files(folder: Path) -> None:
+    """Every file against the manifest; the work is shared, the verdict too."""
+    listed = sorted(files.read_manifest(folder).files.items())
+    own = [files.check_file(folder, name, expected) for name, expected in listed[dist.get_rank() :: dist.get_world_size()]]
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [problem for problem in own if problem])
+    problems = [problem for part in everyone for problem in part]
+    if problems:
+        older = [path.name for path in files.complete_checkpoints(folder.parent.parent) if path != folder]
+        hint = f"; other checkpoints of this run: {', '.join(older)} (give one as training.resume)" if older else ""
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}{hint}")
+
+
+def _check_model(manifest: Manifest, model: torch.nn.Module, config: RunConfig) -> None:
+    """The checkpoint must hold exactly this model's tensors."""
+    saved_router = manifest.config["router"]["name"]
+    if saved_router != config.router.name:
+        raise CheckpointError(f"the checkpoint's router is {saved_router!r}, this run's router.name is {config.router.name!r}")
+    expected = {piece.name: list(piece.shape) for _, pieces in parameter_pieces(model) for piece in pieces}
+    experts = {name for name in manifest.tensors if ".experts." in name}
+    missing = [name for name in expected if name not in manifest.tensors]
+    extra = [name for name in manifest.tensors if name not in expected and name not in experts]
+    if config.model.num_experts != manifest.config["model"]["num_experts"]:
+        extra.append(f"experts of a model with {manifest.config['model']['num_experts']}")
+    other = [
+        f"{name} {manifest.tensors[name]} (this model: {shape})"
+        for name, shape in expected.items()
+        if name in manifest.tensors and manifest.tensors[name] != shape
+    ]
+    found = [("missing", missing), ("not in this model", extra), ("of another shape", other)]
+    problems = [f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in found if names]
+    if problems:
+        raise CheckpointError(f"the checkpoint is of another model; tensors {'; '.join(problems)}")
+
+
+def _restore_random_state(reader: CheckpointReader) -> None:
+    """The same ranks go on with the same random numbers; another number of ranks has no state to take."""
+    if reader.manifest.world_size != dist.get_world_size():
+        return
+    for name, state in reader.random_state(dist.get_rank()).items():
+        if name == "rng|cpu|0":
+            torch.set_rng_state(state)
+        elif get_accelerator().device_name() != "cpu":
+            get_accelerator().set_rng_state(state)

@@ -1,0 +1,190 @@
+"""A GPT built from Megatron-Core's specs, with dsmoe's MoE layer, experts and routers in their slots.
+
+`LanguageModel` is what DeepSpeed's engine wraps: tokens and labels in, language-model loss and router losses out, or
+logits where no labels are given. Everything CUDA-only in Megatron's default specs is replaced through the spec.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from dsmoe.accelerate import rms_norm_class
+from dsmoe.config import ModelConfig
+from dsmoe.model.attention import AnyDeviceRotary, CausalAttention, RecomputedAttentionLayer
+from dsmoe.model.initialize import initialize
+from dsmoe.moe.experts import GroupedExperts
+from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.parallel.collectives import sum_over
+from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.routers.base import Router, RouterOptions
+from dsmoe.routers.recorder import RoutingRecorder
+
+
+class LanguageModel(nn.Module):
+    """The GPT, the recorder of its routing and the controller of its routers.
+
+    Args:
+        model: shapes; `vocab_size` must be set.
+        router: class and options of the router of every MoE layer.
+        groups: this rank's process groups.
+        seed: of the initialisation, which depends on nothing else: not on ranks, EP or construction order.
+    """
+
+    def __init__(self, model: ModelConfig, router: tuple[type[Router], RouterOptions], groups: ParallelGroups, seed: int):
+        super().__init__()
+        router_class, options = router
+        self.config = model
+        self.groups = groups
+        self.gpt = _build_gpt(model, partial(router_class, options=options), groups)
+        self.recorder = RoutingRecorder(model.num_experts, groups.dp)
+        self.controller = router_class.make_controller(options, model.num_experts)
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.attach(self.recorder, self.controller)
+        # Megatron's linears put `None` under `_extra_state`, which neither DeepSpeed nor safetensors can save.
+        self._register_state_dict_hook(_drop_extra_state)
+        initialize(self, seed, model.init_std, model.num_layers)
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, padding_mask: Tensor | None = None
+    ):
+        """Losses with labels, logits without.
+
+        Args:
+            tokens, labels: int64 [B, S].
+            loss_mask: [B, S], weight of each label in the loss; None counts all.
+            padding_mask: bool [B, S], True where a token is padding: it gets no expert and counts nowhere.
+
+        Returns:
+            (loss to differentiate: fp32 scalar, this rank's part of the mean over all ranks; its parts by name
+            without gradient: "lm" for the language model's loss, and the router's), or logits [B, S, V].
+        """
+        self.recorder.begin()
+        output = self.gpt(tokens, None, None, labels=labels, padding_mask=padding_mask)
+        router_losses = self.recorder.finish()
+        if labels is None:
+            return output
+        parts = {"lm": self._mean(output, loss_mask), **router_losses}
+        return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
+
+    def _mean(self, loss_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """Mean over the labels that count, of all ranks: each rank's own mean would weight its labels by its padding."""
+        if mask_BS is None:
+            return loss_BS.mean()
+        mask_BS = mask_BS.to(loss_BS.dtype)
+        everywhere = sum_over(self.groups.dp, mask_BS.sum().detach())
+        return (loss_BS * mask_BS).sum() * (self.groups.dp_size / everywhere.clamp(min=1))
+
+
+class _GPT(GPTModel):
+    """GPTModel with a cross entropy that needs neither tensor parallelism nor CUDA."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [B, S], logits [S, B, V] -> fp32 losses [B, S]."""
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.t().flatten(), reduction="none")
+        return losses.view(logits.size(0), logits.size(1)).t()
+
+
+def _build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
+    config = _transformer_config(model, groups.ep_size)
+    gpt = _GPT(
+        config,
+        _block_spec(model, config, router, groups),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.sequence_length,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=groups.for_megatron(),
+    )
+    gpt.rotary_pos_emb.__class__ = AnyDeviceRotary  # GPTModel builds its own; only one method differs
+    return gpt
+
+
+def _transformer_config(model: ModelConfig, expert_parallel: int) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.dense_ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.key_value_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        num_moe_experts=model.num_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+        moe_layer_freq=[int(is_moe) for is_moe in model.moe_layers()],
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="allgather",  # the one whose constructor runs without CUDA; it is replaced
+        expert_model_parallel_size=expert_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # `initialize` draws every weight
+    )
+
+
+def _block_spec(model: ModelConfig, config: TransformerConfig, router, groups: ParallelGroups) -> TransformerBlockSubmodules:
+    moe, dense = (_layer_spec(model, config, router, groups, is_moe) for is_moe in (True, False))
+    norm = moe.submodules.input_layernorm
+    return TransformerBlockSubmodules(layer_specs=[moe if is_moe else dense for is_moe in model.moe_layers()], layer_norm=norm)
+
+
+def _layer_spec(model: ModelConfig, config: TransformerConfig, router, groups: ParallelGroups, is_moe: bool) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.self_attention.submodules.core_attention = CausalAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = _Norm
+    if model.qk_layernorm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = _Norm
+    if model.recompute == "full":
+        spec.module = RecomputedAttentionLayer
+    if is_moe:
+        layer.mlp = _moe_spec(model, router, groups)
+    return spec
+
+
+def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
+    shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=VariableMoELayer,
+        # Megatron passes its groups to a MoELayer only where the class is exactly its own, so they come along here.
+        params={"pg_collection": groups.for_megatron(), "recompute": model.recompute != "none"},
+        submodules=MoESubmodules(
+            router=router,
+            experts=ModuleSpec(module=GroupedExperts, params={"implementation": model.experts_implementation}),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
+        ),
+    )
+
+
+class _Norm:
+    """Megatron's norm slot: the fastest RMSNorm this machine has."""
+
+    def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **kwargs):
+        return rms_norm_class()(hidden_size, eps=eps)
+
+
+def _drop_extra_state(module, state: dict, prefix: str, metadata) -> None:
+    for name in [name for name in state if name.endswith("_extra_state")]:
+        del state[name]
+
+

@@ -1,0 +1,36 @@
+"""Initial weights that depend on the seed and a parameter's name only.
+
+Each tensor has a random generator of its own, seeded by its canonical name; an expert's name holds its global id. So
+the weights are the same at every EP size and on every rank, whatever order modules are built in, and no two experts
+start alike (Megatron's CPU initialisation would repeat them on every EP rank).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+from dsmoe.model.names import logical_tensors
+
+INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_proj")
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, std: float, num_layers: int) -> None:
+    """Draw every matrix from N(0, std), projections into the residual stream from N(0, std / sqrt(2 num_layers)).
+
+    Vectors (norm scales, and what a router sets in its constructor) keep the values their module gave them.
+    """
+    for name, tensor in logical_tensors(model):
+        if tensor.dim() < 2:
+            continue
+        scale = std / math.sqrt(2 * num_layers) if name.endswith(INTO_RESIDUAL) else std
+        generator = torch.Generator().manual_seed(_seed_of(seed, name))
+        tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator))
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1

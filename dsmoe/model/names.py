@@ -1,0 +1,58 @@
+"""Canonical names of a model's tensors: one tensor for each expert, named by its global id.
+
+A rank holds its experts packed, `...experts.gate_up_proj` [e, 2F, H]. Everything that must not depend on the layout
+(initialisation, checkpoints, exports) sees `...experts.7.gate_up_proj` [2F, H] instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dsmoe.moe.experts import GroupedExperts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One logical tensor inside a parameter: elements [start, start + numel) of the flattened parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+
+
+def parameter_pieces(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
+    """Every parameter with the logical tensors it holds, in a fixed order; shared parameters come once."""
+    packed = {
+        id(parameter): (path, module.first_expert)
+        for path, module in model.named_modules()
+        if isinstance(module, GroupedExperts)
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in place
+        if id(parameter) not in packed:
+            yield parameter, [Piece(name, shape, 0, _numel(shape))]
+            continue
+        path, first = packed[id(parameter)]
+        numel = _numel(shape[1:])
+        own = name.removeprefix(f"{path}.")
+        yield parameter, [Piece(f"{path}.{first + i}.{own}", shape[1:], i * numel, numel) for i in range(shape[0])]
+
+
+def logical_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, view into the parameter) of all tensors of an unpartitioned model."""
+    for parameter, pieces in parameter_pieces(model):
+        flat = parameter.data.view(-1)
+        for piece in pieces:
+            yield piece.name, flat[piece.start : piece.start + piece.numel].view(piece.shape)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    numel = 1
+    for size in shape:
+        numel *= size
+    return numel

@@ -1,0 +1,78 @@
+"""Grouped SwiGLU experts: one grouped GEMM for gate and up, one for down, over any number of rows per expert.
+
+Shapes: e experts on this rank, R rows ordered by expert, H hidden, F expert width.
+
+`grouped_linear` is the fast path on `torch.nn.functional.grouped_mm`; `loop_linear` is the reference it is tested
+against. The module subclasses DeepSpeed's AutoEP layer for one reason: DeepSpeed's engine recognises expert modules
+by class alone, and this class is the only one it accepts under ZeRO-3. Nothing of AutoEP's own code runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from torch import Tensor, nn
+
+
+def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
+    """Each expert's rows times its transposed weight, in one grouped GEMM.
+
+    Args:
+        rows_RK: rows ordered by expert.
+        weight_eNK: one [N, K] matrix per expert.
+        ends_e: int32, where each expert's rows end.
+    """
+    if rows_RK.size(0) == 0:
+        # grouped_mm cannot differentiate 0 rows. One row of zeros keeps the weights in the graph, with zero
+        # gradients, so that every rank takes part in the collectives of the backward pass.
+        zero_row = rows_RK.new_zeros(1, rows_RK.size(1))
+        return F.grouped_mm(zero_row, weight_eNK.transpose(-2, -1), offs=torch.ones_like(ends_e))[:0]
+    return F.grouped_mm(rows_RK, weight_eNK.transpose(-2, -1), offs=ends_e)
+
+
+def loop_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
+    """The same as `grouped_linear`, one expert after another. Synchronises with the host."""
+    counts = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
+    blocks = rows_RK.split(counts)
+    return torch.cat([F.linear(block, weight) for block, weight in zip(blocks, weight_eNK.unbind(0), strict=True)])
+
+
+class GroupedExperts(AutoEPMoELayer):
+    """This rank's experts: `gate_up_proj` [e, 2F, H] (gate first) and `down_proj` [e, H, F], no biases.
+
+    Constructor and forward follow Megatron-Core's contract for `MoESubmodules.experts`.
+
+    Args:
+        num_local_experts: e; expert-parallel rank r holds the experts r * e ... (r + 1) * e - 1.
+        config: Megatron's TransformerConfig, for E, H and F.
+        pg_collection: its `ep` is the expert-parallel group.
+        implementation: "grouped_mm" or "loop".
+    """
+
+    def __init__(self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="grouped_mm", **kwargs):
+        nn.Module.__init__(self)  # not AutoEP's constructor, which converts a Hugging Face block
+        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
+        self.num_experts = config.num_moe_experts
+        self.num_local_experts = num_local_experts
+        self.first_expert = pg_collection.ep.rank() * num_local_experts
+        self.linear = grouped_linear if implementation == "grouped_mm" else loop_linear
+        self.gate_up_proj = nn.Parameter(torch.empty(num_local_experts, 2 * ffn, hidden))
+        self.down_proj = nn.Parameter(torch.empty(num_local_experts, hidden, ffn))
+        group_name = f"ep_size_{pg_collection.ep.size()}"
+        for parameter in self.parameters():
+            # What DeepSpeed reads: reduce over the expert-data-parallel group (all stages), partition over it (3).
+            parameter.allreduce = False
+            parameter.group_name = group_name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = group_name
+
+    def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
+        """Called by DeepSpeed's engine; the groups exist already."""
+
+    def forward(self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor) -> tuple[Tensor, None]:
+        """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide."""
+        ends = routes_per_expert_e.cumsum(0).to(torch.int32)
+        gate, up = self.linear(rows_RH, self.gate_up_proj, ends).chunk(2, dim=-1)
+        inner = F.silu(gate) * up * probs_R.unsqueeze(1).to(gate.dtype)
+        return self.linear(inner, self.down_proj, ends), None

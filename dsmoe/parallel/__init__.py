@@ -1,0 +1,1 @@
+"""Process groups and collectives: DeepSpeed makes them, Megatron-Core is handed them."""

@@ -1,0 +1,156 @@
+"""One owner of process groups: DeepSpeed creates them, Megatron-Core receives a `ProcessGroupCollection`.
+
+Every process is a data rank. The experts are spread over groups of `expert_parallel` consecutive ranks (EP); ranks
+that hold the same experts form an expert-data-parallel group (EDP), over which expert gradients are reduced. Tensor,
+pipeline and context parallel are 1, but Megatron still asks groups of size 1 for their size and rank, so each rank
+gets one of its own. Megatron's global `parallel_state` is never initialised.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed
+
+from dsmoe.errors import ParallelError
+
+MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The groups of this rank, and its place in them."""
+
+    ep: torch.distributed.ProcessGroup
+    edp: torch.distributed.ProcessGroup
+    dp: torch.distributed.ProcessGroup
+    solo: torch.distributed.ProcessGroup  # this rank alone
+    ep_name: str  # DeepSpeed's name of the expert groups, "ep_size_N"
+
+    @property
+    def ep_size(self) -> int:
+        return self.ep.size()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.ep.rank()
+
+    @property
+    def edp_rank(self) -> int:
+        return self.edp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp.rank()
+
+    def for_megatron(self):
+        """The same groups as Megatron-Core's `ProcessGroupCollection`."""
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        solo, ep, dp = self.solo, self.ep, self.dp
+        return ProcessGroupCollection(
+            tp=solo, pp=solo, mp=solo, cp=solo, embd=solo, pos_embd=solo, tp_cp=solo, expt_tp=solo,
+            ep=ep, tp_ep=ep, tp_ep_pp=ep, expt_dp=self.edp, dp=dp, dp_cp=dp, tp_dp_cp=dp,
+        )  # fmt: skip
+
+
+def start_processes(timeout_minutes: float = 30) -> None:
+    """Join the processes of this job: any launcher's, or this one alone when there is no launcher.
+
+    Understands torchrun, the deepspeed launcher and mpirun (through mpi4py). Without a launcher the job is one
+    process and needs no MPI library.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    # Built at start-up otherwise, with a C++ compiler and 45 s; it serves inference on one CPU node only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.distributed.is_initialized():
+        return
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched and not any(mark in os.environ for mark in MPI_MARKS):
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+    _share_cores()
+    try:
+        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    except (ImportError, RuntimeError) as error:
+        if "libmpi" not in str(error):
+            raise
+        raise ParallelError(
+            "this process was started by an MPI launcher, but no MPI library can be loaded "
+            f"({error}); install one with: pip install 'dsmoe[mpi]'"
+        ) from error
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _share_cores() -> None:
+    """On a CPU host, give each local rank its share of the cores: oversubscribed threads slow all of them down."""
+    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
+        return
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
+    local_ranks = int(next((os.environ[name] for name in names if name in os.environ), "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // local_ranks))
+
+
+def check_world(world_size: int, expert_parallel: int, global_batch_size: int, gradient_accumulation: int) -> None:
+    """Refuse a number of processes that the plan does not fit. Raises `ParallelError` naming both numbers."""
+    if world_size % expert_parallel:
+        raise ParallelError(
+            f"{world_size} processes were launched, but parallel.expert_parallel is {expert_parallel}: the number of "
+            f"processes must be a multiple of it. Launch {expert_parallel} (for example "
+            f"'deepspeed --num_gpus {expert_parallel} launch/train.py ...') or set parallel.expert_parallel to a "
+            f"divisor of {world_size}"
+        )
+    parts = world_size * gradient_accumulation
+    if global_batch_size % parts:
+        raise ParallelError(
+            f"training.global_batch_size is {global_batch_size}, which {world_size} processes x "
+            f"training.gradient_accumulation {gradient_accumulation} = {parts} do not divide"
+        )
+
+
+def create_groups(expert_parallel: int) -> ParallelGroups:
+    """Make all groups of this job, once per expert-parallel size; every rank must call it."""
+    from deepspeed.utils import groups
+
+    world_size = torch.distributed.get_world_size()
+    check_world(world_size, expert_parallel, global_batch_size=world_size, gradient_accumulation=1)
+    groups._create_expert_and_data_parallel(expert_parallel, pp_size=1)
+    name = f"ep_size_{expert_parallel}"
+    return ParallelGroups(
+        ep=groups._get_expert_parallel_group(name),
+        edp=groups._get_expert_data_parallel_group(name),
+        dp=groups._get_data_parallel_group(),
+        solo=_solo_group(),
+        ep_name=name,
+    )
+
+
+_solo: torch.distributed.ProcessGroup | None = None
+
+
+def _solo_group() -> torch.distributed.ProcessGroup:
+    """A group of this rank alone; made once, since groups are never freed before the job ends."""
+    global _solo
+    if _solo is None:
+        for rank in range(torch.distributed.get_world_size()):
+            group = torch.distributed.new_group([rank])
+            if rank == torch.distributed.get_rank():
+                _solo = group
+    return _solo

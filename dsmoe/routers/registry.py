@@ -1,0 +1,65 @@
+"""Routers by name: registered with a decorator here, through the entry point `dsmoe.routers` elsewhere.
+
+A package outside dsmoe adds a router with one line of its own pyproject.toml:
+
+    [project.entry-points."dsmoe.routers"]
+    my_router = "my_package.my_router:MyRouter"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+
+from dsmoe.errors import RouterError
+
+GROUP = "dsmoe.routers"
+_routers: dict[str, type] = {}
+
+
+def register(name: str):
+    """Class decorator: make a router selectable as `router.name`. Raises `RouterError` if the name is taken."""
+
+    def add(router: type) -> type:
+        known = _routers.get(name)
+        if known is not None and known.__qualname__ != router.__qualname__:
+            raise RouterError(f"router name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        router.name = name
+        _routers[name] = router
+        return router
+
+    return add
+
+
+def available() -> dict[str, type]:
+    """Every router: this package's modules, then installed plugins. Raises `RouterError` for a plugin that fails."""
+    import dsmoe.routers as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    for point in entry_points(group=GROUP):
+        if point.name not in _routers:
+            try:
+                register(point.name)(point.load())
+            except RouterError:
+                raise
+            except Exception as error:
+                raise RouterError(f"router plugin {point.name!r} ({point.value}) cannot be loaded: {error}") from error
+    return dict(sorted(_routers.items()))
+
+
+def get(name: str) -> type:
+    """The router class of that name. Raises `RouterError` that lists what there is."""
+    routers = available()
+    if name not in routers:
+        close = difflib.get_close_matches(name, routers, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise RouterError(f"no router is called {name!r}{hint}; available: {', '.join(routers)}")
+    return routers[name]
+
+
+def option_classes() -> dict[str, type]:
+    """Name -> options class of every router, for `dsmoe.config.load_config`."""
+    return {name: router.Options for name, router in available().items()}

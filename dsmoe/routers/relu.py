@@ -1,0 +1,64 @@
+"""ReMoE: ReLU routing with an adaptive, load-balanced L1 penalty (arXiv 2412.14711v2, ICLR 2025).
+
+    R(x) = ReLU(x W)                                              Eq. 5    expert e is active where R_e > 0
+    y    = sum_e R(x)_e FFN_e(x)                                  Eq. 1    no softmax, no top-k, no renormalisation
+    L1   = lambda * E / (k T^2) * sum_e count_e sum_t R_te        Eq. 10-11, one layer; counts carry no gradient
+    lambda grows by alpha while density > k/E, else shrinks       Eq. 7-8, one lambda for all layers
+
+`form: code` sums L1 over layers, as the released code does; `form: paper` takes their mean, so that its lambda is
+the code's times the number of MoE layers. The paper uses lambda_0 = 1e-8 and alpha = 1.2 everywhere. At first about
+half of all pairs are active and more soon after; lambda needs about 110 steps to bring density down to k/E.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.controllers import LambdaController
+from dsmoe.routers.losses import balance_product, mean_over_tokens
+from dsmoe.routers.registry import register
+
+
+class ReLUOptions(RouterOptions):
+    k: float = Field(1.0, gt=0)  # mean active experts per token the controller aims at
+    lambda_initial: float = Field(1e-8, gt=0)
+    lambda_factor: float = Field(1.2, gt=1)  # alpha
+    load_balanced: bool = True  # weight each expert's L1 by its load (Eq. 10) or not (Eq. 9)
+    form: Literal["code", "paper"] = "code"  # L1 summed or averaged over layers
+    balance_scope: BalanceScope = "micro_batch"
+
+    def problems(self, model):
+        if self.k > model.num_experts:
+            return [f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})"]
+        return []
+
+    def mean_experts(self, model):
+        return self.k
+
+
+@register("relu")
+class ReLURouter(Router):
+    Options = ReLUOptions
+
+    @classmethod
+    def make_controller(cls, options: ReLUOptions, num_experts: int) -> LambdaController:
+        return LambdaController(options.lambda_initial, options.lambda_factor, options.k / num_experts)
+
+    def route(self, logits_TE: Tensor) -> Routing:
+        probs_TE = F.relu(logits_TE)
+        return Routing(probs_TE, probs_TE > 0, kept={"probs_sum_E": probs_TE.sum(0)})
+
+    def losses(self, routing, loads):
+        load, probs_sum_E = loads[self.options.balance_scope], routing.kept["probs_sum_E"]
+        if self.options.load_balanced:
+            l1 = balance_product(probs_sum_E, load) / self.options.k
+        else:
+            l1 = mean_over_tokens(probs_sum_E.sum(), load)
+        if self.options.form == "paper" and self.recorder is not None:
+            l1 = l1 / len(self.recorder.routers)
+        return {"l1": self.controller.value * l1}

@@ -1,0 +1,63 @@
+"""Softmax top-k with a balance loss: Switch (arXiv 2101.03961), GShard (2006.16668), Mixtral's renormalised gates.
+
+    P = softmax(x W);  S = the k experts with the largest P;  gate_e = P_e for e in S, else 0
+    renormalize: gate_e / sum_S gate (the same as a softmax over the k selected logits)
+    L_balance = a E sum_e f_e mean_t(P_te),  f_e = routes of e / (k T), no gradient through f; a = 1e-2 in Switch
+    L_z       = c mean_t(logsumexp(x W)^2)   (ST-MoE, arXiv 2202.08906)
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.losses import balance_product, mean_over_tokens
+from dsmoe.routers.registry import register
+
+
+class TopKOptions(RouterOptions):
+    k: int = Field(1, ge=1)  # experts of every token
+    renormalize: bool = False  # gates of a token sum to 1; with k = 1 its gate is then 1 and learns from losses alone
+    balance_coefficient: float = Field(1e-2, ge=0)
+    z_coefficient: float = Field(0.0, ge=0)
+    balance_scope: BalanceScope = "micro_batch"
+
+    def problems(self, model):
+        found = []
+        if self.k > model.num_experts:
+            found.append(f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})")
+        if self.k == 1 and self.renormalize:
+            found.append("router.renormalize: found True with k = 1: every gate is 1 and the router cannot learn from the model's loss; expected False")
+        return found
+
+    def mean_experts(self, model):
+        return self.k
+
+
+@register("topk")
+class TopKRouter(Router):
+    Options = TopKOptions
+
+    def route(self, logits_TE: Tensor) -> Routing:
+        softmax_TE = logits_TE.softmax(dim=-1)
+        gate_Tk, expert_Tk = softmax_TE.topk(self.options.k, dim=-1)
+        if self.options.renormalize:
+            gate_Tk = gate_Tk / gate_Tk.sum(dim=-1, keepdim=True)
+        probs_TE = torch.zeros_like(softmax_TE).scatter(1, expert_Tk, gate_Tk)
+        map_TE = torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, expert_Tk, True)
+        kept = {"softmax_sum_E": softmax_TE.sum(0)}
+        if self.options.z_coefficient:
+            kept["z_sum"] = logits_TE.logsumexp(dim=-1).square().sum()
+        return Routing(probs_TE, map_TE, kept)
+
+    def losses(self, routing, loads):
+        options, load = self.options, loads[self.options.balance_scope]
+        losses = {}
+        if options.balance_coefficient:
+            product = balance_product(routing.kept["softmax_sum_E"], load)
+            losses["balance"] = options.balance_coefficient / options.k * product
+        if options.z_coefficient:
+            losses["z"] = options.z_coefficient * mean_over_tokens(routing.kept["z_sum"], load)
+        return losses

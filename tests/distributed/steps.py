@@ -1,0 +1,101 @@
+"""Train a tiny model for some steps on whatever ranks there are, on data that does not depend on how many."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from dsmoe.checkpoint.fragments import owned_fragment
+from dsmoe.config import RunConfig, validate_config
+from dsmoe.model.names import parameter_pieces
+from dsmoe.parallel.groups import create_groups
+from dsmoe.routers.registry import option_classes
+from dsmoe.training.engine import build_engine, learning_rate
+
+TINY = {
+    "model": dict(
+        num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, sequence_length=16, vocab_size=64,
+        num_experts=4, moe_ffn_hidden_size=16,
+    ),
+    "training": dict(
+        steps=5, global_batch_size=8, gradient_accumulation=2, lr=1e-3, warmup_steps=0, clip_grad=0.05,
+    ),
+    "logging": dict(tensorboard=False),
+}  # fmt: skip
+
+
+def tiny_config(**sections) -> RunConfig:
+    """The tiny run, with keys of some sections replaced: tiny_config(parallel={"zero_stage": 2})."""
+    tree = {name: dict(values) for name, values in TINY.items()}
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return validate_config(tree, option_classes())
+
+
+def batch_of(config: RunConfig, step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's tokens and labels [B, S] of one micro-step; all ranks' together depend on step and part alone."""
+    training, model = config.training, config.model
+    count = training.global_batch_size // training.gradient_accumulation
+    generator = torch.Generator().manual_seed(1000 * step + part)
+    text = torch.randint(0, model.vocab_size, (count, model.sequence_length + 1), generator=generator)
+    own = text.chunk(dist.get_world_size())[dist.get_rank()]
+    return own[:, :-1].contiguous(), own[:, 1:].contiguous()
+
+
+def run_steps(engine, config: RunConfig, first: int, last: int) -> list[dict]:
+    """Optimizer steps [first, last); what each gave."""
+    history = []
+    for step in range(first, last):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.training)
+        losses = torch.zeros(2)
+        for part in range(config.training.gradient_accumulation):
+            total, parts = engine(*batch_of(config, step, part))
+            engine.backward(total)
+            losses += torch.stack((parts["lm"], total.detach() - parts["lm"])) / config.training.gradient_accumulation
+            engine.step()
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+        totals = engine.module.recorder.take()
+        controller = engine.module.controller
+        if controller is not None:
+            controller.update(totals)
+        history.append(
+            {
+                "loss": losses[0].item(),
+                "router_loss": losses[1].item(),
+                "grad_norm": float(engine.get_global_grad_norm()),
+                "density": totals.density().item(),
+                "state": {} if controller is None else {n: v.clone() for n, v in controller.state.items()},
+            }
+        )
+    return history
+
+
+def owned_tensors(engine) -> dict[str, torch.Tensor]:
+    """This rank's fragments of master weights and moments, by `kind|name|start`."""
+    owned = {}
+    for parameter, pieces in parameter_pieces(engine.module):
+        fragment = owned_fragment(parameter, engine)
+        for piece in pieces if fragment else ():
+            low, high = max(piece.start, fragment.start), min(piece.start + piece.numel, fragment.start + fragment.numel)
+            for kind, flat in fragment.tensors.items() if low < high else ():
+                owned[f"{kind}|{piece.name}|{low - piece.start}"] = flat[low - fragment.start : high - fragment.start].clone()
+    return owned
+
+
+def whole_tensors(results: list[dict]) -> dict[str, torch.Tensor]:
+    """Fragments of all ranks joined: `kind|name` -> flat fp32 tensor."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for owned in results:
+        for key, value in owned.items():
+            name, start = key.rsplit("|", 1)
+            parts.setdefault(name, {})[int(start)] = value
+    return {name: torch.cat([found[start] for start in sorted(found)]) for name, found in parts.items()}
+
+
+def train(config: RunConfig, steps: int = 5) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """A fresh model, some steps: (history, this rank's fragments)."""
+    engine = build_engine(config, create_groups(config.parallel.expert_parallel))
+    engine.train()
+    return run_steps(engine, config, 0, steps), owned_tensors(engine)

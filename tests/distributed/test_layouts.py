@@ -1,0 +1,39 @@
+"""The layout must not change the mathematics: one rank, expert parallel, expert and data parallel, every ZeRO stage."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from ranks import run_ranks
+from steps import tiny_config, train, whole_tensors
+
+ROUTERS = {"relu": {"name": "relu", "k": 1.0, "lambda_initial": 1e-2}, "topk": {"name": "topk", "k": 2}}
+
+
+def run(router: str, world: int, expert_parallel: int, stage: int):
+    config = tiny_config(router=ROUTERS[router], parallel={"expert_parallel": expert_parallel, "zero_stage": stage})
+    results = run_ranks(world, train, config)
+    return results[0][0], whole_tensors([owned for _, owned in results]), results
+
+
+@functools.cache
+def one_rank(router: str):
+    return run(router, world=1, expert_parallel=1, stage=1)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("world", "expert_parallel"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_layout_and_zero_stage_change_nothing(router, world, expert_parallel, stage):
+    expected_history, expected, _ = one_rank(router)
+    history, found, results = run(router, world, expert_parallel, stage)
+    for before, after in zip(expected_history, history, strict=True):
+        for quantity in ("loss", "router_loss", "grad_norm", "density"):
+            assert after[quantity] == pytest.approx(before[quantity], abs=1e-5), quantity
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= 1e-5, name
+    for other, _ in results[1:]:
+        for here, there in zip(history, other, strict=True):
+            assert here["state"] == there["state"]  # bit-identical lambda
