@@ -39,7 +39,7 @@ gpu-benchmark: setup ## measure an MoE layer on this machine's GPU
 
 clean: ## remove .venv and all that was built; data/ and runs/ stay
 	rm -rf .venv build dist .pytest_cache dsmoe.egg-info
-	find dsmoe launch tools tests .ci -name __pycache__ -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is touched last, so that an install which was cut off does not count as one. A .venv without a working pip
 # is what a cut-off 'python -m venv' leaves; it is made anew.
