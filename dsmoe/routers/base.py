@@ -76,6 +76,11 @@ class Router(megatron_router.Router):
         """The controller that all layers of a model share, if this router has one."""
         return None
 
+    @classmethod
+    def parameter_count(cls, model: ModelConfig, options: RouterOptions) -> int:
+        """Parameters of one layer's router."""
+        return model.num_experts * model.hidden_size
+
     def attach(self, recorder: RoutingRecorder, controller: Controller | None) -> None:
         """Join a model: share its recorder and controller, in the order of the layers."""
         self.recorder, self.controller = recorder, controller

@@ -1,0 +1,49 @@
+"""Held-out loss of a model in training. Changes nothing: not the weights, not a controller, not the data position."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from dsmoe.parallel.collectives import sum_over
+from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.training.metrics import routing_metrics
+
+
+@torch.no_grad()
+def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per_token: float | None) -> dict[str, float]:
+    """Loss per token and per byte over all held-out sequences; collective.
+
+    Args:
+        heldout: a `dsmoe.data.dataset.HeldOut`, the same on every rank.
+        batch_size: sequences per rank and forward pass.
+        bytes_per_token: of the held-out text; None leaves `val_bpb` out.
+
+    Returns:
+        val_loss (nats per token), val_ppl, val_bpb (bits per byte), val_experts_per_token.
+    """
+    device = get_accelerator().current_device_name()
+    count, world, rank = len(heldout), groups.dp_size, groups.dp_rank
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    engine.eval()
+    try:
+        for first in range(0, count, world * batch_size):
+            real = min(count, first + world * batch_size) - first  # sequences of this round, on all ranks
+            own = min(batch_size, max(0, real - rank * batch_size))
+            # Every rank takes part in every round: one with nothing left sends a sample that counts as padding.
+            batch = heldout.batch(first + rank * batch_size if own else 0, own or 1)
+            tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
+            present = torch.full(tokens.shape, own > 0, device=device)
+            _, parts = engine(tokens, labels, loss_mask=present, padding_mask=None if real == world * batch_size else ~present)
+            total += parts["lm"].double() * real / world  # "lm" is this rank's part of the mean over `real` sequences
+    finally:
+        engine.train()
+        routing = engine.module.recorder.take()
+    loss = (sum_over(groups.dp, total) / count).item()
+    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+    if bytes_per_token is not None:
+        found["val_bpb"] = loss / math.log(2) / bytes_per_token
+    found["val_experts_per_token"] = routing_metrics(routing, groups.ep_size)["experts_per_token"]
+    return found

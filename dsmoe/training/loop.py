@@ -1,0 +1,151 @@
+"""The loop: micro-steps, optimizer step, controller, metrics, evaluation, checkpoints, stopping."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from dsmoe.checkpoint.save import save_checkpoint
+from dsmoe.config import RunConfig
+from dsmoe.errors import TrainingError
+from dsmoe.parallel.collectives import sum_over
+from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.training.diagnose import first_bad_tensor
+from dsmoe.training.engine import learning_rate
+from dsmoe.training.evaluate import evaluate
+from dsmoe.training.metrics import MetricsWriter, routing_metrics
+from dsmoe.training.progress import TrainingProgress
+from dsmoe.training.signals import StopRequest
+
+
+class Trainer:
+    """Carries a run from `step` (optimizer steps done) and `samples` (sequences consumed) to its end.
+
+    Args:
+        stream: `batch(first, count)` gives the samples [first, first + count) as stacked tensors [count, S].
+        held: held-out samples.
+        bytes_per_token: of the held-out text, or None.
+    """
+
+    def __init__(
+        self, config: RunConfig, engine, groups: ParallelGroups, stream, held, bytes_per_token: float | None,
+        step: int, samples: int,
+    ):  # fmt: skip
+        self.config, self.engine, self.groups = config, engine, groups
+        self.stream, self.held, self.bytes_per_token = stream, held, bytes_per_token
+        self.step, self.samples = step, samples
+        self.device = get_accelerator().current_device_name()
+        self.micro_batch = config.training.global_batch_size // (groups.dp_size * config.training.gradient_accumulation)
+        self.progress = TrainingProgress(config.training.steps, step, active=groups.dp_rank == 0)
+        self.metrics = MetricsWriter(Path(config.logging.run_dir), groups.dp_rank, engine.monitor, step)
+        self._saved_step = step if step else None
+
+    def run(self) -> tuple[bool, dict[str, float]]:
+        """Train to the end or until a signal. Returns whether the end was reached, and the last evaluation."""
+        training = self.config.training
+        evaluation: dict[str, float] = {}
+        self.engine.train()
+        with StopRequest() as stop, self.progress:
+            while self.step < training.steps:
+                line, asked = self._one_step(stop)
+                last = self.step == training.steps
+                if last or _due(self.step, training.eval_interval):
+                    evaluation = self._evaluate()
+                    line |= evaluation
+                if "val_loss" in line or _due(self.step, self.config.logging.interval):
+                    self.metrics.write(line)
+                self.progress.update(self.step, line)
+                if asked and not last:
+                    self._save()
+                    self.progress.say(f"stopped by a signal at step {self.step}; the same command goes on from here")
+                    return False, evaluation
+                if last or _due(self.step, self.config.checkpoint.interval):
+                    self._save()
+            if not evaluation:  # resumed with nothing left to do
+                evaluation = self._evaluate()
+        self.metrics.close()
+        return True, evaluation
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.config.model.sequence_length
+
+    def _one_step(self, stop: StopRequest) -> tuple[dict, bool]:
+        """One optimizer step: its metrics, and whether any rank was asked to stop."""
+        training = self.config.training
+        started = time.perf_counter()
+        lr = learning_rate(self.step, training)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        sums = torch.zeros(3, device=self.device)  # language-model loss, router loss, ranks asked to stop
+        for part in range(training.gradient_accumulation):
+            batch = self._batch(part)
+            loss, parts = self.engine(**batch)
+            sums[0] += parts["lm"]
+            sums[1] += loss.detach() - parts["lm"]
+            self.engine.backward(loss)
+            if part == training.gradient_accumulation - 1:
+                sums[2] += stop.asked
+                # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
+                lm_loss, router_loss, asked = sum_over(self.groups.dp, sums).tolist()
+                self._check_finite(lm_loss + router_loss, "loss", batch)
+            self.engine.step()
+        self.step += 1
+        self.samples += training.global_batch_size
+        grad_norm = float(self.engine.get_global_grad_norm())
+        self._check_finite(grad_norm, "gradient norm", batch)
+        totals = self.engine.module.recorder.take()
+        controller = self.engine.module.controller
+        if controller is not None:
+            controller.update(totals)
+        seconds = time.perf_counter() - started
+        parts = self.groups.dp_size * training.gradient_accumulation
+        line = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": lm_loss / parts,
+            "router_loss": router_loss / parts,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens_per_second": training.global_batch_size * self.config.model.sequence_length / seconds,
+            **routing_metrics(totals, self.groups.ep_size),
+            "seconds": seconds,
+        }
+        if controller is not None:
+            line |= {name: value.item() for name, value in controller.metrics().items()}
+        return line, asked > 0
+
+    def _batch(self, part: int) -> dict[str, torch.Tensor]:
+        """This rank's sequences of one micro-step: the step's samples in order, cut by micro-step, then by rank."""
+        per_part = self.micro_batch * self.groups.dp_size
+        first = self.samples + part * per_part + self.groups.dp_rank * self.micro_batch
+        batch = self.stream.batch(first, self.micro_batch)
+        return {name: batch[name].to(self.device, non_blocking=True) for name in ("tokens", "labels")}
+
+    def _check_finite(self, value: float, what: str, batch: dict[str, torch.Tensor]) -> None:
+        """Stop all ranks, without a checkpoint, when a number they share is not finite."""
+        if math.isfinite(value):
+            return
+        name = first_bad_tensor(self.engine.module, batch)
+        saved = f"the last checkpoint (step {self._saved_step}) is untouched" if self._saved_step else "no checkpoint was written yet"
+        raise TrainingError(f"the {what} of step {self.step + (what == 'loss')} is {value}; first tensor that is not finite: {name}; {saved}")
+
+    def _evaluate(self) -> dict[str, float]:
+        found = evaluate(self.engine, self.held, self.micro_batch, self.groups, self.bytes_per_token)
+        bits = f"  {found['val_bpb']:.3f} bits per byte" if "val_bpb" in found else ""
+        self.progress.say(f"step {self.step}  held-out loss {found['val_loss']:.4f}{bits}")
+        return found
+
+    def _save(self) -> None:
+        if self._saved_step != self.step:
+            save_checkpoint(self.engine, self.config, self.step, self.samples)
+            self._saved_step = self.step
+
+
+def _due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) happens now."""
+    return interval > 0 and step % interval == 0
