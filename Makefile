@@ -43,8 +43,8 @@ clean: ## remove .venv and all that was built; data/ and runs/ stay
 
 # The stamp is touched last, so that an install which was cut off does not count as one. A .venv without a working pip
 # is what a cut-off 'python -m venv' leaves; it is made anew.
-# The constraints go through the environment because DeepSpeed's build imports torch: pip also has to obey them in the
-# isolated environment in which it builds (pip before 26.2 reads PIP_CONSTRAINT there, a newer one PIP_BUILD_CONSTRAINT).
+# The constraints go through the environment because DeepSpeed's build imports torch: pip has to obey them in the
+# isolated environment in which it builds, too (pip before 26.2 reads PIP_CONSTRAINT there, newer ones PIP_BUILD_...).
 # Both variables split on spaces, hence the relative path.
 # DeepSpeed's commands are plain scripts: pip writes the path of Python into their first line as it is, and the kernel
 # ends that path at the first space. They get the detour through sh that pip gives to every other command.
