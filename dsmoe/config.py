@@ -22,7 +22,7 @@ from dsmoe.errors import ConfigError
 class Section(BaseModel):
     """A part of the configuration: unknown keys and silent type conversions are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -219,7 +219,7 @@ def validate_config(
     problems = list(problems or [])
     valid: dict[str, BaseModel] = {}
     broken: set[str] = set()  # fields that already have a line of their own
-    for name in tree:
+    for name in map(str, tree):
         if name not in SECTIONS and name != "deepspeed":
             problems.append(f"{name}: unknown section{_nearest(name, [*SECTIONS, 'deepspeed'])}")
     for name, section in SECTIONS.items():
@@ -227,7 +227,7 @@ def validate_config(
         valid[name] = _validate_section(name, section, {} if value is None else value, problems, broken)
     if routers is not None:
         valid["router"] = _validate_router(valid["router"], routers, valid["model"], problems, broken)
-    deepspeed = tree.get("deepspeed") or {}
+    deepspeed = {} if tree.get("deepspeed") is None else tree["deepspeed"]
     _check_deepspeed(deepspeed, problems)
     _check_together(valid["model"], valid["parallel"], valid["training"], problems, broken)
     if problems:
@@ -241,15 +241,15 @@ def _validate_section(
     """The section; where fields are wrong, the section without them, so that the other checks can go on."""
     if not isinstance(value, dict):
         problems.append(f"{name}: found {value!r}, expected a mapping of keys to values")
-        return section()
+        return section.model_construct()
     try:
-        return section.model_validate(value)
+        return section.model_validate({str(key): item for key, item in value.items()})  # YAML's keys may be numbers
     except ValidationError as error:
         explained = _explain(error, name, list(section.model_fields))
         problems.extend(explained.values())
         broken.update(explained)
         wrong = {str(item["loc"][0]) for item in error.errors() if item["loc"]}
-        return section.model_construct(**{**section().model_dump(), **{k: v for k, v in value.items() if k not in wrong}})
+        return section.model_construct(**{str(k): v for k, v in value.items() if str(k) not in wrong})
 
 
 def _validate_router(
@@ -275,6 +275,8 @@ def _explain(error: ValidationError, section: str, known: list[str]) -> dict[str
         if item["type"] == "extra_forbidden":
             key = str(item["loc"][-1])
             lines[field] = f"{field}: unknown key{_nearest(key, known)}"
+        elif item["type"] == "missing":
+            lines[field] = f"{field}: not set, but has no default"
         else:
             expectation = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             previous = lines.get(field)
@@ -319,11 +321,12 @@ def _check_together(
     divides("parallel.expert_parallel", parallel.expert_parallel, "model.num_experts", model.num_experts)
     divides("training.gradient_accumulation", training.gradient_accumulation, "training.global_batch_size", training.global_batch_size)
     head_size = model.hidden_size // model.num_attention_heads
-    if head_size % 2 and not {"model.hidden_size", "model.num_attention_heads"} & broken:
+    whole = model.hidden_size % model.num_attention_heads == 0  # otherwise it has a line already
+    if whole and head_size % 2 and not {"model.hidden_size", "model.num_attention_heads"} & broken:
         problems.append(f"model.hidden_size: gives heads of size {head_size}, expected an even size for rotary embedding")
     if "model.moe_layer_freq" not in broken:
         freq = model.moe_layer_freq
-        if isinstance(freq, list) and len(freq) != model.num_layers:
+        if isinstance(freq, list) and len(freq) != model.num_layers and "model.num_layers" not in broken:
             problems.append(f"model.moe_layer_freq: found a list of {len(freq)}, expected model.num_layers ({model.num_layers}) entries")
         elif isinstance(freq, int) and freq < 1:
             problems.append(f"model.moe_layer_freq: found {freq}, expected 1 or more, or a list of 0 and 1")
@@ -340,7 +343,15 @@ def _check_together(
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-3 as a number (YAML 1.1 wants 1.0e-3 and makes a string of the rest)."""
+    """SafeLoader that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3 and makes a string of the rest) and refuses a key
+    that is given twice (YAML's last one would silently win)."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} is given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -357,9 +368,11 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError([f"cannot read the file: {error.strerror or error}"], str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(["cannot read the file: it is not UTF-8 text"], str(path)) from error
     try:
         tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, such as 2024-13-01
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
     if tree is None:
         return {}
@@ -371,7 +384,8 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
 def _apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> list[str]:
     """Write `section.key=value` into the tree; return what could not be read."""
     problems = []
-    for override in overrides:
+    # A new router drops the other one's options, so it is named before its own are set, in whatever order they came.
+    for override in sorted(overrides, key=lambda override: not override.startswith("router.name=")):
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or len(parts) < 2 or not all(parts):
@@ -379,7 +393,7 @@ def _apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
             continue
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             problems.append(f"override {override!r}: the value is not valid YAML")
             continue
         _override_router_name(tree, parts, value)
@@ -395,5 +409,5 @@ def _apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...
 def _override_router_name(tree: dict[str, Any], parts: list[str], value: Any) -> None:
     """A new router.name on the command line drops the options the file gave to the other router."""
     router = tree.get("router")
-    if parts == ["router", "name"] and isinstance(router, dict) and router.get("name") != value:
+    if parts == ["router", "name"] and isinstance(router, dict) and router.get("name", RouterConfig().name) != value:
         tree["router"] = {}

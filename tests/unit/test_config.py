@@ -436,14 +436,12 @@ def test_a_file_that_cannot_be_read(tmp_path):
 # --- what a YAML file or a plugin can bring that nobody expects ------------------------------------------------------
 
 
-unfixed = pytest.mark.xfail(reason="dsmoe.config does not yet do this")
 
 
 class OptionsWithoutDefault(Section):
     table: str
 
 
-@unfixed
 @pytest.mark.parametrize(
     "tree, expected",
     [
@@ -461,27 +459,23 @@ def test_exactly_one_line_for(tree, expected):
     assert line.startswith(expected)
 
 
-@unfixed
 @pytest.mark.parametrize("options, expected", [({}, "not set, but has no default"), ({"table": 5}, "found 5")])
 def test_a_plugin_may_have_an_option_without_default(options, expected):
     (line,) = mistakes({"router": {"name": "hash", **options}}, routers={"hash": OptionsWithoutDefault})
     assert line.startswith(f"router.table: {expected}")
 
 
-@unfixed
 def test_the_order_of_router_overrides_does_not_matter(tmp_path):
     path = write(tmp_path, {"router": {"name": "topk", "k": 3}})
     config = load_config(path, ["router.density=0.1", "router.name=relu"], ROUTERS)
     assert config.router.options["density"] == 0.1
 
 
-@unfixed
 def test_naming_the_default_router_keeps_its_options(tmp_path):
     path = write(tmp_path, {"router": {"k": 3}})
     assert load_config(path, ["router.name=topk"], ROUTERS).router.options["k"] == 3
 
 
-@unfixed
 def test_a_file_of_another_encoding_and_a_date_that_does_not_exist(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfem\x00")
@@ -491,3 +485,10 @@ def test_a_file_of_another_encoding_and_a_date_that_does_not_exist(tmp_path):
         load_config(write(tmp_path, "logging: {run_dir: 2024-13-01}"))
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(None, ["logging.run_dir=2024-13-01"])
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("training:\n  steps: 5\n  lr: 0.1\n  steps: 6\n")
+    with pytest.raises(ConfigError, match="'steps' is given twice"):
+        load_config(path)
