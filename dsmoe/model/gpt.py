@@ -50,7 +50,7 @@ class LanguageModel(nn.Module):
         self.groups = groups
         self.gpt = _build_gpt(model, partial(router_class, options=options), groups)
         self.recorder = RoutingRecorder(model.num_experts, groups.dp)
-        self.controller = router_class.make_controller(options, model.num_experts)
+        self.controller = router_class.make_controller(options, sum(model.moe_layers()), model.num_experts)
         for module in self.modules():
             if isinstance(module, Router):
                 module.attach(self.recorder, self.controller)

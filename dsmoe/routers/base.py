@@ -47,33 +47,51 @@ class Routing:
 
     probs_TE: Tensor  # fp32 weights, 0 where inactive
     map_TE: Tensor  # bool
-    kept: dict[str, Tensor] = field(default_factory=dict)  # what `losses` needs, with its gradient
+    kept: dict[str, Tensor] = field(default_factory=dict)  # what the losses need, with its gradient
+    statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
 
 
 class Router(megatron_router.Router):
-    """Base of all routers. Megatron's constructor makes the weight [E, H] of the gate."""
+    """Base of all routers. Megatron's constructor makes the weight [E, H] of the gate, unless `has_gate` is False."""
 
     name = "unnamed"
     Options: type[RouterOptions] = RouterOptions
+    has_gate = True
 
     def __init__(self, config, pg_collection=None, options: RouterOptions | None = None, **kwargs):
         super().__init__(config, pg_collection)
+        if not self.has_gate:
+            self.weight = None
         self.options = options if options is not None else self.Options()
-        self.controller = self.make_controller(self.options, self.num_experts)
+        self.controller = self.make_controller(self.options, 1, self.num_experts)
         self.recorder: RoutingRecorder | None = None
         self.index = 0
 
     @abstractmethod
-    def route(self, logits_TE: Tensor) -> Routing:
-        """Decide from fp32 logits; nothing may wait for the device."""
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        """Decide, in fp32; nothing may wait for the device.
+
+        Args:
+            hidden_TH: the tokens that are not padding, in the model's dtype.
+            sequence_T: int64, which sequence of the batch each token belongs to.
+        """
 
     def losses(self, routing: Routing, loads: dict[BalanceScope, Load]) -> dict[str, Tensor]:
         """Weighted losses of this layer by name, as this rank's part of a mean over ranks."""
         return {}
 
+    @staticmethod
+    def model_losses(routers: list[Router], routings: list[Routing], loads: list[dict[BalanceScope, Load]]):
+        """Losses of all layers by name; the sum of every layer's own unless a method needs several layers at once."""
+        found: dict[str, Tensor] = {}
+        for router, routing, load in zip(routers, routings, loads, strict=True):
+            for name, loss in router.losses(routing, load).items():
+                found[name] = found[name] + loss if name in found else loss
+        return found
+
     @classmethod
-    def make_controller(cls, options: RouterOptions, num_experts: int) -> Controller | None:
-        """The controller that all layers of a model share, if this router has one."""
+    def make_controller(cls, options: RouterOptions, num_layers: int, num_experts: int) -> Controller | None:
+        """The controller that all `num_layers` MoE layers of a model share, if this router has one."""
         return None
 
     @classmethod
@@ -87,53 +105,54 @@ class Router(megatron_router.Router):
         self.index = len(recorder.routers)
         recorder.routers.append(self)
 
+    @property
+    def num_layers(self) -> int:
+        """MoE layers of the model this router belongs to."""
+        return len(self.recorder.routers) if self.recorder is not None else 1
+
     def gating(self, hidden_TH: Tensor) -> Tensor:
         """fp32 logits [T, E], whatever the model's dtype: bf16 logits flip near-ties."""
         return F.linear(hidden_TH.float(), self.weight.float())
 
-    def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        routing = self.route(logits)
-        return routing.probs_TE, routing.map_TE
+    def routing(self, logits: Tensor):
+        """Abstract in Megatron, where logits come first; here `route` decides from the hidden states."""
+        raise NotImplementedError
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Megatron's contract.
 
         Args:
-            hidden: [S, B, H] or [T, H].
-            padding_mask: bool, True where a token is padding; such a token gets no expert and counts nowhere.
+            hidden: [S, B, H].
+            padding_mask: bool [S, B], True where a token is padding; such a token gets no expert and counts nowhere.
 
         Returns:
-            probs [T, E] fp32, 0 where inactive, and routing map [T, E] bool.
+            probs [S * B, E] fp32, 0 where inactive, and routing map [S * B, E] bool.
         """
-        hidden_TH = hidden.reshape(-1, hidden.size(-1))
-        real_T = None if padding_mask is None else ~padding_mask.reshape(-1).bool()
-        if real_T is None:
-            routing = self.route(self.gating(hidden_TH))
+        length, batch, _ = hidden.shape
+        hidden_TH = hidden.flatten(0, 1)
+        sequence_T = torch.arange(batch, device=hidden.device).repeat(length)
+        if padding_mask is None:
+            routing = self.route(hidden_TH, sequence_T)
             tokens = torch.tensor(hidden_TH.size(0), device=hidden.device)
         else:
-            # Padding rows are routed nowhere by routing only the others; the number of rows stays what it was.
-            routing = self._route_real(hidden_TH, real_T)
-            tokens = real_T.sum()
+            real = (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1)
+            routing = self.route(hidden_TH.index_select(0, real), sequence_T.index_select(0, real))
+            tokens = torch.tensor(real.numel(), device=hidden.device)
+            shape = (hidden_TH.size(0), self.num_experts)
+            routing.probs_TE = routing.probs_TE.new_zeros(shape).index_copy(0, real, routing.probs_TE)
+            routing.map_TE = routing.map_TE.new_zeros(shape).index_copy(0, real, routing.map_TE)
         self._check(routing, hidden_TH.size(0))
         if self.recorder is not None:
             self.recorder.record(self.index, routing, tokens)
             return routing.probs_TE, routing.map_TE
         return self._attach_losses(routing, tokens), routing.map_TE
 
-    def _route_real(self, hidden_TH: Tensor, real_T: Tensor) -> Routing:
-        rows = real_T.nonzero().squeeze(1)
-        routing = self.route(self.gating(hidden_TH.index_select(0, rows)))
-        shape = (hidden_TH.size(0), self.num_experts)
-        routing.probs_TE = routing.probs_TE.new_zeros(shape).index_copy(0, rows, routing.probs_TE)
-        routing.map_TE = routing.map_TE.new_zeros(shape).index_copy(0, rows, routing.map_TE)
-        return routing
-
     def _attach_losses(self, routing: Routing, tokens: Tensor) -> Tensor:
         """In a stock MoELayer: losses over this rank's tokens, through Megatron's hook."""
         probs = routing.probs_TE
         if self.training and torch.is_grad_enabled():
             own = Load(routing.map_TE.sum(0), tokens, 1)
-            for loss in self.losses(routing, {"rank": own, "micro_batch": own}).values():
+            for loss in self.model_losses([self], [routing], [{"rank": own, "micro_batch": own}]).values():
                 probs = MoEAuxLossAutoScaler.apply(probs, loss)
         return probs
 
@@ -142,5 +161,6 @@ class Router(megatron_router.Router):
         for what, tensor, dtype in (("probs", routing.probs_TE, torch.float32), ("map", routing.map_TE, torch.bool)):
             if tuple(tensor.shape) != expected or tensor.dtype != dtype:
                 raise RouterError(
-                    f"router {self.name!r} returned {what} {tuple(tensor.shape)} {tensor.dtype}, expected {expected} {dtype}"
+                    f"router {self.name!r} returned {what} {tuple(tensor.shape)} {tensor.dtype}, "
+                    f"expected {expected} {dtype}"
                 )

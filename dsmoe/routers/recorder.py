@@ -33,6 +33,8 @@ class RoutingTotals:
     counts_LE: Tensor  # int64, routes per expert
     tokens: Tensor  # int64 scalar
     without_expert_L: Tensor  # int64, tokens that no expert took
+    statistic_LE: Tensor | None = None  # fp32, mean over ranks of what the routers left, summed over passes
+    passes: int = 1  # forward passes
 
     def density(self) -> Tensor:
         """Share of active (token, expert) pairs over all layers: fp64 scalar; 0 where there was no token."""
@@ -63,35 +65,40 @@ class RoutingRecorder:
         self._passes[index] = (routing, tokens)
 
     def finish(self) -> dict[str, Tensor]:
-        """Reduce the counts and return the router losses of this pass by name, summed over layers, ready to be added
-        to the language-model loss. Collective over `group`."""
-        own_LE = torch.stack([routing.map_TE.sum(0) for routing, _ in self._passes])
-        without_L = torch.stack([tokens - routing.map_TE.any(1).sum() for routing, tokens in self._passes])
-        own_tokens = self._passes[0][1]
-        counts = torch.cat((own_LE.flatten(), without_L, own_tokens.view(1)))
-        everywhere = sum_over(self.group, counts.clone())
-        counts_LE = everywhere[: own_LE.numel()].view_as(own_LE)
-        totals = RoutingTotals(counts_LE, everywhere[-1], everywhere[own_LE.numel() : -1])
-        self._add(totals)
-        losses: dict[str, Tensor] = {}
-        if torch.is_grad_enabled():
-            for index, (router, (routing, tokens)) in enumerate(zip(self.routers, self._passes, strict=True)):
-                loads = {
-                    "rank": Load(own_LE[index], tokens, 1),
-                    "micro_batch": Load(counts_LE[index], totals.tokens, self.group.size()),
-                }
-                for name, loss in router.losses(routing, loads).items():
-                    losses[name] = losses[name] + loss if name in losses else loss
+        """Reduce the counts and return the router losses of this pass by name, ready to be added to the language-model
+        loss. Collective over `group`."""
+        routings, tokens = [routing for routing, _ in self._passes], self._passes[0][1]
+        own_LE = torch.stack([routing.map_TE.sum(0) for routing in routings])
+        without_L = torch.stack([tokens - routing.map_TE.any(1).sum() for routing in routings])
+        everywhere = sum_over(self.group, torch.cat((own_LE.flatten(), without_L, tokens.view(1))))
+        counts_LE, without_L = everywhere[: own_LE.numel()].view_as(own_LE), everywhere[own_LE.numel() : -1]
+        totals = RoutingTotals(counts_LE, everywhere[-1], without_L, self._mean_statistic(routings))
+        self._totals = totals if self._totals is None else _add(self._totals, totals)
         self._passes = [None] * len(self.routers)
-        return losses
+        if not torch.is_grad_enabled():
+            return {}
+        loads = [
+            {"rank": Load(own, tokens, 1), "micro_batch": Load(counts, totals.tokens, self.group.size())}
+            for own, counts in zip(own_LE, counts_LE, strict=True)
+        ]
+        return self.routers[0].model_losses(self.routers, routings, loads)
 
-    def _add(self, new: RoutingTotals) -> None:
-        old = self._totals
-        self._totals = new if old is None else RoutingTotals(
-            old.counts_LE + new.counts_LE, old.tokens + new.tokens, old.without_expert_L + new.without_expert_L
-        )  # fmt: skip
+    def _mean_statistic(self, routings: list) -> Tensor | None:
+        if routings[0].statistic_E is None:
+            return None
+        return sum_over(self.group, torch.stack([routing.statistic_E for routing in routings])) / self.group.size()
 
     def take(self) -> RoutingTotals:
         """The totals since the last call, identical on every rank; the next ones start from zero."""
         totals, self._totals = self._totals, None
         return totals
+
+
+def _add(old: RoutingTotals, new: RoutingTotals) -> RoutingTotals:
+    return RoutingTotals(
+        counts_LE=old.counts_LE + new.counts_LE,
+        tokens=old.tokens + new.tokens,
+        without_expert_L=old.without_expert_L + new.without_expert_L,
+        statistic_LE=None if new.statistic_LE is None else old.statistic_LE + new.statistic_LE,
+        passes=old.passes + new.passes,
+    )

@@ -46,11 +46,11 @@ class ReLURouter(Router):
     Options = ReLUOptions
 
     @classmethod
-    def make_controller(cls, options: ReLUOptions, num_experts: int) -> LambdaController:
+    def make_controller(cls, options: ReLUOptions, num_layers: int, num_experts: int) -> LambdaController:
         return LambdaController(options.lambda_initial, options.lambda_factor, options.k / num_experts)
 
-    def route(self, logits_TE: Tensor) -> Routing:
-        probs_TE = F.relu(logits_TE)
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        probs_TE = F.relu(self.gating(hidden_TH))
         return Routing(probs_TE, probs_TE > 0, kept={"probs_sum_E": probs_TE.sum(0)})
 
     def losses(self, routing, loads):
@@ -59,6 +59,6 @@ class ReLURouter(Router):
             l1 = balance_product(probs_sum_E, load) / self.options.k
         else:
             l1 = mean_over_tokens(probs_sum_E.sum(), load)
-        if self.options.form == "paper" and self.recorder is not None:
-            l1 = l1 / len(self.recorder.routers)
+        if self.options.form == "paper":
+            l1 = l1 / self.num_layers
         return {"l1": self.controller.value * l1}

@@ -40,7 +40,8 @@ class TopKOptions(RouterOptions):
 class TopKRouter(Router):
     Options = TopKOptions
 
-    def route(self, logits_TE: Tensor) -> Routing:
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        logits_TE = self.gating(hidden_TH)
         softmax_TE = logits_TE.softmax(dim=-1)
         gate_Tk, expert_Tk = softmax_TE.topk(self.options.k, dim=-1)
         if self.options.renormalize:
