@@ -1,0 +1,136 @@
+"""What a source file holds: one document in a text file, one a line in JSON lines; plain, gzip or zstd.
+
+Text arrives exactly as it is written, line ends included. Whatever is wrong with a file is said with its name and,
+for JSON lines, the line: nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO, TextIO
+
+import zstandard
+
+from dsmoe.data.sources import SourceFile
+from dsmoe.errors import DataError
+
+
+def read_documents(
+    files: Sequence[SourceFile], field: str = "text", progress: Callable[[int], None] | None = None
+) -> Iterator[str]:
+    """The documents of the files, in order; empty ones are left out.
+
+    Args:
+        files: from `find_files`.
+        field: key of the text in a JSON line.
+        progress: called with the number of bytes read from disk (before decompression) since its last call.
+
+    Raises:
+        DataError: a file is unreadable, damaged or no UTF-8 (a `stdlib` file that Python itself could not decode is
+            left out), or a line is no JSON object with a string under `field`; names file and line.
+    """
+    for file in files:
+        with _explained(file):
+            with open(file.path, "rb") as raw:
+                size, reported = os.fstat(raw.fileno()).st_size, 0
+                for text in _documents_of(file, raw, field):
+                    if progress:
+                        position = raw.tell()
+                        progress(position - reported)
+                        reported = position
+                    if text:
+                        yield text
+                if progress:
+                    progress(size - reported)
+
+
+def _documents_of(file: SourceFile, raw: BinaryIO, field: str) -> Iterator[str]:
+    if file.is_stdlib:
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # test data that is broken on purpose
+            with tokenize.open(file.path) as text:
+                yield text.read()
+        return
+    # newline="": line ends are part of a text and are kept as they are; utf-8-sig drops a byte order mark.
+    with _decompressed(file, raw) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as text:
+        if file.is_json_lines:
+            yield from _json_documents(file, text, field)
+        else:
+            yield text.read()
+
+
+def _decompressed(file: SourceFile, raw: BinaryIO) -> BinaryIO:
+    suffix = file.path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".zst":
+        return io.BufferedReader(_ZstdStream(raw))
+    return raw
+
+
+class _ZstdStream(io.RawIOBase):
+    """Decompressed bytes of one or several frames; zstandard's own reader takes a cut-off file for a short one."""
+
+    def __init__(self, compressed: BinaryIO):
+        self._compressed = compressed
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._unread = b""  # compressed, of the next frame
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._content:
+            data = self._unread or self._compressed.read(1 << 17)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is cut off")
+                return 0
+            self._unread = b""
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._content = memoryview(self._frame.decompress(data))
+            if self._frame.eof:
+                self._unread, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+
+def _json_documents(file: SourceFile, lines: TextIO, field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file.path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not valid JSON ({error.msg}); expected one JSON object a line") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: found a JSON {type(record).__name__}, expected an object with the key {field!r}")
+        if field not in record:
+            raise DataError(f"{where}: no key {field!r} (found: {', '.join(map(repr, record))}); name it with --field")
+        if not isinstance(record[field], str):
+            raise DataError(f"{where}: {field!r} is {type(record[field]).__name__}, expected a string")
+        yield record[field]
+
+
+@contextlib.contextmanager
+def _explained(file: SourceFile) -> Iterator[None]:
+    """Turns what a damaged file raises into a `DataError` that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise DataError(f"{file.path} is not UTF-8 text: {error.reason} ({byte})") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DataError(f"{file.path} is damaged or not {file.path.suffix} data: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {file.path}: {error.strerror or error}") from error
