@@ -1,0 +1,230 @@
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+from made_up import made_up_documents, write_documents
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from dsmoe.data.description import DatasetDescription, file_sha256
+from dsmoe.data.prepare import prepare
+from dsmoe.data.tokenizer import Tokenizer
+from dsmoe.errors import DataError
+
+REPOSITORY = Path(__file__).parents[3]
+COMMAND = [sys.executable, str(REPOSITORY / "tools" / "prepare_data.py")]
+FILES = ["dataset.json", "tokenizer.model", "train.bin", "train.idx", "valid.bin", "valid.idx"]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def decoded(folder, split):
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    stored = IndexedDataset(str(folder / split))
+    assert (numpy.diff(stored.document_indices) == 1).all()
+    assert all(stored[index][-1] == tokenizer.eod_id for index in range(len(stored)))
+    return [tokenizer.decode(stored[index][:-1].tolist()) for index in range(len(stored))]
+
+
+def test_every_document_lies_in_one_split_unchanged(dataset, texts):
+    train, valid = decoded(dataset, "train"), decoded(dataset, "valid")
+    assert sorted(path.name for path in dataset.iterdir()) == FILES
+    assert sorted(train + valid) == sorted(path.read_text() for path in texts.iterdir())
+    assert len(valid) == 12  # a tenth
+
+
+def test_the_description_is_true(dataset):
+    description = DatasetDescription.load(dataset)
+    for split, described in description.splits.items():
+        documents = decoded(dataset, split)
+        stored = IndexedDataset(str(dataset / split))
+        size = sum(len(text.encode()) for text in documents)
+        assert (described.documents, described.bytes) == (len(documents), size)
+        assert described.tokens == stored.sequence_lengths.sum()
+        assert described.bytes_per_token == pytest.approx(size / described.tokens)
+        assert described.largest_token == max(stored[index].max() for index in range(len(stored)))
+        assert stored.index.dtype == numpy.uint16
+    assert description.files == {name: file_sha256(dataset / name) for name in FILES if name != "dataset.json"}
+    assert description.tokenizer.sha256 == description.files["tokenizer.model"]
+    assert description.tokenizer.vocab_size == 400
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(dataset, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsmoe.data.encoding.GROUP_CHARACTERS", 2000)  # many groups on their way at once
+    prepare([str(texts)], tmp_path / "dataset", vocab_size=400, valid_fraction=0.1, workers=2)
+    assert contents(tmp_path / "dataset") == contents(dataset)
+
+
+def test_the_seed_chooses_other_documents_and_order_does_not(texts, tmp_path):
+    write_documents(tmp_path / "renamed", [path.read_text() for path in sorted(texts.iterdir(), reverse=True)])
+    for name, source, seed in (("a", texts, 1), ("b", tmp_path / "renamed", 1), ("c", texts, 2)):
+        prepare([str(source)], tmp_path / name, vocab_size=400, seed=seed, valid_fraction=0.1, workers=1)
+    held_out = {name: set(decoded(tmp_path / name, "valid")) for name in "abc"}
+    assert held_out["a"] == held_out["b"] != held_out["c"]
+
+
+def test_a_document_that_occurs_twice_is_on_one_side_only(tmp_path):
+    twice = made_up_documents(60) * 2
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in twice))
+    prepare([str(tmp_path / "twice.jsonl")], tmp_path / "out", vocab_size=400, valid_fraction=0.2, workers=1)
+    assert not set(decoded(tmp_path / "out", "train")) & set(decoded(tmp_path / "out", "valid"))
+
+
+def test_a_given_tokenizer_is_copied(dataset, texts, tmp_path):
+    model = dataset / "tokenizer.model"
+    description = prepare([str(texts)], tmp_path / "out", tokenizer=model, vocab_size=7, workers=1)
+    assert description.tokenizer.trained_here is False
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+def test_the_limit_takes_a_first_part(dataset, texts, tmp_path):
+    options = {"tokenizer": dataset / "tokenizer.model", "workers": 1, "limit_bytes": 10_000}
+    splits = prepare([str(texts)], tmp_path / "out", **options).splits.values()
+    assert 10_000 <= sum(split.bytes for split in splits) < 12_000
+
+
+@pytest.mark.parametrize(
+    ("documents", "complaint"),
+    [
+        ([""], "the corpus is empty"),
+        (["only one"], "the corpus is one document"),
+        (["the same"] * 3, "all 3 documents are equal"),
+    ],
+)
+def test_a_corpus_that_cannot_be_split_is_refused_and_leaves_nothing(tmp_path, documents, complaint):
+    write_documents(tmp_path / "in", documents)
+    with pytest.raises(DataError, match=complaint):
+        prepare([str(tmp_path / "in")], tmp_path / "out", vocab_size=300)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_two_documents_give_one_to_each_split(dataset, tmp_path):
+    write_documents(tmp_path / "in", ["first", "second"])
+    for fraction in (0.001, 0.999):
+        out = tmp_path / str(fraction)
+        prepare([str(tmp_path / "in")], out, tokenizer=dataset / "tokenizer.model", valid_fraction=fraction, workers=1)
+        assert sorted(decoded(out, "train") + decoded(out, "valid")) == ["first", "second"]
+
+
+def test_options_out_of_range_are_refused(texts, tmp_path):
+    for options in ({"valid_fraction": 1.0}, {"workers": -1}, {"limit_bytes": 0}, {"seed": -1}):
+        with pytest.raises(DataError, match=f"{next(iter(options)).split('_')[0]}.*: found"):
+            prepare([str(texts)], tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_dataset_is_replaced_only_when_asked(dataset, texts, tmp_path):
+    options = {"tokenizer": dataset / "tokenizer.model", "workers": 1}
+    prepare([str(texts)], tmp_path / "out", limit_bytes=10_000, **options)
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match="already holds a prepared dataset; --overwrite"):
+        prepare([str(texts)], tmp_path / "out", **options)
+    write_documents(tmp_path / "empty", [""])
+    with pytest.raises(DataError, match="the corpus is empty"):
+        prepare([str(tmp_path / "empty")], tmp_path / "out", overwrite=True, **options)
+    assert contents(tmp_path / "out") == before  # also when the replacement fails
+    prepare([str(texts)], tmp_path / "out", overwrite=True, **options)
+    assert contents(tmp_path / "out").keys() == before.keys()
+    assert contents(tmp_path / "out")["train.bin"] != before["train.bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
+
+
+def test_a_folder_that_is_no_dataset_is_never_replaced(texts, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="exists and is no prepared dataset"):
+        prepare([str(texts)], tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(dataset, texts, tmp_path):
+    prepare([str(texts)], tmp_path / "out", tokenizer=dataset / "tokenizer.model", workers=1)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")
+    with pytest.raises(DataError, match="already holds a prepared dataset"):
+        prepare([str(texts)], tmp_path / "out", workers=1)
+    assert contents(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_writer_is_turned_away_while_the_first_lives(texts, tmp_path):
+    (tmp_path / ".out.unfinished").mkdir()
+    descriptor = os.open(tmp_path / ".out.unfinished", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another process is preparing this dataset"):
+        prepare([str(texts)], tmp_path / "out")
+    assert (tmp_path / ".out.unfinished").is_dir()
+    os.close(descriptor)
+
+
+def test_sources_that_change_between_the_passes_are_noticed(dataset, tmp_path, monkeypatch):
+    source = write_documents(tmp_path / "in", made_up_documents(5))
+    from dsmoe.data import prepare as module
+
+    survey = module._survey
+
+    def survey_and_change(*arguments):
+        found = survey(*arguments)
+        (source / "0001.txt").write_text("something else")
+        return found
+
+    monkeypatch.setattr(module, "_survey", survey_and_change)
+    with pytest.raises(DataError, match="the sources changed while they were read"):
+        prepare([str(source)], tmp_path / "out", tokenizer=dataset / "tokenizer.model", workers=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def children(process):
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def alive(process):
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rsplit(")")[-1].split()[0]
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds, reason):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, reason
+        time.sleep(0.005)
+
+
+def test_killed_in_the_middle_it_leaves_no_dataset_and_no_worker_and_the_next_run_succeeds(dataset, texts, tmp_path):
+    with open(tmp_path / "large.jsonl", "w") as large:
+        for text in made_up_documents(200) * 150:
+            large.write(json.dumps({"text": text}) + "\n")
+    output = ["--output", str(tmp_path / "out"), "--tokenizer", str(dataset / "tokenizer.model"), "--workers", "2"]
+    process = subprocess.Popen([*COMMAND, str(tmp_path / "large.jsonl"), *output], stdout=subprocess.DEVNULL)
+    written = tmp_path / ".out.unfinished" / "train.bin"
+    wait_until(lambda: written.exists() and written.stat().st_size > 0, 90, "encoding never began")
+    workers = children(process.pid)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert len(workers) >= 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "large.jsonl"]
+    wait_until(lambda: not any(map(alive, workers)), 20, "workers outlived their parent")
+
+    again = subprocess.run([*COMMAND, str(texts), *output], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml data.path=" in again.stdout
+    assert again.stderr == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.jsonl", "out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+
+
+def test_the_command_says_a_mistake_in_one_line(tmp_path):
+    run = subprocess.run([*COMMAND, "absent.txt", "--output", str(tmp_path / "out")], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: source 'absent.txt': there is no such file")
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
