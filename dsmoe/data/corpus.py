@@ -109,6 +109,8 @@ class Corpus:
 def open_corpus(data: DataConfig) -> Corpus:
     """Find and check the data of a run; reads no tokens.
 
+    A prefix without `data.tokenizer` takes the `tokenizer.model` beside it, if there is one.
+
     Raises:
         DataError: something is missing or damaged, the tokenizer is not the one the data was made with, or the
             documents are too few to hold one out.

@@ -47,6 +47,7 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
+            _recover(replaced, output)
             raise
         finally:
             os.close(lock)
@@ -71,7 +72,7 @@ def _lock(folder: Path) -> int:
 
 
 def _recover(replaced: Path, output: Path) -> None:
-    """Finish what a run killed between the two renames of an overwrite has left."""
+    """Undo an overwrite that ended between its two renames, by a kill or an error."""
     if replaced.exists():
         if output.exists():
             shutil.rmtree(replaced)

@@ -154,6 +154,24 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(dataset, t
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_error_between_the_two_renames_restores_the_dataset_at_once(dataset, texts, tmp_path, monkeypatch):
+    options = {"tokenizer": dataset / "tokenizer.model", "workers": 1}
+    prepare([str(texts)], tmp_path / "out", **options)
+    before = contents(tmp_path / "out")
+    rename = Path.rename
+
+    def failing_rename(path, target):
+        if path.name == ".out.unfinished":
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(DataError, match="cannot write .*out: the disk is gone"):
+        prepare([str(texts)], tmp_path / "out", overwrite=True, limit_bytes=10_000, **options)
+    assert contents(tmp_path / "out") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_second_writer_is_turned_away_while_the_first_lives(texts, tmp_path):
     (tmp_path / ".out.unfinished").mkdir()
     descriptor = os.open(tmp_path / ".out.unfinished", os.O_RDONLY)
