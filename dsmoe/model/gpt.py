@@ -25,7 +25,7 @@ from dsmoe.accelerate import rms_norm_class
 from dsmoe.config import ModelConfig
 from dsmoe.model.attention import AnyDeviceRotary, CausalAttention, RecomputedAttentionLayer
 from dsmoe.model.initialize import initialize
-from dsmoe.moe.experts import GroupedExperts
+from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
         router_class, options = router
         self.config = model
         self.groups = groups
-        self.gpt = _build_gpt(model, partial(router_class, options=options), groups)
+        self.gpt = _build_gpt(model, router, groups)
         self.recorder = RoutingRecorder(model.num_experts, groups.dp)
         self.controller = router_class.make_controller(options, sum(model.moe_layers()), model.num_experts)
         for module in self.modules():
@@ -163,14 +163,18 @@ def _layer_spec(model: ModelConfig, config: TransformerConfig, router, groups: P
 
 
 def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
+    router_class, options = router
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = ModuleSpec(module=GroupedExperts, params={"implementation": model.experts_implementation})
+    if rank := router_class.latent_rank(options):
+        experts = ModuleSpec(module=LowRankExperts, params={**experts.params, "rank": rank})
     return ModuleSpec(
         module=VariableMoELayer,
         # Megatron passes its groups to a MoELayer only where the class is exactly its own, so they come along here.
         params={"pg_collection": groups.for_megatron(), "recompute": model.recompute != "none"},
         submodules=MoESubmodules(
-            router=router,
-            experts=ModuleSpec(module=GroupedExperts, params={"implementation": model.experts_implementation}),
+            router=partial(router_class, options=options),
+            experts=experts,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
         ),
     )

@@ -22,12 +22,14 @@ INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_proj")
 def initialize(model: nn.Module, seed: int, std: float, num_layers: int) -> None:
     """Draw every matrix from N(0, std), projections into the residual stream from N(0, std / sqrt(2 num_layers)).
 
-    Vectors (norm scales, and what a router sets in its constructor) keep the values their module gave them.
+    Vectors (norm scales, and what a router sets in its constructor) keep the values their module gave them. A router's
+    matrix may ask for a standard deviation of its own with an attribute `init_std`.
     """
+    own_std = {name: p.init_std for name, p in model.named_parameters() if hasattr(p, "init_std")}
     for name, tensor in logical_tensors(model):
         if tensor.dim() < 2:
             continue
-        scale = std / math.sqrt(2 * num_layers) if name.endswith(INTO_RESIDUAL) else std
+        scale = own_std.get(name, std / math.sqrt(2 * num_layers) if name.endswith(INTO_RESIDUAL) else std)
         generator = torch.Generator().manual_seed(_seed_of(seed, name))
         tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator))
 

@@ -25,7 +25,8 @@ def model_size(config: RunConfig) -> ModelSize:
     hidden, head = model.hidden_size, model.hidden_size // model.num_attention_heads
     attention = hidden * head * (2 * model.num_attention_heads + 2 * model.key_value_heads)
     norms = 2 * hidden + (2 * head if model.qk_layernorm else 0)
-    expert = 3 * hidden * model.moe_ffn_hidden_size
+    rank = router_class.latent_rank(options)
+    expert = model.moe_ffn_hidden_size * (2 * hidden + (rank or hidden))
     shared = 3 * hidden * (model.moe_shared_expert_intermediate_size or 0)
     router = router_class.parameter_count(model, options)
     moe_layers = sum(model.moe_layers())

@@ -87,12 +87,22 @@ class _Reorder(torch.autograd.Function):
 
 def dispatch(hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan) -> tuple[Tensor, Tensor]:
     """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by local expert."""
-    rows = all_to_all_rows(hidden_TH.index_select(0, plan.token_N), plan.send, plan.receive, plan.group)
-    probs = all_to_all_rows(probs_TE.t().reshape(-1).index_select(0, plan.flat_N), plan.send, plan.receive, plan.group)
+    probs_N = probs_TE.t().reshape(-1).index_select(0, plan.flat_N)
+    return _send(hidden_TH.index_select(0, plan.token_N), plan), _send(probs_N, plan)
+
+
+def dispatch_latents(latents_TEr: Tensor, plan: RoutePlan) -> Tensor:
+    """Bring the latent of every route to the expert's owner: [R, r], ordered by local expert."""
+    tokens, experts, _ = latents_TEr.shape
+    place_N = plan.token_N * experts + plan.flat_N // max(tokens, 1)
+    return _send(latents_TEr.flatten(0, 1).index_select(0, place_N), plan)
+
+
+def _send(rows_N: Tensor, plan: RoutePlan) -> Tensor:
+    rows_R = all_to_all_rows(rows_N, plan.send, plan.receive, plan.group)
     if plan.expert_order_R is None:
-        return rows, probs
-    orders = (plan.expert_order_R, plan.source_order_R)
-    return _Reorder.apply(rows, *orders), _Reorder.apply(probs, *orders)
+        return rows_R
+    return _Reorder.apply(rows_R, plan.expert_order_R, plan.source_order_R)
 
 
 def combine(rows_RH: Tensor, plan: RoutePlan, tokens: int) -> Tensor:

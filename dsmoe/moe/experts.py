@@ -1,6 +1,6 @@
 """Grouped SwiGLU experts: one grouped GEMM for gate and up, one for down, over any number of rows per expert.
 
-Shapes: e experts on this rank, R rows ordered by expert, H hidden, F expert width.
+Shapes: e experts on this rank, R rows ordered by expert, H hidden, F expert width, r latent width.
 
 `grouped_linear` is the fast path on `torch.nn.functional.grouped_mm`; `loop_linear` is the reference it is tested
 against. The module subclasses DeepSpeed's AutoEP layer for one reason: DeepSpeed's engine recognises expert modules
@@ -50,15 +50,15 @@ class GroupedExperts(AutoEPMoELayer):
         implementation: "grouped_mm" or "loop".
     """
 
-    def __init__(self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="grouped_mm", **kwargs):
+    def __init__(
+        self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="grouped_mm", **kwargs
+    ):
         nn.Module.__init__(self)  # not AutoEP's constructor, which converts a Hugging Face block
-        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size
         self.num_experts = config.num_moe_experts
         self.num_local_experts = num_local_experts
         self.first_expert = pg_collection.ep.rank() * num_local_experts
         self.linear = grouped_linear if implementation == "grouped_mm" else loop_linear
-        self.gate_up_proj = nn.Parameter(torch.empty(num_local_experts, 2 * ffn, hidden))
-        self.down_proj = nn.Parameter(torch.empty(num_local_experts, hidden, ffn))
+        self._create_weights(num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
         group_name = f"ep_size_{pg_collection.ep.size()}"
         for parameter in self.parameters():
             # What DeepSpeed reads: reduce over the expert-data-parallel group (all stages), partition over it (3).
@@ -67,6 +67,10 @@ class GroupedExperts(AutoEPMoELayer):
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = group_name
 
+    def _create_weights(self, experts: int, hidden: int, ffn: int) -> None:
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * ffn, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
+
     def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
         """Called by DeepSpeed's engine; the groups exist already."""
 
@@ -74,5 +78,38 @@ class GroupedExperts(AutoEPMoELayer):
         """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide."""
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         gate, up = self.linear(rows_RH, self.gate_up_proj, ends).chunk(2, dim=-1)
-        inner = F.silu(gate) * up * probs_R.unsqueeze(1).to(gate.dtype)
-        return self.linear(inner, self.down_proj, ends), None
+        return self._down(gate, up, probs_R, ends), None
+
+    def _down(self, gate_RF: Tensor, up_RF: Tensor, probs_R: Tensor, ends_e: Tensor) -> Tensor:
+        inner = F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(gate_RF.dtype)
+        return self.linear(inner, self.down_proj, ends_e)
+
+
+class LowRankExperts(GroupedExperts):
+    """Experts whose gate goes through the latent x A_i that their router scored them by.
+
+        E_i(x) = [silu((x A_i) B_i) * (x W_up_i)] W_down_i        Autonomy-of-Experts (arXiv 2501.13074), Routing-Free
+                                                                  MoE (2604.00801 Eq. 6)
+
+    `gate_proj` [e, F, r] is B, `up_proj` [e, F, H], `down_proj` [e, H, F]; A belongs to the router.
+    """
+
+    def __init__(self, *args, rank: int, **kwargs):
+        self.rank = rank
+        super().__init__(*args, **kwargs)
+
+    def _create_weights(self, experts: int, hidden: int, ffn: int) -> None:
+        self.gate_proj = nn.Parameter(torch.empty(experts, ffn, self.rank))
+        self.up_proj = nn.Parameter(torch.empty(experts, ffn, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
+
+    def forward(
+        self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor,
+        latents_Rr: Tensor | None = None, reduce_erH: Tensor | None = None,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """Weighted expert outputs [R, H], from the latents of these rows or from the matrices A that give them."""
+        ends = routes_per_expert_e.cumsum(0).to(torch.int32)
+        if latents_Rr is None:
+            latents_Rr = self.linear(rows_RH, reduce_erH, ends)
+        gate = self.linear(latents_Rr, self.gate_proj, ends)
+        return self._down(gate, self.linear(rows_RH, self.up_proj, ends), probs_R, ends), None

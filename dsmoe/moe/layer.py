@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe.moe.dispatch import RoutePlan, combine, dispatch, plan_routes
+from dsmoe.moe.dispatch import RoutePlan, combine, dispatch, dispatch_latents, plan_routes
 
 
 class VariableMoELayer(MoELayer):
@@ -32,18 +32,25 @@ class VariableMoELayer(MoELayer):
         """hidden_states [S, B, H]; padding_mask [B, S], True = padding. Returns (output [S, B, H], None)."""
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        probs_TE, map_TE = self.router(hidden_states, padding_mask)
+        probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
         plan = plan_routes(map_TE, self.ep_group)
-        hidden_TH = hidden_states.reshape(-1, hidden_states.size(-1))
+        hidden_TH = hidden_states.flatten(0, 1)
         if self.recompute and self.training:
-            out_TH = checkpoint(self._routed, hidden_TH, probs_TE, plan, use_reentrant=False, preserve_rng_state=False)
+            out_TH = checkpoint(
+                self._routed, hidden_TH, probs_TE, plan, *latent, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            out_TH = self._routed(hidden_TH, probs_TE, plan)
+            out_TH = self._routed(hidden_TH, probs_TE, plan, *latent)
         output = out_TH.view_as(hidden_states)
         shared = self.shared_experts_compute(hidden_states)
         return (output if shared is None else output + shared), None
 
-    def _routed(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan) -> Tensor:
+    def _routed(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
         rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan)
-        out_RH, _ = self.experts(rows_RH, plan.routes_per_expert_e, probs_R)
+        more = {}
+        if latent and self.router.sends_latents:
+            more["latents_Rr"] = dispatch_latents(latent[0], plan)
+        elif latent:
+            more["reduce_erH"] = latent[0]
+        out_RH, _ = self.experts(rows_RH, plan.routes_per_expert_e, probs_R, **more)
         return combine(out_RH, plan, hidden_TH.size(0))

@@ -49,6 +49,7 @@ class Routing:
     map_TE: Tensor  # bool
     kept: dict[str, Tensor] = field(default_factory=dict)  # what the losses need, with its gradient
     statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
+    latents_TEr: Tensor | None = None  # what a self-scoring expert was scored by, in the model's dtype
 
 
 class Router(megatron_router.Router):
@@ -95,6 +96,11 @@ class Router(megatron_router.Router):
         return None
 
     @classmethod
+    def latent_rank(cls, options: RouterOptions) -> int:
+        """Width r of the latent that scores an expert and enters its gate; 0 where experts are not scored that way."""
+        return 0
+
+    @classmethod
     def parameter_count(cls, model: ModelConfig, options: RouterOptions) -> int:
         """Parameters of one layer's router."""
         return model.num_experts * model.hidden_size
@@ -128,6 +134,11 @@ class Router(megatron_router.Router):
         Returns:
             probs [S * B, E] fp32, 0 where inactive, and routing map [S * B, E] bool.
         """
+        routing = self.decide(hidden, padding_mask)
+        return routing.probs_TE, routing.map_TE
+
+    def decide(self, hidden: Tensor, padding_mask: Tensor | None) -> Routing:
+        """Route the tokens that are not padding, check the plugin's answer, and hand it to the recorder."""
         length, batch, _ = hidden.shape
         hidden_TH = hidden.flatten(0, 1)
         sequence_T = torch.arange(batch, device=hidden.device).repeat(length)
@@ -138,14 +149,17 @@ class Router(megatron_router.Router):
             real = (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1)
             routing = self.route(hidden_TH.index_select(0, real), sequence_T.index_select(0, real))
             tokens = torch.tensor(real.numel(), device=hidden.device)
-            shape = (hidden_TH.size(0), self.num_experts)
-            routing.probs_TE = routing.probs_TE.new_zeros(shape).index_copy(0, real, routing.probs_TE)
-            routing.map_TE = routing.map_TE.new_zeros(shape).index_copy(0, real, routing.map_TE)
+            for name in ("probs_TE", "map_TE", "latents_TEr"):
+                rows = getattr(routing, name)
+                if rows is not None:
+                    everyone = rows.new_zeros(hidden_TH.size(0), *rows.shape[1:])
+                    setattr(routing, name, everyone.index_copy(0, real, rows))
         self._check(routing, hidden_TH.size(0))
         if self.recorder is not None:
             self.recorder.record(self.index, routing, tokens)
-            return routing.probs_TE, routing.map_TE
-        return self._attach_losses(routing, tokens), routing.map_TE
+        else:
+            routing.probs_TE = self._attach_losses(routing, tokens)
+        return routing
 
     def _attach_losses(self, routing: Routing, tokens: Tensor) -> Tensor:
         """In a stock MoELayer: losses over this rank's tokens, through Megatron's hook."""

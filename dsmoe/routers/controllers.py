@@ -43,20 +43,27 @@ class Controller(ABC):
 
 
 class LambdaController(Controller):
-    """A loss coefficient that grows by a factor while density is too high and shrinks by it otherwise.
+    """A loss coefficient that grows by a factor while density is too high and shrinks by it while it is too low.
 
-    ReMoE (arXiv 2412.14711) Eq. 7-8 in the form of its code: at equality it shrinks. One value for all layers.
+    ReMoE (arXiv 2412.14711) Eq. 7-8, Routing-Free MoE (2604.00801) Eq. 17. One value for all layers.
 
     Args:
         initial: lambda at step 0.
-        factor: alpha > 1.
+        factor: alpha, or 1 + eta; more than 1.
         target_density: wanted share of active (token, expert) pairs.
+        shrink_at_target: what happens at exact equality: shrink (ReMoE's code) or nothing (both papers).
+        maximum: lambda never exceeds it.
     """
 
-    def __init__(self, initial: float, factor: float, target_density: float):
+    def __init__(
+        self, initial: float, factor: float, target_density: float, shrink_at_target: bool = True,
+        maximum: float = float("inf"),
+    ):  # fmt: skip
         super().__init__(**{"lambda": torch.tensor(initial, dtype=torch.float32)})
         self.factor = factor
         self.target_density = target_density
+        self.shrink_at_target = shrink_at_target
+        self.maximum = maximum
 
     @property
     def value(self) -> Tensor:
@@ -64,8 +71,11 @@ class LambdaController(Controller):
         return self.state["lambda"]
 
     def update(self, totals: RoutingTotals) -> None:
-        grown, shrunk = self.value * self.factor, self.value / self.factor
-        self.state["lambda"] = torch.where(totals.density() > self.target_density, grown, shrunk)
+        density = totals.density()
+        at_target = self.value / self.factor if self.shrink_at_target else self.value
+        moved = torch.where(density < self.target_density, self.value / self.factor, at_target)
+        moved = torch.where(density > self.target_density, self.value * self.factor, moved)
+        self.state["lambda"] = moved.clamp(max=self.maximum)
 
     def metrics(self) -> dict[str, Tensor]:
         return {"lambda": self.value}

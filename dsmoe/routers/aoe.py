@@ -1,0 +1,66 @@
+"""Autonomy-of-Experts: the experts with the largest norm of their own latent win (arXiv 2501.13074, ICML 2025).
+
+    C_i = x A_i;  s_i = ||C_i||_2;  S = the k experts with the largest s
+    gates: all        softmax over the norms of all experts, those of S kept, not renormalised     (released code)
+           selected   softmax over the norms of S                                                  (paper)
+    E_i(x) = [silu(C_i B_i) * (x W_up_i)] W_down_i
+    L_balance = a E sum_i f_i mean_t softmax(s)_ti,  optional; f_i = routes of i / (k T); a = 1e-2 in the paper
+
+At equal parameters with an ordinary expert of width d_ffn, an expert here is (3 H d_ffn - r H) / (r + 2 H) wide. The
+paper's best r is a third of H or less; its balance loss adds little.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dsmoe.routers.base import BalanceScope, Routing
+from dsmoe.routers.losses import balance_product
+from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
+from dsmoe.routers.registry import register
+
+
+class AoEOptions(LowRankOptions):
+    k: int = Field(2, ge=1)  # experts of every token
+    gates: Literal["all", "selected"] = "all"
+    balance_coefficient: float = Field(0.0, ge=0)
+    balance_scope: BalanceScope = "micro_batch"
+
+    def problems(self, model):
+        found = []
+        if self.k > model.num_experts:
+            found.append(f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})")
+        if self.k == 1 and self.gates == "selected":
+            found.append("router.gates: found 'selected' with k = 1: every gate is 1 and scores learn nothing; expected 'all'")
+        return found
+
+    def mean_experts(self, model):
+        return self.k
+
+
+@register("aoe")
+class AutonomyOfExperts(LowRankRouter):
+    Options = AoEOptions
+
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        latents_TEr = self.latents(hidden_TH)
+        score_TE = torch.linalg.vector_norm(latents_TEr, dim=-1)
+        softmax_TE = score_TE.softmax(dim=-1)
+        score_Tk, expert_Tk = score_TE.topk(self.options.k, dim=-1)
+        gate_Tk = softmax_TE.gather(1, expert_Tk) if self.options.gates == "all" else score_Tk.softmax(dim=-1)
+        return Routing(
+            torch.zeros_like(softmax_TE).scatter(1, expert_Tk, gate_Tk),
+            torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, expert_Tk, True),
+            kept={"softmax_sum_E": softmax_TE.sum(0)},
+            latents_TEr=latents_TEr.to(hidden_TH.dtype),
+        )
+
+    def losses(self, routing, loads):
+        if not self.options.balance_coefficient:
+            return {}
+        product = balance_product(routing.kept["softmax_sum_E"], loads[self.options.balance_scope])
+        return {"balance": self.options.balance_coefficient / self.options.k * product}

@@ -1,0 +1,117 @@
+"""Routing-Free MoE: no router and no top-k; each expert decides by its own score (arXiv 2604.00801, EMNLP 2026).
+
+    s_i(x) = ||x A_i||_2 * scale_i - bias_i;  expert i is active where s_i >= theta           code; scale starts at 1,
+                                                                                             bias at -1e-6
+    G_i(x) = ReLU(||x A_i||_2 - bias_i)                                                       paper Eq. 9, bias 1e-6
+    h = x + sum_i active_i G_i(x) E_i(x)                                                      Eq. 10, raw weights
+    E_i(x) = [silu((x A_i) B_i) * (x W_up_i)] W_down_i                                        Eq. 6
+
+    density rho = active pairs / all pairs, over all experts of all layers
+    L_EB = mean over experts of (mean_x active_i)(mean_x G_i)                                 Eq. 12, expert balance
+    L_TB = mean over tokens of (mean_i active_i)(mean_i G_i), i over all layers               Eq. 13, token balance
+    L    = lambda (mu L_EB + (1 - mu) L_TB);  lambda *= (1 + eta)^sign(rho - rho_target)      Eq. 14-17
+
+In the code G inside the losses is the score after the threshold (inactive is 0), in the paper before it. lambda is
+capped at 1 in the code. Both follow `form`. The code moves lambda at every forward pass from one rank's density; here
+it moves once an optimizer step from that of all ranks. Published: theta 1, mu 0.5, rho 1/4, lambda_0 1e-10, eta 0.02,
+r 32 at H 512. At the start nearly all experts are active: plan memory for a dense model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dsmoe.routers.base import BalanceScope, Router, Routing
+from dsmoe.routers.controllers import LambdaController
+from dsmoe.routers.losses import mean_over_tokens
+from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
+from dsmoe.routers.registry import register
+
+START_SCORE = 2.56  # expected score over theta at the start of the paper's S scale: 0.02 * sqrt(512 * 32)
+
+
+class RoutingFreeOptions(LowRankOptions):
+    threshold: float = Field(1.0, gt=0)  # theta
+    target_density: float = Field(0.25, gt=0, le=1)  # rho
+    mu: float = Field(0.5, ge=0, le=1)  # 1: balance experts, 0: balance tokens
+    lambda_initial: float = Field(1e-10, gt=0)
+    lambda_rate: float = Field(0.02, gt=0)  # eta
+    form: Literal["code", "paper"] = "code"
+    rescale: bool = False  # draw A so that scores start at 2.56 theta, as at the paper's S scale, whatever H, r, init_std
+    balance_scope: BalanceScope = "micro_batch"
+
+    def problems(self, model):
+        expected = model.init_std * math.sqrt(model.hidden_size * self.rank)
+        if self.rescale or expected > self.threshold:
+            return []
+        return [
+            f"router.threshold: found {self.threshold}, expected less than the scores at the start, about "
+            f"init_std * sqrt(hidden_size * rank) = {expected:.3g}: every expert would start inactive, get no gradient and "
+            f"never recover. Set router.rescale=true, or raise router.rank or model.init_std, or lower router.threshold"
+        ]
+
+    def mean_experts(self, model):
+        return self.target_density * model.num_experts
+
+
+@register("routing_free")
+class RoutingFree(LowRankRouter):
+    Options = RoutingFreeOptions
+
+    def __init__(self, config, pg_collection=None, options: RoutingFreeOptions | None = None, **kwargs):
+        super().__init__(config, pg_collection, options, **kwargs)
+        code = self.options.form == "code"
+        self.bias = nn.Parameter(torch.full((self.num_experts,), -1e-6 if code else 1e-6))
+        self.scale = nn.Parameter(torch.ones(self.num_experts)) if code else None
+        if self.options.rescale:
+            width = config.hidden_size * self.options.rank
+            self.reduce_proj.init_std = START_SCORE * self.options.threshold / math.sqrt(width)
+
+    @classmethod
+    def parameter_count(cls, model, options):
+        vectors = 2 if options.form == "code" else 1
+        return super().parameter_count(model, options) + vectors * model.num_experts
+
+    @classmethod
+    def make_controller(cls, options: RoutingFreeOptions, num_layers: int, num_experts: int) -> LambdaController:
+        maximum = 1.0 if options.form == "code" else math.inf
+        return LambdaController(
+            options.lambda_initial, 1 + options.lambda_rate, options.target_density, shrink_at_target=False, maximum=maximum
+        )
+
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        latents_TEr = self.latents(hidden_TH)
+        score_TE = torch.linalg.vector_norm(latents_TEr, dim=-1)
+        if self.scale is not None:
+            score_TE = score_TE * self.scale.float()
+        score_TE = (score_TE - self.bias.float()).relu()
+        map_TE = score_TE >= self.options.threshold
+        probs_TE = score_TE * map_TE
+        balanced_TE = probs_TE if self.options.form == "code" else score_TE
+        kept = {
+            "score_sum_E": balanced_TE.sum(0),
+            "score_sum_T": balanced_TE.sum(1),
+            "active_T": map_TE.sum(1).to(torch.float32),
+        }
+        return Routing(probs_TE, map_TE, kept, latents_TEr=latents_TEr.to(hidden_TH.dtype))
+
+    @staticmethod
+    def model_losses(routers: list[Router], routings: list[Routing], loads):
+        """The losses look across layers: a token's experts are those of all layers."""
+        options, controller = routers[0].options, routers[0].controller
+        scope = [load[options.balance_scope] for load in loads]
+        pairs = len(routers) * routers[0].num_experts
+        tokens = scope[0].tokens.clamp(min=1).to(torch.float32)
+        expert_balance = sum(
+            torch.dot(load.counts_E.to(torch.float32) / tokens, mean_over_tokens(routing.kept["score_sum_E"], load))
+            for routing, load in zip(routings, scope, strict=True)
+        )
+        active_T, score_T = (sum(routing.kept[name] for routing in routings) for name in ("active_T", "score_sum_T"))
+        token_balance = mean_over_tokens(torch.dot(active_T, score_T), scope[0]) / pairs**2
+        unified = options.mu * expert_balance / pairs + (1 - options.mu) * token_balance
+        return {"balance": controller.value * unified}
