@@ -98,6 +98,7 @@ class TrainingConfig(Section):
     """One optimizer step sees `global_batch_size` sequences, in `gradient_accumulation` parts, over all ranks."""
 
     steps: int = Field(100, ge=1)  # optimizer steps of the whole run, resumed parts included
+    stop_at: int | None = Field(None, ge=1)  # save and stop after this step; schedules stay those of `steps`
     global_batch_size: int = Field(16, ge=1)  # sequences per optimizer step, over all ranks
     gradient_accumulation: int = Field(1, ge=1)  # micro-steps per optimizer step
     precision: Literal["fp32", "bf16"] = "fp32"  # routers, losses and optimizer state are fp32 in both

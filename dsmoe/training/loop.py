@@ -49,10 +49,11 @@ class Trainer:
         training = self.config.training
         evaluation: dict[str, float] = {}
         self.engine.train()
+        until = min(training.steps, training.stop_at or training.steps)
         with StopRequest() as stop, self.progress:
-            while self.step < training.steps:
+            while self.step < until:
                 line, asked = self._one_step(stop)
-                last = self.step == training.steps
+                last = self.step == until
                 if last or _due(self.step, training.eval_interval):
                     evaluation = self._evaluate()
                     line |= evaluation
@@ -67,8 +68,10 @@ class Trainer:
                     self._save()
             if not evaluation:  # resumed with nothing left to do
                 evaluation = self._evaluate()
+            if self.step < training.steps:
+                self.progress.say(f"stopped at step {self.step} (training.stop_at); without it the run goes on from here")
         self.metrics.close()
-        return True, evaluation
+        return self.step == training.steps, evaluation
 
     @property
     def tokens(self) -> int:
