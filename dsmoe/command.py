@@ -42,7 +42,8 @@ def quiet_libraries() -> None:
 
 def _print_once(message: str) -> None:
     """Rank 0 speaks. The others, who mostly met the same error, wait: if rank 0 did too, its launcher ends them."""
-    rank = int(os.environ.get("RANK", "0"))
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    rank = int(next((os.environ[name] for name in names if name in os.environ), "0"))
     if rank:
         time.sleep(3)
         message = f"[rank {rank}] {message}"

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from dsmoe.model.names import logical_tensors
+from dsmoe.model.names import parameter_pieces
 
 INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_proj")
 
@@ -25,13 +25,16 @@ def initialize(model: nn.Module, seed: int, std: float, num_layers: int) -> None
     Vectors (norm scales, and what a router sets in its constructor) keep the values their module gave them. A router's
     matrix may ask for a standard deviation of its own with an attribute `init_std`.
     """
-    own_std = {name: p.init_std for name, p in model.named_parameters() if hasattr(p, "init_std")}
-    for name, tensor in logical_tensors(model):
-        if tensor.dim() < 2:
-            continue
-        scale = own_std.get(name, std / math.sqrt(2 * num_layers) if name.endswith(INTO_RESIDUAL) else std)
-        generator = torch.Generator().manual_seed(_seed_of(seed, name))
-        tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(0.0, scale, generator=generator))
+    into_residual = std / math.sqrt(2 * num_layers)
+    for parameter, pieces in parameter_pieces(model):
+        for piece in pieces:
+            if len(piece.shape) < 2:
+                continue
+            usual = into_residual if piece.name.endswith(INTO_RESIDUAL) else std
+            generator = torch.Generator().manual_seed(_seed_of(seed, piece.name))
+            drawn = torch.empty(piece.numel, dtype=torch.float32)
+            drawn.normal_(0.0, getattr(parameter, "init_std", usual), generator=generator)
+            parameter.data.view(-1)[piece.start : piece.start + piece.numel] = drawn
 
 
 def _seed_of(seed: int, name: str) -> int:

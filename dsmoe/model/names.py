@@ -6,12 +6,11 @@ A rank holds its experts packed, `...experts.gate_up_proj` [e, 2F, H]. Everythin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-
-from dsmoe.moe.experts import GroupedExperts
 
 
 @dataclass(frozen=True)
@@ -25,22 +24,19 @@ class Piece:
 
 
 def parameter_pieces(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
-    """Every parameter with the logical tensors it holds, in a fixed order; shared parameters come once."""
-    packed = {
-        id(parameter): (path, module.first_expert)
-        for path, module in model.named_modules()
-        if isinstance(module, GroupedExperts)
-        for parameter in module.parameters(recurse=False)
-    }
+    """Every parameter with the logical tensors it holds, in a fixed order; shared parameters come once.
+
+    A parameter [e, ...] with an attribute `first_expert` holds one tensor for each of e experts.
+    """
     for name, parameter in model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in place
-        if id(parameter) not in packed:
-            yield parameter, [Piece(name, shape, 0, _numel(shape))]
+        first = getattr(parameter, "first_expert", None)
+        if first is None:
+            yield parameter, [Piece(name, shape, 0, math.prod(shape))]
             continue
-        path, first = packed[id(parameter)]
-        numel = _numel(shape[1:])
-        own = name.removeprefix(f"{path}.")
-        yield parameter, [Piece(f"{path}.{first + i}.{own}", shape[1:], i * numel, numel) for i in range(shape[0])]
+        module, _, own = name.rpartition(".")
+        numel = math.prod(shape[1:])
+        yield parameter, [Piece(f"{module}.{first + i}.{own}", shape[1:], i * numel, numel) for i in range(shape[0])]
 
 
 def logical_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -50,9 +46,3 @@ def logical_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for piece in pieces:
             yield piece.name, flat[piece.start : piece.start + piece.numel].view(piece.shape)
 
-
-def _numel(shape: tuple[int, ...]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
+from dsmoe.parallel.groups import mark_expert_parameter
+
 
 def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
     """Each expert's rows times its transposed weight, in one grouped GEMM.
@@ -56,16 +58,10 @@ class GroupedExperts(AutoEPMoELayer):
         nn.Module.__init__(self)  # not AutoEP's constructor, which converts a Hugging Face block
         self.num_experts = config.num_moe_experts
         self.num_local_experts = num_local_experts
-        self.first_expert = pg_collection.ep.rank() * num_local_experts
         self.linear = grouped_linear if implementation == "grouped_mm" else loop_linear
         self._create_weights(num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
-        group_name = f"ep_size_{pg_collection.ep.size()}"
         for parameter in self.parameters():
-            # What DeepSpeed reads: reduce over the expert-data-parallel group (all stages), partition over it (3).
-            parameter.allreduce = False
-            parameter.group_name = group_name
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = group_name
+            mark_expert_parameter(parameter, pg_collection.ep, pg_collection.ep.rank() * num_local_experts)
 
     def _create_weights(self, experts: int, hidden: int, ffn: int) -> None:
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * ffn, hidden))

@@ -42,6 +42,12 @@ def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group) ->
     return _AllToAllRows.apply(rows, send, receive, group)
 
 
+def all_gather_rows(rows: Tensor, sizes: list[int], group) -> Tensor:
+    """The rows of all ranks of the group, in rank order; rank r brings `sizes[r]`. Its gradient sums over ranks."""
+    ranks = group.size()
+    return all_to_all_rows(rows.repeat(ranks, *[1] * (rows.dim() - 1)), [rows.size(0)] * ranks, sizes, group)
+
+
 def all_to_all_counts(counts: Tensor, group) -> Tensor:
     """Exchange one row of counts with each rank: int64 [ranks, n] by destination -> int64 [ranks, n] by source."""
     if group.size() == 1:

@@ -142,6 +142,18 @@ def create_groups(expert_parallel: int) -> ParallelGroups:
     )
 
 
+def mark_expert_parameter(parameter: torch.nn.Parameter, ep: torch.distributed.ProcessGroup, first_expert: int) -> None:
+    """Say that a packed parameter [e, ...] holds the experts `first_expert` ... and differs between the ranks of `ep`.
+
+    These attributes are what DeepSpeed reads: reduce over the expert-data-parallel group (all ZeRO stages) and
+    partition over it (stage 3); `first_expert` is what `dsmoe.model.names` reads.
+    """
+    parameter.allreduce = False
+    parameter.group_name = parameter.ds_zero_partition_group_name = f"ep_size_{ep.size()}"
+    parameter.ds_zero_placement_family = "autoep_expert"
+    parameter.first_expert = first_expert
+
+
 _solo: torch.distributed.ProcessGroup | None = None
 
 

@@ -47,8 +47,7 @@ class AutonomyOfExperts(LowRankRouter):
     Options = AoEOptions
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        latents_TEr = self.latents(hidden_TH)
-        score_TE = torch.linalg.vector_norm(latents_TEr, dim=-1)
+        score_TE, latents_TEr = self.score(hidden_TH)
         softmax_TE = score_TE.softmax(dim=-1)
         score_Tk, expert_Tk = score_TE.topk(self.options.k, dim=-1)
         gate_Tk = softmax_TE.gather(1, expert_Tk) if self.options.gates == "all" else score_Tk.softmax(dim=-1)
@@ -56,7 +55,7 @@ class AutonomyOfExperts(LowRankRouter):
             torch.zeros_like(softmax_TE).scatter(1, expert_Tk, gate_Tk),
             torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, expert_Tk, True),
             kept={"softmax_sum_E": softmax_TE.sum(0)},
-            latents_TEr=latents_TEr.to(hidden_TH.dtype),
+            latents_TEr=latents_TEr,
         )
 
     def losses(self, routing, loads):

@@ -85,8 +85,7 @@ class RoutingFree(LowRankRouter):
         )
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        latents_TEr = self.latents(hidden_TH)
-        score_TE = torch.linalg.vector_norm(latents_TEr, dim=-1)
+        score_TE, latents_TEr = self.score(hidden_TH)
         if self.scale is not None:
             score_TE = score_TE * self.scale.float()
         score_TE = (score_TE - self.bias.float()).relu()
@@ -98,7 +97,7 @@ class RoutingFree(LowRankRouter):
             "score_sum_T": balanced_TE.sum(1),
             "active_T": map_TE.sum(1).to(torch.float32),
         }
-        return Routing(probs_TE, map_TE, kept, latents_TEr=latents_TEr.to(hidden_TH.dtype))
+        return Routing(probs_TE, map_TE, kept, latents_TEr=latents_TEr)
 
     @staticmethod
     def model_losses(routers: list[Router], routings: list[Routing], loads):
