@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,9 @@ from dsmoe.errors import RouterError
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.recorder import Load, RoutingRecorder
 
-# Whose tokens a balance loss counts: all ranks' tokens of a micro-step (then the layout does not change the loss), or
-# each rank's own (Megatron's and the ReMoE code's choice).
-BalanceScope = Literal["micro_batch", "rank"]
+# Whose tokens a balance loss counts: all ranks' of a micro-step (then the layout does not change the loss), each rank's
+# own (Megatron's and the ReMoE code's choice), or all ranks' of the optimizer step so far (arXiv 2501.11873).
+BalanceScope = Literal["micro_batch", "rank", "global_batch"]
 
 
 class RouterOptions(Section):
@@ -67,6 +67,7 @@ class Router(megatron_router.Router):
         self.controller = self.make_controller(self.options, 1, self.num_experts)
         self.recorder: RoutingRecorder | None = None
         self.index = 0
+        self.num_sequences = 0  # of the batch in `route`
 
     @abstractmethod
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
@@ -74,7 +75,7 @@ class Router(megatron_router.Router):
 
         Args:
             hidden_TH: the tokens that are not padding, in the model's dtype.
-            sequence_T: int64, which sequence of the batch each token belongs to.
+            sequence_T: int64, which sequence of the batch, 0..num_sequences-1, each token belongs to.
         """
 
     def losses(self, routing: Routing, loads: dict[BalanceScope, Load]) -> dict[str, Tensor]:
@@ -142,13 +143,14 @@ class Router(megatron_router.Router):
         length, batch, _ = hidden.shape
         hidden_TH = hidden.flatten(0, 1)
         sequence_T = torch.arange(batch, device=hidden.device).repeat(length)
+        self.num_sequences = batch
         if padding_mask is None:
             routing = self.route(hidden_TH, sequence_T)
-            tokens = torch.tensor(hidden_TH.size(0), device=hidden.device)
+            tokens = sequence_T.new_full((), hidden_TH.size(0))
         else:
             real = (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1)
             routing = self.route(hidden_TH.index_select(0, real), sequence_T.index_select(0, real))
-            tokens = torch.tensor(real.numel(), device=hidden.device)
+            tokens = sequence_T.new_full((), real.numel())
             for name in ("probs_TE", "map_TE", "latents_TEr"):
                 rows = getattr(routing, name)
                 if rows is not None:
@@ -166,7 +168,7 @@ class Router(megatron_router.Router):
         probs = routing.probs_TE
         if self.training and torch.is_grad_enabled():
             own = Load(routing.map_TE.sum(0), tokens, 1)
-            for loss in self.model_losses([self], [routing], [{"rank": own, "micro_batch": own}]).values():
+            for loss in self.model_losses([self], [routing], [dict.fromkeys(get_args(BalanceScope), own)]).values():
                 probs = MoEAuxLossAutoScaler.apply(probs, loss)
         return probs
 
