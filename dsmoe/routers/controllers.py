@@ -79,3 +79,89 @@ class LambdaController(Controller):
 
     def metrics(self) -> dict[str, Tensor]:
         return {"lambda": self.value}
+
+
+class BiasController(Controller):
+    """A bias for each layer and expert that rises while the expert gets less than the mean load and falls otherwise.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; method of 2408.15664): b += rate * sign(mean(c) - c) on the routes c
+    of all ranks and micro-steps. Integers are compared, so the sign is exact; at the mean the bias stays.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, rate: float):
+        super().__init__(bias=torch.zeros(num_layers, num_experts, dtype=torch.float32))
+        self.rate = rate
+
+    def update(self, totals: RoutingTotals) -> None:
+        counts_LE = totals.counts_LE
+        missing_LE = counts_LE.sum(dim=1, keepdim=True) - counts_LE.size(1) * counts_LE  # E * (mean - count)
+        self.state["bias"] = self.state["bias"] + self.rate * missing_LE.sign()
+
+    def metrics(self) -> dict[str, Tensor]:
+        bias_LE = self.state["bias"]
+        return {"bias_spread": (bias_LE.amax(dim=1) - bias_LE.amin(dim=1)).mean()}
+
+
+class PIController(Controller):
+    """A proportional-integral controller that holds the mean number of active experts at a target, through one p.
+
+    e_t = (target - mean active) / E;  p = p0 + kp e_t + ki sum(e), within [p_min, p_max]. Anti-windup: the integral
+    term stops where p0 plus it alone would leave that range, so p comes back as soon as the error turns.
+    """
+
+    def __init__(self, initial: float, kp: float, ki: float, target_density: float, p_min: float, p_max: float):
+        super().__init__(
+            p=torch.tensor(initial, dtype=torch.float32),
+            integral=torch.tensor(0.0, dtype=torch.float32),  # ki * sum(e)
+        )
+        self.initial, self.kp, self.ki = initial, kp, ki
+        self.target_density, self.p_min, self.p_max = target_density, p_min, p_max
+
+    @property
+    def value(self) -> Tensor:
+        """p, fp32 scalar on the model's device."""
+        return self.state["p"]
+
+    def update(self, totals: RoutingTotals) -> None:
+        error = (self.target_density - totals.density()).to(torch.float32)
+        integral = self.state["integral"] + self.ki * error
+        self.state["integral"] = integral.clamp(self.p_min - self.initial, self.p_max - self.initial)
+        p = self.initial + self.kp * error + self.state["integral"]
+        self.state["p"] = p.clamp(self.p_min, self.p_max)
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"p": self.value}
+
+
+class CutoffController(Controller):
+    """An exponential moving average of a statistic for each layer and expert, with Adam's bias correction.
+
+    c <- a c + (1 - a) s, where s is `Routing.statistic_E` averaged over ranks and micro-steps; used as c / (1 - a^n)
+    after n updates. n is also kept as a number of the host, so that routers can ask for it without waiting.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, decay: float):
+        super().__init__(
+            average=torch.zeros(num_layers, num_experts, dtype=torch.float32),
+            updates=torch.tensor(0, dtype=torch.int64),
+        )
+        self.decay = decay
+        self.updates = 0
+
+    def value_E(self, layer: int) -> Tensor:
+        """fp32 [E], the corrected average of a layer; 0 before the first update."""
+        return self.state["average"][layer] / (1 - self.decay**self.updates if self.updates else 1.0)
+
+    def update(self, totals: RoutingTotals) -> None:
+        statistic_LE = totals.statistic_LE / totals.passes
+        self.state["average"] = self.decay * self.state["average"] + (1 - self.decay) * statistic_LE
+        self.state["updates"] = self.state["updates"] + 1
+        self.updates += 1
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        super().load(state)
+        self.updates = int(self.state["updates"])
+
+    def metrics(self) -> dict[str, Tensor]:
+        corrected = torch.stack([self.value_E(layer) for layer in range(len(self.state["average"]))])
+        return {"cutoff_mean": corrected.mean()}

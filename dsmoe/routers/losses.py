@@ -1,25 +1,46 @@
-"""Balance losses that several routers share. E experts, T tokens."""
+"""Losses that several routers share. E experts, T tokens of this rank, N sequences of its batch.
+
+Each returns this rank's part of a mean over the tokens of a `Load`: the optimizer averages the gradients of all ranks,
+so a rank's part is its own sum times the number of ranks, over all tokens. Coefficients are the callers'.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe.routers.recorder import Load
 
 
+def mean_over_tokens(value_sum: Tensor, load: Load) -> Tensor:
+    """Mean over tokens of a quantity, from its sum over this rank's tokens (any shape)."""
+    return value_sum * (load.ranks / load.tokens.clamp(min=1).to(torch.float32))
+
+
 def balance_product(score_sum_E: Tensor, load: Load) -> Tensor:
     """E * sum_e f_e P_e with f_e = routes of e / T (exact, no gradient) and P_e = mean score of e (gradient).
 
-    `score_sum_E` sums this rank's tokens only. The optimizer averages the gradients of all ranks, so this rank's part
-    of the mean over all tokens is its sum times the number of ranks over all tokens. Not divided by k.
+    Not divided by k. `score_sum_E` sums this rank's tokens only.
     """
-    tokens = load.tokens.clamp(min=1).to(torch.float32)
-    fraction_E = load.counts_E.to(torch.float32) / tokens
-    mean_E = score_sum_E * (load.ranks / tokens)
-    return score_sum_E.numel() * torch.dot(fraction_E, mean_E)
+    return score_sum_E.numel() * torch.dot(load.fraction_E(), mean_over_tokens(score_sum_E, load))
 
 
-def mean_over_tokens(value_sum: Tensor, load: Load) -> Tensor:
-    """This rank's part of the mean over the load's tokens of a quantity summed over this rank's tokens."""
-    return value_sum * (load.ranks / load.tokens.clamp(min=1).to(torch.float32))
+def entropy_sum(logits_TE: Tensor) -> Tensor:
+    """-sum_t sum_e P log P of P = softmax(logits): nats, summed over this rank's tokens."""
+    return -(logits_TE.softmax(dim=-1) * F.log_softmax(logits_TE, dim=-1)).sum()
+
+
+def sequence_balance_sum(
+    score_TE: Tensor, map_TE: Tensor, sequence_T: Tensor, num_sequences: int
+) -> Tensor:
+    """sum over sequences s of T_s * E * sum_e f_se P_se: the balance product within each sequence, by its tokens T_s.
+
+    f_se = routes of e in s / T_s (no gradient), P_se = mean score of e in s. Divided by the number of tokens it is the
+    plain mean over sequences where all are equally long; a sequence that is all padding counts nothing.
+    """
+    empty_NE = score_TE.new_zeros(num_sequences, score_TE.size(1))
+    score_sum_NE = empty_NE.index_add(0, sequence_T, score_TE)
+    count_NE = empty_NE.index_add(0, sequence_T, map_TE.to(score_TE.dtype))
+    tokens_N = score_TE.new_zeros(num_sequences).index_add(0, sequence_T, torch.ones_like(score_TE[:, 0]))
+    return score_TE.size(1) * ((count_NE * score_sum_NE).sum(dim=1) / tokens_N.clamp(min=1)).sum()

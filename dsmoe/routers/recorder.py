@@ -22,8 +22,14 @@ class Load:
     """Exact routing counts of one layer over the tokens a loss looks at."""
 
     counts_E: Tensor  # int64, routes per expert
-    tokens: Tensor  # int64 scalar, T
+    tokens: Tensor  # int64 scalar, the tokens of this forward pass on those ranks: a loss is a mean over them
     ranks: int  # data ranks these were summed over
+    counted: Tensor | None = None  # int64 scalar, the tokens behind `counts_E` where those are more than `tokens`
+
+    def fraction_E(self) -> Tensor:
+        """fp32, routes per counted token."""
+        counted = self.tokens if self.counted is None else self.counted
+        return self.counts_E.to(torch.float32) / counted.clamp(min=1).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,14 @@ class RoutingRecorder:
         self._passes = [None] * len(self.routers)
         if not torch.is_grad_enabled():
             return {}
+        ranks, step = self.group.size(), self._totals
         loads = [
-            {"rank": Load(own, tokens, 1), "micro_batch": Load(counts, totals.tokens, self.group.size())}
-            for own, counts in zip(own_LE, counts_LE, strict=True)
+            {
+                "rank": Load(own_E, tokens, 1),
+                "micro_batch": Load(micro_E, totals.tokens, ranks),
+                "global_batch": Load(step_E, totals.tokens, ranks, counted=step.tokens),
+            }
+            for own_E, micro_E, step_E in zip(own_LE, counts_LE, step.counts_LE, strict=True)
         ]
         return self.routers[0].model_losses(self.routers, routings, loads)
 
