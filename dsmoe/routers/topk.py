@@ -1,12 +1,20 @@
 """Softmax top-k with a balance loss: Switch (arXiv 2101.03961), GShard (2006.16668), Mixtral's renormalised gates.
 
-    P = softmax(x W);  S = the k experts with the largest P;  gate_e = P_e for e in S, else 0
-    renormalize: gate_e / sum_S gate (the same as a softmax over the k selected logits)
+    P = softmax(x W);  S = the k experts with the largest P
+    softmax: before      gate_e = P_e for e in S, else 0                            Switch; Megatron's pre-softmax
+      and renormalize    gate_e / sum_S gate                                        GShard
+    softmax: after       gate = softmax over the k selected logits                  Mixtral; the same numbers
     L_balance = a E sum_e f_e mean_t(P_te),  f_e = routes of e / (k T), no gradient through f; a = 1e-2 in Switch
-    L_z       = c mean_t(logsumexp(x W)^2)   (ST-MoE, arXiv 2202.08906)
+    L_z       = c mean_t(logsumexp(x W)^2),  c = 1e-3 in ST-MoE (arXiv 2202.08906); off here
+
+`balance_scope` says over which tokens f is taken; P is always of the current micro-step. `global_batch` is the loss of
+arXiv 2501.11873: counts of all ranks over the micro-steps of the optimizer step so far, so that experts may specialise
+within a sequence. The coefficient means the same in every scope, at any number of ranks and micro-steps.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -19,7 +27,8 @@ from dsmoe.routers.registry import register
 
 class TopKOptions(RouterOptions):
     k: int = Field(1, ge=1)  # experts of every token
-    renormalize: bool = False  # gates of a token sum to 1; with k = 1 its gate is then 1 and learns from losses alone
+    softmax: Literal["before", "after"] = "before"  # over all experts, or over the k selected ones
+    renormalize: bool = False  # with softmax before: gates of a token sum to 1
     balance_coefficient: float = Field(1e-2, ge=0)
     z_coefficient: float = Field(0.0, ge=0)
     balance_scope: BalanceScope = "micro_batch"
@@ -28,11 +37,20 @@ class TopKOptions(RouterOptions):
         found = []
         if self.k > model.num_experts:
             found.append(f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})")
-        if self.k == 1 and self.renormalize:
-            found.append("router.renormalize: found True with k = 1: every gate is 1 and the router cannot learn from the model's loss; expected False")
+        if self.softmax == "after" and self.renormalize:
+            found.append(
+                "router.renormalize: found True with router.softmax: after, whose gates sum to 1 already; expected False"
+            )
+        elif self.k == 1 and (self.renormalize or self.softmax == "after"):
+            key, value, other = ("renormalize", True, False) if self.renormalize else ("softmax", "after", "before")
+            found.append(
+                f"router.{key}: found {value} with router.k: 1: every gate is 1 and the router cannot learn from the "
+                f"model's loss; expected {other}, or a larger k"
+            )
         return found
 
     def mean_experts(self, model):
+        """k, exactly."""
         return self.k
 
 
@@ -41,15 +59,18 @@ class TopKRouter(Router):
     Options = TopKOptions
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        options = self.options
         logits_TE = self.gating(hidden_TH)
         softmax_TE = logits_TE.softmax(dim=-1)
-        gate_Tk, expert_Tk = softmax_TE.topk(self.options.k, dim=-1)
-        if self.options.renormalize:
-            gate_Tk = gate_Tk / gate_Tk.sum(dim=-1, keepdim=True)
+        logit_Tk, expert_Tk = logits_TE.topk(options.k, dim=-1)
+        if options.softmax == "after" or options.renormalize:
+            gate_Tk = logit_Tk.softmax(dim=-1)  # P over its sum in S, without the quotient of two small numbers
+        else:
+            gate_Tk = softmax_TE.gather(1, expert_Tk)
         probs_TE = torch.zeros_like(softmax_TE).scatter(1, expert_Tk, gate_Tk)
         map_TE = torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, expert_Tk, True)
         kept = {"softmax_sum_E": softmax_TE.sum(0)}
-        if self.options.z_coefficient:
+        if options.z_coefficient:
             kept["z_sum"] = logits_TE.logsumexp(dim=-1).square().sum()
         return Routing(probs_TE, map_TE, kept)
 
