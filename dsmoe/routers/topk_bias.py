@@ -1,0 +1,129 @@
+"""Top-k with a load-balancing bias instead of a loss: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+
+    s = sigmoid(x W)                                            Eq. 15   fp32 affinities
+    S = the k experts with the largest s + b                    Eq. 16   b steers the selection and nothing else
+    gate_e = route_scale * s_e / sum_S s for e in S, else 0     Eq. 13   no b in it, no gradient to b
+    b_e += gamma * sign(mean(c) - c_e)                          after each optimizer step, c = routes on all ranks
+
+Groups: the experts lie in `num_groups` blocks of equal size (one a node); a token may only use the `groups_per_token`
+blocks whose best `group_score_experts` biased scores sum highest. V3 takes k / groups_per_token = 2 of them.
+Sequence loss (Eq. 17-20), within each sequence of T tokens, averaged over sequences, no gradient through f:
+
+    L = alpha sum_e f_e P_e,  f_e = E / (k T) sum_t 1{e in top-k of s_t},  P_e = mean_t(s_te / sum_j s_tj)
+
+The paper counts the top-k of the scores without bias and groups; `sequence_counts: routes` counts the routes taken.
+With padding, a sequence weighs as much as it has tokens.
+
+Published numbers: gamma 1e-3 (0 for the last 0.5T of 14.8T tokens: set `bias_update_rate=0` on resume), alpha 1e-4,
+route_scale 2.5; k 8 of 256 experts in 8 groups, 4 a token. k and groups depend on the model, so they have plain
+defaults. `score: softmax` is the variant of the bias method's own paper (2408.15664).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dsmoe.routers.base import Router, RouterOptions, Routing
+from dsmoe.routers.controllers import BiasController
+from dsmoe.routers.losses import mean_over_tokens, sequence_balance_sum
+from dsmoe.routers.registry import register
+
+TINY = 1e-20  # keeps 0/0 away where all scores of a token underflow
+
+
+class TopKBiasOptions(RouterOptions):
+    k: int = Field(2, ge=1)  # experts of every token
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    renormalize: bool = True  # gates of a token sum to route_scale
+    route_scale: float = Field(2.5, gt=0)
+    bias_update_rate: float = Field(1e-3, ge=0)  # gamma
+    num_groups: int = Field(1, ge=1)
+    groups_per_token: int = Field(1, ge=1)
+    group_score_experts: int = Field(2, ge=1)  # best experts of a group whose biased scores rank it
+    sequence_coefficient: float = Field(1e-4, ge=0)  # alpha
+    sequence_counts: Literal["scores", "routes"] = "scores"  # top-k of the scores alone, or the routes taken
+
+    def problems(self, model):
+        experts, groups, allowed, found = model.num_experts, self.num_groups, self.groups_per_token, []
+        if self.k > experts:
+            found.append(f"router.k: found {self.k}, expected at most model.num_experts ({experts})")
+        if self.k == 1 and self.renormalize:
+            found.append(
+                "router.renormalize: found True with router.k: 1: every gate is route_scale and the router cannot "
+                "learn from the model's loss; expected False, or a larger k"
+            )
+        if experts % groups:
+            found.append(f"router.num_groups: found {groups}, expected a divisor of model.num_experts ({experts})")
+            return found
+        if allowed > groups:
+            found.append(f"router.groups_per_token: found {allowed}, expected at most router.num_groups ({groups})")
+        elif experts >= self.k > allowed * (experts // groups):
+            found.append(
+                f"router.k: found {self.k}, expected at most the {allowed * (experts // groups)} experts of "
+                f"router.groups_per_token ({allowed}) groups of {experts // groups}"
+            )
+        if allowed < groups and self.group_score_experts > experts // groups:
+            found.append(
+                f"router.group_score_experts: found {self.group_score_experts}, expected at most the "
+                f"{experts // groups} experts of a group"
+            )
+        return found
+
+    def mean_experts(self, model):
+        """k, exactly."""
+        return self.k
+
+
+@register("topk_bias")
+class TopKBiasRouter(Router):
+    Options = TopKBiasOptions
+
+    @classmethod
+    def make_controller(cls, options: TopKBiasOptions, num_layers: int, num_experts: int) -> BiasController:
+        return BiasController(num_layers, num_experts, options.bias_update_rate)
+
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        options = self.options
+        logits_TE = self.gating(hidden_TH)
+        score_TE = logits_TE.sigmoid() if options.score == "sigmoid" else logits_TE.softmax(dim=-1)
+        bias_E = self.controller.state["bias"][self.index].to(score_TE.device)
+        expert_Tk = self._within_groups(score_TE.detach() + bias_E).topk(options.k, dim=-1).indices
+        gate_Tk = score_TE.gather(1, expert_Tk)
+        if options.renormalize:
+            gate_Tk = gate_Tk / (gate_Tk.sum(dim=-1, keepdim=True) + TINY)
+        probs_TE = torch.zeros_like(score_TE).scatter(1, expert_Tk, gate_Tk * options.route_scale)
+        map_TE = _map_of(expert_Tk, score_TE)
+        kept = {}
+        if options.sequence_coefficient:
+            counted_TE = map_TE
+            if options.sequence_counts == "scores":
+                counted_TE = _map_of(score_TE.detach().topk(options.k, dim=-1).indices, score_TE)
+            share_TE = score_TE / (score_TE.sum(dim=-1, keepdim=True) + TINY)
+            kept["sequence_sum"] = sequence_balance_sum(share_TE, counted_TE, sequence_T, self.num_sequences)
+        return Routing(probs_TE, map_TE, kept)
+
+    def _within_groups(self, biased_TE: Tensor) -> Tensor:
+        """Biased scores with -inf outside each token's groups."""
+        groups, allowed = self.options.num_groups, self.options.groups_per_token
+        if allowed == groups:
+            return biased_TE
+        biased_TGg = biased_TE.unflatten(1, (groups, -1))
+        score_TG = biased_TGg.topk(self.options.group_score_experts, dim=-1).values.sum(dim=-1)
+        open_TG = _map_of(score_TG.topk(allowed, dim=-1).indices, score_TG)
+        return biased_TGg.masked_fill(~open_TG.unsqueeze(-1), -torch.inf).flatten(1)
+
+    def losses(self, routing, loads):
+        options = self.options
+        if not options.sequence_coefficient:
+            return {}
+        mean = mean_over_tokens(routing.kept["sequence_sum"], loads["micro_batch"])
+        return {"sequence_balance": options.sequence_coefficient / options.k * mean}
+
+
+def _map_of(index_Tk: Tensor, like_TN: Tensor) -> Tensor:
+    """bool like `like_TN`, True at the indices."""
+    return torch.zeros_like(like_TN, dtype=torch.bool).scatter(1, index_Tk, True)
