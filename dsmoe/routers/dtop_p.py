@@ -1,0 +1,112 @@
+"""Sparsity-controlled dynamic top-p (DTop-p, arXiv 2512.13996v3): a controller moves p to hold the mean active experts.
+
+    z_e = (x W_e - mean_e(x W)) / std_e(x W)              standardised over the experts of the layer
+    P   = softmax(theta_l z)                              theta_l: one learned scale for each layer
+    S   = the fewest experts, largest first, whose P sum to more than p: one p for all layers (see top_p.py)
+    gate_e = P_e / sum_S P for e in S, else 0             renormalised
+    between optimizer steps: e_t = (k - a_t) / E,  p = p_0 + K_p e_t + K_i sum(e)
+                                                          a_t = mean active experts over all tokens and layers
+    L = balance_coefficient * E sum_e f_e Q_e + entropy_coefficient * mean_t H(P_t)      as in top_p.py
+
+Where the constants come from
+    published    balance 1e-4, entropy 1e-3, no z-loss (it hurt); k = 8 of 64 experts, or 16 of 128
+    third-party  K_p 0.05 and K_i 0.005 with anti-windup, in a port that controls each layer alone
+    ours         p_0 (not found: by default the mass that k of E experts hold where z is normal), theta_l = 1 at the
+                 start, epsilon, the range of p, the clamp as anti-windup, and the form of the losses (mean over layers)
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.controllers import PIController
+from dsmoe.routers.losses import entropy_sum
+from dsmoe.routers.registry import register
+from dsmoe.routers.top_p import Rule, top_p_losses, top_p_map
+
+
+class DTopPOptions(RouterOptions):
+    k: float = Field(2.0, gt=0)  # mean active experts per token the controller aims at
+    p_initial: float | None = Field(None, ge=0, le=1)  # p_0; None: from k, E and scale_initial
+    p_min: float = Field(0.0, ge=0, le=1)
+    p_max: float = Field(1.0, ge=0, le=1)
+    kp: float = Field(0.05, ge=0)  # K_p
+    ki: float = Field(0.005, ge=0)  # K_i
+    scale_initial: float = Field(1.0, gt=0)  # theta_l at step 0
+    epsilon: float = Field(1e-6, gt=0)  # added to the variance of a token's logits
+    rule: Rule = "above"
+    balance_coefficient: float = Field(1e-4, ge=0)
+    entropy_coefficient: float = Field(1e-3, ge=0)
+    balance_scope: BalanceScope = "micro_batch"
+
+    def problems(self, model):
+        found = []
+        if not 1 < self.k <= model.num_experts:
+            found.append(
+                f"router.k: found {self.k}, expected more than 1 (a single expert's renormalised gate is always 1, and "
+                f"the router cannot learn from the model's loss) and at most model.num_experts ({model.num_experts})"
+            )
+        if self.p_min >= self.p_max:
+            found.append(f"router.p_min: found {self.p_min}, expected less than router.p_max ({self.p_max})")
+        elif self.p_initial is not None and not self.p_min <= self.p_initial <= self.p_max:
+            found.append(
+                f"router.p_initial: found {self.p_initial}, expected a value from router.p_min ({self.p_min}) to "
+                f"router.p_max ({self.p_max})"
+            )
+        if not self.kp and not self.ki:
+            found.append("router.kp: found 0 with router.ki: 0: p would never move; expected one of them above 0")
+        return found
+
+    def mean_experts(self, model):
+        """k, which the controller holds."""
+        return self.k
+
+    def initial_p(self, num_experts: int) -> float:
+        """p_0: `p_initial`, or the share of sum(exp(theta z)) that the top k of E normal z hold."""
+        if self.p_initial is not None:
+            return self.p_initial
+        if self.k >= num_experts:
+            return self.p_max
+        normal = NormalDist()
+        mass = normal.cdf(self.scale_initial - normal.inv_cdf(1 - self.k / num_experts))
+        return min(max(mass, self.p_min), self.p_max)
+
+
+@register("dtop_p")
+class DTopPRouter(Router):
+    Options = DTopPOptions
+
+    def __init__(self, config, pg_collection=None, options: DTopPOptions | None = None, **kwargs):
+        super().__init__(config, pg_collection, options, **kwargs)
+        self.scale = nn.Parameter(torch.full((1,), self.options.scale_initial, dtype=torch.float32))
+
+    @classmethod
+    def make_controller(cls, options: DTopPOptions, num_layers: int, num_experts: int) -> PIController:
+        return PIController(
+            options.initial_p(num_experts), options.kp, options.ki, options.k / num_experts,
+            options.p_min, options.p_max,
+        )  # fmt: skip
+
+    @classmethod
+    def parameter_count(cls, model, options):
+        return super().parameter_count(model, options) + 1
+
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        logits_TE = self.gating(hidden_TH)
+        variance_T, mean_T = torch.var_mean(logits_TE, dim=-1, correction=0, keepdim=True)
+        logits_TE = self.scale.float() * (logits_TE - mean_T) * (variance_T + self.options.epsilon).rsqrt()
+        softmax_TE = logits_TE.softmax(dim=-1)
+        map_TE = top_p_map(softmax_TE, self.controller.value.to(softmax_TE.device), self.options.rule)
+        selected_TE = softmax_TE * map_TE
+        kept = {"softmax_sum_E": softmax_TE.sum(0)}
+        if self.options.entropy_coefficient:
+            kept["entropy_sum"] = entropy_sum(logits_TE)
+        return Routing(selected_TE / selected_TE.sum(dim=-1, keepdim=True), map_TE, kept)
+
+    def losses(self, routing, loads):
+        return top_p_losses(self, routing, loads)

@@ -1,0 +1,96 @@
+"""Dynamic routing, "Harder Tasks Need More Experts": top-p over the softmax (arXiv 2403.07652, ACL 2024, section 2).
+
+    P = softmax(x W);  experts in descending order of P;  t = the fewest whose P sum to more than p
+    gate_e = P_e for the first t experts, else 0        not renormalised; at least one expert; p the same everywhere
+    L_balance = alpha E sum_e f_e Q_e,  f_e = routes of e / T (no gradient), Q_e = mean_t P_te;  alpha = 1e-2
+    L_entropy = beta mean_t(-sum_e P_te log P_te)       against flat P, which would activate everything;  beta = 1e-4
+
+p = 0.4 (0.1 to 0.7 were tried; 1.76 experts of 16 on average, from 2.42 early in training). The expert that crosses p
+is kept. `rule: above` is the released code (mass > p), `reach` the paper's text (mass >= p); they differ on ties only.
+The released code keeps every expert of a token whose mass never exceeds p by rounding; here that happens at p = 1 only,
+as it must. Its softmax runs in the model's dtype; here all is fp32. The training code was never released: that both
+losses are a mean over layers of token means, and whose tokens f counts (`balance_scope`), are our choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.losses import balance_product, entropy_sum, mean_over_tokens
+from dsmoe.routers.registry import register
+
+Rule = Literal["above", "reach"]
+
+
+class TopPOptions(RouterOptions):
+    p: float = Field(0.4, gt=0, le=1)  # probability mass to exceed
+    rule: Rule = "above"  # mass > p (released code) or mass >= p (paper)
+    balance_coefficient: float = Field(1e-2, ge=0)  # alpha
+    entropy_coefficient: float = Field(1e-4, ge=0)  # beta
+    balance_scope: BalanceScope = "micro_batch"
+    expected_experts: float | None = Field(None, gt=0)  # for counting active parameters only; None: as with a flat P
+
+    def problems(self, model):
+        if self.expected_experts is not None and self.expected_experts > model.num_experts:
+            return [
+                f"router.expected_experts: found {self.expected_experts}, expected at most model.num_experts "
+                f"({model.num_experts})"
+            ]
+        return []
+
+    def mean_experts(self, model):
+        """`expected_experts`, or without it the experts that a flat softmax needs: no P needs more, training less."""
+        if self.expected_experts is not None:
+            return self.expected_experts
+        needed = self.p * model.num_experts
+        return min(model.num_experts, math.ceil(needed) if self.rule == "reach" else math.floor(needed) + 1)
+
+
+def top_p_map(probs_TE: Tensor, p: float | Tensor, rule: Rule) -> Tensor:
+    """bool [T, E]: the fewest experts, largest first, whose fp32 probabilities sum to more than p (or reach it).
+
+    An expert belongs to them while the mass before it has not crossed p; before the first that mass is 0.
+    """
+    sorted_TE, expert_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True)
+    before_TE = F.pad(sorted_TE.cumsum(dim=-1)[:, :-1], (1, 0))
+    kept_TE = before_TE <= p if rule == "above" else before_TE < p
+    # Rounded sums may reach 1 early. At p = 1 every expert stays; under any p the first one does.
+    kept_TE = kept_TE | (p >= 1)
+    kept_TE[:, 0] = True
+    return torch.zeros_like(kept_TE).scatter(1, expert_TE, kept_TE)
+
+
+@register("top_p")
+class TopPRouter(Router):
+    Options = TopPOptions
+
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        logits_TE = self.gating(hidden_TH)
+        softmax_TE = logits_TE.softmax(dim=-1)
+        map_TE = top_p_map(softmax_TE, self.options.p, self.options.rule)
+        kept = {"softmax_sum_E": softmax_TE.sum(0)}
+        if self.options.entropy_coefficient:
+            kept["entropy_sum"] = entropy_sum(logits_TE)
+        return Routing(softmax_TE * map_TE, map_TE, kept)
+
+    def losses(self, routing, loads):
+        return top_p_losses(self, routing, loads)
+
+
+def top_p_losses(router: Router, routing: Routing, loads: dict) -> dict[str, Tensor]:
+    """Balance and entropy loss of one layer, its part of the mean over layers."""
+    options, load, losses = router.options, loads[router.options.balance_scope], {}
+    if options.balance_coefficient:
+        product = balance_product(routing.kept["softmax_sum_E"], load)
+        losses["balance"] = options.balance_coefficient / router.num_layers * product
+    if options.entropy_coefficient:
+        mean = mean_over_tokens(routing.kept["entropy_sum"], load)
+        losses["entropy"] = options.entropy_coefficient / router.num_layers * mean
+    return losses
