@@ -1,0 +1,79 @@
+"""Expert Threshold routing: each expert takes the tokens above a cutoff of its own (arXiv 2603.11535).
+
+    r = x W;   z_te = 1{r_te >= c_e};   gate_te = sigmoid(r_te) where z_te = 1, else 0      no normalisation, no loss
+    q_e   = the n-th largest r_te of the batch, n = T k / E                   what Expert Choice would cut at
+    c_e  <- a c_e + (1 - a) mean(q_e)                                         once per optimizer step; used as
+    c_e / (1 - a^m) after m steps                                             Adam's bias correction
+
+mean(q) runs over ranks and micro-steps; the batch of a q is one rank's tokens of one micro-step, so the number of ranks
+plays a part, as in the released code. A token may get no expert: the paper adds a shared expert
+(`model.moe_shared_expert_intermediate_size`) and keeps the first layer dense (`model.moe_layer_freq`).
+
+Training, the first `warmup_steps`: Expert Choice (arXiv 2202.09368), every expert takes its n top tokens, which gives
+perfect balance but lets a token's route depend on later tokens. After that, cutoffs, with the load of an expert held
+within (1 - C) n and (1 + C) n tokens by moving its cutoff for this batch (`capacity_slack`, training only). Without any
+warm-up the first step still runs on Expert Choice: there is no cutoff yet.
+Evaluation and generation: always the cutoffs alone, so a route depends on its token only; before step 1 they are 0.
+
+Published: a 0.999 (the code's default is 0.99), warm-up 4000 steps, C 0.5 in the paper (off in the code: null), Xavier
+init of W (here model.init_std). k depends on the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dsmoe.routers.base import Router, RouterOptions, Routing
+from dsmoe.routers.controllers import CutoffController
+from dsmoe.routers.registry import register
+
+
+class ExpertThresholdOptions(RouterOptions):
+    k: float = Field(1.0, gt=0)  # mean experts per token that the cutoffs stand for
+    warmup_steps: int = Field(4000, ge=0)  # optimizer steps of Expert Choice
+    decay: float = Field(0.999, ge=0, lt=1)  # a
+    capacity_slack: float | None = Field(0.5, ge=0)  # C; null: no limit
+
+    def problems(self, model):
+        if self.k > model.num_experts:
+            return [f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})"]
+        return []
+
+    def mean_experts(self, model):
+        """k: exact in the warm-up, what the cutoffs give on average after it."""
+        return self.k
+
+
+@register("expert_threshold")
+class ExpertThresholdRouter(Router):
+    Options = ExpertThresholdOptions
+
+    @classmethod
+    def make_controller(cls, options: ExpertThresholdOptions, num_layers: int, num_experts: int) -> CutoffController:
+        return CutoffController(num_layers, num_experts, options.decay)
+
+    def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        logits_TE = self.gating(hidden_TH)
+        score_TE, cutoff_E = logits_TE.detach(), self.controller.value_E(self.index).to(logits_TE.device)
+        if not self.training:
+            map_TE = score_TE >= cutoff_E
+            return Routing(logits_TE.sigmoid() * map_TE, map_TE)
+        tokens, share, slack = score_TE.size(0), self.options.k / self.num_experts, self.options.capacity_slack
+        if not tokens:  # a rank whose batch is all padding must not move the cutoffs
+            return Routing(logits_TE.sigmoid(), score_TE >= cutoff_E, statistic_E=cutoff_E)
+        least, wanted, most = (
+            min(tokens, round(tokens * share * (1 + change))) for change in (-(slack or 0), 0, slack or 0)
+        )
+        wanted = max(wanted, 1)
+        best_nE, token_nE = score_TE.topk(max(wanted, most), dim=0)
+        statistic_E = best_nE[wanted - 1]
+        if self.controller.updates < max(self.options.warmup_steps, 1):
+            map_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(0, token_nE[:wanted], True)
+        else:
+            if slack is not None:
+                cutoff_E = torch.maximum(cutoff_E, best_nE[max(most, 1) - 1])
+                cutoff_E = torch.minimum(cutoff_E, best_nE[least - 1]) if least > 0 else cutoff_E
+            map_TE = score_TE >= cutoff_E
+        return Routing(logits_TE.sigmoid() * map_TE, map_TE, statistic_E=statistic_E)
