@@ -87,8 +87,8 @@ def parameter_groups(model: torch.nn.Module, training: TrainingConfig) -> list[d
 
 
 def learning_rate(step: int, training: TrainingConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine from `lr` to `min_lr` at `steps`. `step` counts from 0."""
+    """Linear warm-up over `warmup_steps`, then a cosine from `lr` to `final_lr` at `steps`. `step` counts from 0."""
     if step < training.warmup_steps:
         return training.lr * (step + 1) / training.warmup_steps
     progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
-    return training.min_lr + (training.lr - training.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return training.final_lr + (training.lr - training.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,154 @@
+"""What can be configured: every key of a run, with its default, its meaning and its unit."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys and silent type conversions are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The transformer: Megatron-Core's names, RMSNorm, RoPE and SwiGLU throughout."""
+
+    num_layers: int = Field(4, ge=1)
+    hidden_size: int = Field(256, ge=8)
+    num_attention_heads: int = Field(8, ge=1)
+    num_query_groups: int | None = Field(None, ge=1)  # key/value heads of GQA; None: as many as attention heads
+    sequence_length: int = Field(256, ge=2)  # tokens
+    vocab_size: int | None = Field(None, ge=2)  # None: the tokenizer's size, rounded up to a multiple of 64
+    ffn_hidden_size: int | None = Field(None, ge=1)  # a dense layer's SwiGLU; None: 4 x moe_ffn_hidden_size
+    num_experts: int = Field(8, ge=1)
+    moe_ffn_hidden_size: int = Field(512, ge=1)  # width of one expert's SwiGLU
+    moe_layer_freq: int | list[Literal[0, 1]] = 1  # n: every n-th from the first is MoE; list: 1 MoE, 0 dense
+    moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)  # of every token; None: no such expert
+    tie_embeddings: bool = True  # one matrix for the input embedding and the output layer
+    qk_layernorm: bool = False  # RMSNorm on queries and keys, per head
+    rotary_base: float = Field(10000.0, gt=0)
+    norm_epsilon: float = Field(1e-5, gt=0)
+    init_std: float = Field(0.02, gt=0)  # normal init; projections into the residual use init_std / sqrt(2 num_layers)
+    recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; dispatch + experts; also attention
+    experts_implementation: Literal["grouped_mm", "loop"] = "grouped_mm"  # "loop" is the plain reference
+
+    def moe_layers(self) -> list[bool]:
+        """For each layer, whether it is an MoE layer."""
+        if isinstance(self.moe_layer_freq, list):
+            return [bool(flag) for flag in self.moe_layer_freq]
+        return [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
+
+    @property
+    def dense_ffn_hidden_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.moe_ffn_hidden_size
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+
+class RouterConfig(BaseModel):
+    """Which router, and its own options: the plugin's `Options` class says which there are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = "topk"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ParallelConfig(Section):
+    """How the processes share the work. Data parallelism is what remains: every process is a data rank."""
+
+    expert_parallel: int = Field(1, ge=1)  # ranks that share one copy of the experts
+    zero_stage: Literal[1, 2, 3] = 1
+    tensor_parallel: int = Field(1, ge=1)  # only 1
+    pipeline_parallel: int = Field(1, ge=1)  # only 1
+    context_parallel: int = Field(1, ge=1)  # only 1
+
+
+class DataConfig(Section):
+    """What is read: a folder made by tools/prepare_data.py, or any Megatron .bin/.idx prefix."""
+
+    path: str = "data/corpus"  # folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx
+    valid_path: str | None = None  # held-out PREFIX, when `path` is a prefix
+    valid_fraction: float = Field(0.02, gt=0, lt=1)  # held out by document, for a prefix without `valid_path`
+    tokenizer: str | None = None  # SentencePiece model; None: the one in the dataset's folder
+    cache_dir: str | None = None  # where Megatron's sample indices are kept; None: beside the data
+
+
+class TrainingConfig(Section):
+    """One optimizer step sees `global_batch_size` sequences, in `gradient_accumulation` parts, over all ranks."""
+
+    steps: int = Field(100, ge=1)  # optimizer steps of the whole run, resumed parts included
+    stop_at: int | None = Field(None, ge=1)  # save and stop after this step; schedules stay those of `steps`
+    global_batch_size: int = Field(16, ge=1)  # sequences per optimizer step, over all ranks
+    gradient_accumulation: int = Field(1, ge=1)  # micro-steps per optimizer step
+    precision: Literal["fp32", "bf16"] = "fp32"  # routers, losses and optimizer state are fp32 in both
+    lr: float = Field(1e-3, gt=0)
+    min_lr: float | None = Field(None, ge=0)  # at the last step; None: a tenth of lr
+    warmup_steps: int = Field(10, ge=0)
+    weight_decay: float = Field(0.1, ge=0)  # on matrices; never on norms and biases
+    decay_embeddings: bool = False  # whether weight decay also touches embedding and output matrices
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_grad: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
+    eval_interval: int = Field(50, ge=0)  # optimizer steps between evaluations; 0: only at the end
+    eval_sequences: int = Field(64, ge=1)  # held-out sequences per evaluation
+    seed: int = Field(1234, ge=0)
+    resume: str = "auto"  # auto: newest complete checkpoint of the run; never: start anew; PATH: a checkpoint or run
+
+    @property
+    def final_lr(self) -> float:
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+
+class CheckpointConfig(Section):
+    """When a checkpoint is written and which ones stay."""
+
+    interval: int = Field(100, ge=0)  # optimizer steps; 0: only at the end and on a signal
+    keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)  # also keep every checkpoint whose step is a multiple of this; 0: none
+
+
+class LoggingConfig(Section):
+    """Where a run leaves its traces."""
+
+    run_dir: str = "runs/run"
+    interval: int = Field(1, ge=1)  # optimizer steps between lines of metrics.jsonl
+    tensorboard: bool = True
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig,
+    "router": RouterConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+}
+
+
+class RunConfig(Section):
+    """All of a run: the seven typed sections, and `deepspeed`, which goes to DeepSpeed as it is."""
+
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = {}
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, loadable again."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

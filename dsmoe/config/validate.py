@@ -1,0 +1,191 @@
+"""Validation in one pass: every mistake of a whole configuration, each with field, value, expectation and nearest name.
+
+A field that has a line of its own does not cause further ones: the checks that look at several fields skip it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dsmoe.config.schema import SECTIONS, ModelConfig, ParallelConfig, RouterConfig, RunConfig, TrainingConfig
+from dsmoe.errors import ConfigError
+
+# DeepSpeed's own keys that dsmoe sets itself, and where to say it instead.
+REFUSED_DEEPSPEED_KEYS = {
+    "train_batch_size": "set training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "it follows from training.global_batch_size, the accumulation and the ranks",
+    "gradient_accumulation_steps": "set training.gradient_accumulation",
+    "optimizer": "set training.lr, training.weight_decay and training.adam_*",
+    "scheduler": "set training.warmup_steps, training.lr and training.min_lr",
+    "gradient_clipping": "set training.clip_grad",
+    "bf16": "set training.precision",
+    "fp16": "set training.precision (fp32 or bf16)",
+    "amp": "set training.precision",
+    "data_types": "set training.precision",
+    "tensorboard": "set logging.tensorboard",
+    "expert_parallel": "set parallel.expert_parallel",
+    "tensor_parallel": "set parallel.tensor_parallel",
+    "checkpoint": "set the section checkpoint",
+    "elasticity": "a run resumes on another number of ranks with training.resume alone",
+    "zero_optimization.stage": "set parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "offload does not support expert parameters here",
+    "zero_optimization.offload_param": "offload does not support expert parameters here",
+}
+
+SIZE_ONE_ONLY = {
+    "tensor_parallel": "Megatron-Core's tensor-parallel MoE needs sequence parallelism, and that needs other norms",
+    "pipeline_parallel": "Megatron-Core's pipeline schedules do not run under DeepSpeed's engine",
+    "context_parallel": "the SDPA attention used here does not exchange keys and values between ranks",
+}
+
+
+def validate_config(
+    tree: dict[str, Any],
+    routers: Mapping[str, type[BaseModel]] | None = None,
+    problems: list[str] | None = None,
+    source: str = "configuration",
+) -> RunConfig:
+    """Validate a tree of plain values in one pass. Raises `ConfigError` with all mistakes."""
+    found = _Mistakes(problems or [])
+    for name in map(str, tree):
+        if name not in SECTIONS and name != "deepspeed":
+            found.lines.append(f"{name}: unknown section{_nearest(name, [*SECTIONS, 'deepspeed'])}")
+    valid = {
+        name: _validate_section(name, section, {} if tree.get(name) is None else tree[name], found)
+        for name, section in SECTIONS.items()
+    }
+    if routers is not None:
+        valid["router"] = _validate_router(valid["router"], routers, valid["model"], found)
+    deepspeed = {} if tree.get("deepspeed") is None else tree["deepspeed"]
+    _check_deepspeed(deepspeed, found)
+    _check_model(valid["model"], found)
+    _check_plan(valid["model"], valid["parallel"], valid["training"], found)
+    if found.lines:
+        raise ConfigError(found.lines, source)
+    return RunConfig.model_construct(**valid, deepspeed=deepspeed)
+
+
+class _Mistakes:
+    """Lines for the user, and the fields they are about."""
+
+    def __init__(self, lines: list[str]):
+        self.lines = list(lines)
+        self.fields: set[str] = set()
+
+    def add(self, field: str, found: Any, expected: str) -> None:
+        self.lines.append(f"{field}: found {found}, expected {expected}")
+
+    def none_in(self, *fields: str) -> bool:
+        """Whether none of these fields has a line of its own."""
+        return self.fields.isdisjoint(fields)
+
+    def check_multiple(self, field: str, value: int, divisor_field: str, divisor: int) -> None:
+        if self.none_in(field, divisor_field) and value % divisor:
+            self.add(field, value, f"a multiple of {divisor_field} ({divisor})")
+
+
+def _validate_section(name: str, section: type[BaseModel], value: Any, found: _Mistakes) -> BaseModel:
+    """The section; where fields are wrong, the section without them, so that the other checks can go on."""
+    if not isinstance(value, dict):
+        found.add(name, repr(value), "a mapping of keys to values")
+        return section.model_construct()
+    values = {str(key): item for key, item in value.items()}  # YAML's keys may be numbers
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        explained = _explain(error, name, list(section.model_fields))
+        found.lines.extend(explained.values())
+        found.fields.update(explained)
+        good = {key: item for key, item in values.items() if f"{name}.{key}" not in explained}
+        return section.model_construct(**good)
+
+
+def _validate_router(
+    router: RouterConfig, routers: Mapping[str, type[BaseModel]], model: ModelConfig, found: _Mistakes
+) -> RouterConfig:
+    if router.name not in routers:
+        known = f"one of {', '.join(sorted(routers))}{_nearest(router.name, list(routers))}"
+        found.add("router.name", repr(router.name), known)
+        return router
+    options = _validate_section("router", routers[router.name], router.options, found)
+    if not any(field.startswith(("router.", "model.")) for field in found.fields) and hasattr(options, "problems"):
+        found.lines.extend(options.problems(model))
+    return RouterConfig(name=router.name, **options.model_dump())
+
+
+def _explain(error: ValidationError, section: str, known: list[str]) -> dict[str, str]:
+    """A line for each field that pydantic complains about: field, value, expectation, nearest known name."""
+    lines: dict[str, str] = {}
+    for item in error.errors():
+        field = ".".join(str(part) for part in (section, *item["loc"][:1]))
+        expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            lines[field] = f"{field}: unknown key{_nearest(str(item['loc'][-1]), known)}"
+        elif item["type"] == "missing":
+            lines[field] = f"{field}: not set, but has no default"
+        elif field in lines:  # the other members of a union
+            lines[field] += f" or {expected}"
+        else:
+            lines[field] = f"{field}: found {item['input']!r}, expected {expected}"
+    return lines
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    """' (did you mean X?)', or the list of what there is."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def _check_deepspeed(deepspeed: Any, found: _Mistakes) -> None:
+    if not isinstance(deepspeed, dict):
+        found.add("deepspeed", repr(deepspeed), "a mapping of DeepSpeed's own JSON keys")
+        return
+    zero = deepspeed.get("zero_optimization")
+    nested = [f"zero_optimization.{key}" for key in zero] if isinstance(zero, dict) else []
+    for key in [*deepspeed, *nested]:
+        if key in REFUSED_DEEPSPEED_KEYS:
+            found.lines.append(f"deepspeed.{key}: dsmoe sets this itself; {REFUSED_DEEPSPEED_KEYS[key]}")
+    if isinstance(zero, dict):
+        for key in ("reduce_scatter", "contiguous_gradients"):
+            if zero.get(key) is False:
+                found.add(f"deepspeed.zero_optimization.{key}", False, "True: ZeRO needs it for expert parameters")
+    elif zero is not None:
+        found.add("deepspeed.zero_optimization", repr(zero), "a mapping")
+
+
+def _check_model(model: ModelConfig, found: _Mistakes) -> None:
+    """What no field of the model can know alone."""
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    found.check_multiple("model.hidden_size", hidden, "model.num_attention_heads", heads)
+    found.check_multiple("model.num_attention_heads", heads, "model.num_query_groups", model.key_value_heads)
+    odd = hidden % heads == 0 and (hidden // heads) % 2
+    if odd and found.none_in("model.hidden_size", "model.num_attention_heads"):
+        size = f"{hidden}, heads of size {hidden // heads}"
+        found.add("model.hidden_size", size, "heads of an even size, for rotary embedding")
+    if not found.none_in("model.moe_layer_freq", "model.num_layers"):
+        return
+    frequency = model.moe_layer_freq
+    if isinstance(frequency, int) and frequency < 1:
+        found.add("model.moe_layer_freq", frequency, "1 or more, or a list of 0 and 1")
+    elif isinstance(frequency, list) and len(frequency) != model.num_layers:
+        found.add("model.moe_layer_freq", f"{len(frequency)} entries", f"one for each of {model.num_layers} layers")
+    elif not any(model.moe_layers()):
+        found.add("model.moe_layer_freq", frequency, "at least one MoE layer")
+
+
+def _check_plan(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, found: _Mistakes) -> None:
+    """What model, parallel plan and training can only know together."""
+    experts, ranks = model.num_experts, parallel.expert_parallel
+    found.check_multiple("model.num_experts", experts, "parallel.expert_parallel", ranks)
+    batch, parts = training.global_batch_size, training.gradient_accumulation
+    found.check_multiple("training.global_batch_size", batch, "training.gradient_accumulation", parts)
+    for field, reason in SIZE_ONE_ONLY.items():
+        size = getattr(parallel, field)
+        if size != 1 and found.none_in(f"parallel.{field}"):
+            found.add(f"parallel.{field}", size, f"1: {reason}")
+    if training.final_lr > training.lr and found.none_in("training.min_lr", "training.lr"):
+        found.add("training.min_lr", training.min_lr, f"at most training.lr ({training.lr})")
