@@ -92,7 +92,8 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     newest = next(reversed(complete_checkpoints(path)), None)
     if newest is None:
         raise CheckpointError(
-            f"training.resume: {path} is neither a complete checkpoint (a folder with {MANIFEST}) nor a run that has one"
+            f"training.resume: {path} is neither a complete checkpoint (a folder with {MANIFEST}) "
+            f"nor a run that has one"
         )
     return newest
 

@@ -119,7 +119,8 @@ def load_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
 def _check_files(folder: Path) -> None:
     """Every file against the manifest; the work is shared, the verdict too."""
     listed = sorted(files.read_manifest(folder).files.items())
-    own = [files.check_file(folder, name, expected) for name, expected in listed[dist.get_rank() :: dist.get_world_size()]]
+    share = listed[dist.get_rank() :: dist.get_world_size()]
+    own = [files.check_file(folder, name, expected) for name, expected in share]
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [problem for problem in own if problem])
     problems = [problem for part in everyone for problem in part]
@@ -133,7 +134,9 @@ def _check_model(manifest: Manifest, model: torch.nn.Module, config: RunConfig) 
     """The checkpoint must hold exactly this model's tensors."""
     saved_router = manifest.config["router"]["name"]
     if saved_router != config.router.name:
-        raise CheckpointError(f"the checkpoint's router is {saved_router!r}, this run's router.name is {config.router.name!r}")
+        raise CheckpointError(
+            f"the checkpoint's router is {saved_router!r}, this run's router.name is {config.router.name!r}"
+        )
     expected = {piece.name: list(piece.shape) for _, pieces in parameter_pieces(model) for piece in pieces}
     experts = {name for name in manifest.tensors if ".experts." in name}
     missing = [name for name in expected if name not in manifest.tensors]

@@ -41,7 +41,8 @@ def save_checkpoint(engine, config: RunConfig, step: int, samples: int) -> Path:
     written: dict[str, dict] = {}
     problem = _attempt(lambda: written.update(_write_rank(engine, partial, rank)))
     _raise_together(problem, partial)
-    shapes = _gather({piece.name: list(piece.shape) for _, pieces in parameter_pieces(engine.module) for piece in pieces})
+    own_pieces = [piece for _, pieces in parameter_pieces(engine.module) for piece in pieces]
+    shapes = _gather({piece.name: list(piece.shape) for piece in own_pieces})
     manifest = Manifest(
         format=files.FORMAT, step=step, samples=samples, world_size=dist.get_world_size(),
         expert_parallel=config.parallel.expert_parallel, zero_stage=config.parallel.zero_stage,
@@ -104,7 +105,7 @@ def _attempt(action) -> str | None:
     """Run it; return what went wrong instead of raising, so that all ranks can stop together."""
     try:
         action()
-    except Exception as error:  # noqa: BLE001  (safetensors raises its own class for a full disk)
+    except Exception as error:  # safetensors has a class of its own for a full disk
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -116,7 +117,10 @@ def _raise_together(problem: str | None, partial: Path) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     said = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(problems.items()))
-    raise CheckpointError(f"the checkpoint {partial.name.removesuffix(files.PARTIAL)} could not be saved ({said}); earlier checkpoints in {partial.parent} are untouched")
+    raise CheckpointError(
+        f"the checkpoint {partial.name.removesuffix(files.PARTIAL)} could not be saved ({said}); "
+        f"earlier checkpoints in {partial.parent} are untouched"
+    )
 
 
 def _gather(own: dict) -> dict:

@@ -32,8 +32,8 @@ class ModelConfig(Section):
     qk_layernorm: bool = False  # RMSNorm on queries and keys, per head
     rotary_base: float = Field(10000.0, gt=0)
     norm_epsilon: float = Field(1e-5, gt=0)
-    init_std: float = Field(0.02, gt=0)  # normal init; projections into the residual use init_std / sqrt(2 num_layers)
-    recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; dispatch + experts; also attention
+    init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
+    recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
     experts_implementation: Literal["grouped_mm", "loop"] = "grouped_mm"  # "loop" is the plain reference
 
     def moe_layers(self) -> list[bool]:

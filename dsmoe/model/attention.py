@@ -20,7 +20,9 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> Tensor:
         """query [S, B, n, d], key and value [S, B, g, d] -> [S, B, n * d].
 
         attention_mask: None, or bool [B, 1, S, S] in Megatron's sense (True = may not look); causality is added.
@@ -28,7 +30,9 @@ class CausalAttention(nn.Module):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.size(1) != key.size(1)
         if attention_mask is None:
-            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
+            )
         else:
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=~attention_mask, scale=self.scale, enable_gqa=grouped

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -43,7 +42,9 @@ class LanguageModel(nn.Module):
         seed: of the initialisation, which depends on nothing else: not on ranks, EP or construction order.
     """
 
-    def __init__(self, model: ModelConfig, router: tuple[type[Router], RouterOptions], groups: ParallelGroups, seed: int):
+    def __init__(
+        self, model: ModelConfig, router: tuple[type[Router], RouterOptions], groups: ParallelGroups, seed: int
+    ):
         super().__init__()
         router_class, options = router
         self.config = model
@@ -59,7 +60,11 @@ class LanguageModel(nn.Module):
         initialize(self, seed, model.init_std, model.num_layers)
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, padding_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ):
         """Losses with labels, logits without.
 
@@ -81,7 +86,7 @@ class LanguageModel(nn.Module):
         return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 
     def _mean(self, loss_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Mean over the labels that count, of all ranks: each rank's own mean would weight its labels by its padding."""
+        """Mean over the labels that count, of all ranks: a mean per rank would weight labels by padding."""
         if mask_BS is None:
             return loss_BS.mean()
         mask_BS = mask_BS.to(loss_BS.dtype)
@@ -142,13 +147,19 @@ def _transformer_config(model: ModelConfig, expert_parallel: int) -> Transformer
     )
 
 
-def _block_spec(model: ModelConfig, config: TransformerConfig, router, groups: ParallelGroups) -> TransformerBlockSubmodules:
+def _block_spec(
+    model: ModelConfig, config: TransformerConfig, router, groups: ParallelGroups
+) -> TransformerBlockSubmodules:
     moe, dense = (_layer_spec(model, config, router, groups, is_moe) for is_moe in (True, False))
     norm = moe.submodules.input_layernorm
-    return TransformerBlockSubmodules(layer_specs=[moe if is_moe else dense for is_moe in model.moe_layers()], layer_norm=norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[moe if is_moe else dense for is_moe in model.moe_layers()], layer_norm=norm
+    )
 
 
-def _layer_spec(model: ModelConfig, config: TransformerConfig, router, groups: ParallelGroups, is_moe: bool) -> ModuleSpec:
+def _layer_spec(
+    model: ModelConfig, config: TransformerConfig, router, groups: ParallelGroups, is_moe: bool
+) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = CausalAttention
@@ -190,5 +201,3 @@ class _Norm:
 def _drop_extra_state(module, state: dict, prefix: str, metadata) -> None:
     for name in [name for name in state if name.endswith("_extra_state")]:
         del state[name]
-
-

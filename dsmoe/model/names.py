@@ -45,4 +45,3 @@ def logical_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         flat = parameter.data.view(-1)
         for piece in pieces:
             yield piece.name, flat[piece.start : piece.start + piece.numel].view(piece.shape)
-

@@ -77,7 +77,13 @@ def start_processes(timeout_minutes: float = 30) -> None:
         return
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and not any(mark in os.environ for mark in MPI_MARKS):
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        alone = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
         for name, value in alone.items():
             os.environ.setdefault(name, value)
     _share_cores()
