@@ -1,4 +1,4 @@
-"""Run a function on real gloo ranks, with a deadline: a hang is a failure that names the ranks that hang.
+"""Run a function on real gloo ranks, with a deadline: a hang is a failure that names the ranks and where they wait.
 
 Ranks are forked from a server that has torch, DeepSpeed and Megatron-Core loaded already, so a 2-rank run costs about
 a second instead of ten.
@@ -6,13 +6,18 @@ a second instead of ten.
 
 from __future__ import annotations
 
+import faulthandler
+import functools
 import io
 import multiprocessing
 import os
+import signal
 import socket
+import tempfile
 import time
 import traceback
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import torch
 
@@ -20,38 +25,63 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["dsmoe.training.engine"])
 
 
+def once(function):
+    """`functools.cache` that also keeps an `AssertionError`: what hangs or fails for many tests costs its time once."""
+
+    @functools.cache
+    def attempt(*args):
+        try:
+            return function(*args), None
+        except AssertionError as error:
+            return None, error
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        value, error = attempt(*args)
+        if error is not None:
+            raise error
+        return value
+
+    return wrapper
+
+
 def run_ranks(world_size: int, function, *args, deadline: float = 120.0) -> list:
     """Call `function(*args)` on every rank of a new gloo job; return what each rank returned, by rank.
 
     `function` must be a module's top-level function; what it returns must be picklable. Raises `AssertionError` with
-    the rank's traceback if one fails, and with the ranks that did not answer if the deadline (seconds) passes.
+    the rank's traceback if one fails, and with the stacks of those that did not answer if the deadline (seconds)
+    passes.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     pipes, processes = [], []
-    for rank in range(world_size):
-        ours, theirs = _context.Pipe()
-        process = _context.Process(target=_rank, args=(rank, world_size, port, theirs, function, args), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(ours)
-        processes.append(process)
-    try:
-        return _collect(pipes, processes, time.monotonic() + deadline, deadline)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        stacks = [Path(folder, str(rank)) for rank in range(world_size)]
+        for rank in range(world_size):
+            ours, theirs = _context.Pipe()
+            job = (rank, world_size, port, theirs, stacks[rank], function, args)
+            process = _context.Process(target=_rank, args=job, daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return _collect(pipes, processes, stacks, time.monotonic() + deadline, deadline)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
-def _collect(pipes, processes, end: float, deadline: float) -> list:
+def _collect(pipes, processes, stacks: list[Path], end: float, deadline: float) -> list:
     results: dict[int, object] = {}
     while len(results) < len(pipes):
         waiting = [rank for rank in range(len(pipes)) if rank not in results]
         ready = wait([pipes[rank] for rank in waiting], timeout=max(0.0, end - time.monotonic()))
         if not ready:
-            raise AssertionError(f"ranks {waiting} gave no answer within {deadline:.0f} s")
+            shown = [f"rank {rank}:\n{_stack(processes[rank], stacks[rank])}" for rank in waiting]
+            raise AssertionError("\n".join([f"ranks {waiting} gave no answer within {deadline:.0f} s", *shown]))
         for rank in waiting:
             if pipes[rank] in ready:
                 try:
@@ -65,7 +95,17 @@ def _collect(pipes, processes, end: float, deadline: float) -> list:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(rank: int, world_size: int, port: int, pipe, function, args) -> None:
+def _stack(process, path: Path) -> str:
+    """Where a process is, in its own words."""
+    if not path.exists():
+        return "had not started"
+    os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    return path.read_text()
+
+
+def _rank(rank: int, world_size: int, port: int, pipe, stack: Path, function, args) -> None:
+    faulthandler.register(signal.SIGUSR1, file=open(stack, "w"))  # noqa: SIM115  (open as long as the process lives)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",

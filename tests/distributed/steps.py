@@ -33,24 +33,24 @@ def tiny_config(**sections) -> RunConfig:
 
 
 def batch_of(config: RunConfig, step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's tokens and labels [B, S] of one micro-step; all ranks' together depend on step and part alone."""
+    """This rank's tokens and labels [B, S] of one micro-step. The sequences of an optimizer step depend on the step
+    alone; micro-steps, then ranks, cut them."""
     training, model = config.training, config.model
-    count = training.global_batch_size // training.gradient_accumulation
-    generator = torch.Generator().manual_seed(1000 * step + part)
-    text = torch.randint(0, model.vocab_size, (count, model.sequence_length + 1), generator=generator)
-    own = text.chunk(dist.get_world_size())[dist.get_rank()]
+    shape = (training.global_batch_size, model.sequence_length + 1)
+    text = torch.randint(0, model.vocab_size, shape, generator=torch.Generator().manual_seed(1000 + step))
+    own = text.chunk(training.gradient_accumulation)[part].chunk(dist.get_world_size())[dist.get_rank()]
     return own[:, :-1].contiguous(), own[:, 1:].contiguous()
 
 
-def run_steps(engine, config: RunConfig, first: int, last: int) -> list[dict]:
-    """Optimizer steps [first, last); what each gave."""
+def run_steps(engine, config: RunConfig, first: int, last: int, batches=batch_of) -> list[dict]:
+    """Optimizer steps [first, last) on `batches(config, step, part)`; what each gave, the same on every rank."""
     history = []
     for step in range(first, last):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, config.training)
         losses = torch.zeros(2)
         for part in range(config.training.gradient_accumulation):
-            total, parts = engine(*batch_of(config, step, part))
+            total, parts = engine(*batches(config, step, part))
             engine.backward(total)
             losses += torch.stack((parts["lm"], total.detach() - parts["lm"])) / config.training.gradient_accumulation
             engine.step()
@@ -66,6 +66,7 @@ def run_steps(engine, config: RunConfig, first: int, last: int) -> list[dict]:
                 "router_loss": losses[1].item(),
                 "grad_norm": float(engine.get_global_grad_norm()),
                 "density": totals.density().item(),
+                "counts": totals.counts_LE,
                 "state": {} if controller is None else {n: v.clone() for n, v in controller.state.items()},
             }
         )
@@ -94,8 +95,37 @@ def whole_tensors(results: list[dict]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([found[start] for start in sorted(found)]) for name, found in parts.items()}
 
 
-def train(config: RunConfig, steps: int = 5) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """A fresh model, some steps: (history, this rank's fragments)."""
+def fresh_engine(config: RunConfig):
+    """The engine of a fresh model, ready to train."""
     engine = build_engine(config, create_groups(config.parallel.expert_parallel))
     engine.train()
-    return run_steps(engine, config, 0, steps), owned_tensors(engine)
+    return engine
+
+
+def train(config: RunConfig, steps: int = 5, batches=batch_of) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """A fresh model, some steps: (history, this rank's fragments)."""
+    engine = fresh_engine(config)
+    return run_steps(engine, config, 0, steps, batches), owned_tensors(engine)
+
+
+def train_each(configs: list[RunConfig], steps: int = 5, batches=batch_of) -> list[tuple]:
+    """`train` for one configuration after another: many small cases for one start of the ranks."""
+    return [train(config, steps, batches) for config in configs]
+
+
+def joined(results: list[list[tuple]]) -> list[tuple[list[dict], dict[str, torch.Tensor]]]:
+    """What `train_each` gave on all ranks, by configuration: rank 0's history and the whole tensors."""
+    return [(case[0][0], whole_tensors([owned for _, owned in case])) for case in zip(*results, strict=True)]
+
+
+def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], kinds: str = "weight|exp_avg") -> float:
+    """Over all tensors of these kinds (`|` between them), which must be the same ones; for moments, of their largest
+    value: they are as small as gradients."""
+    assert found.keys() == expected.keys()
+    worst = 0.0
+    for name, tensor in expected.items():
+        kind = name.split("|")[0]
+        if kind in kinds.split("|"):
+            scale = 1.0 if kind == "weight" else max(t.abs().max().item() for n, t in expected.items() if n.startswith(kind + "|"))
+            worst = max(worst, (found[name] - tensor).abs().max().item() / scale)
+    return worst
