@@ -18,6 +18,7 @@ class Layer:
     active: list[list[bool]]  # [T][E]
     losses: dict = field(default_factory=dict)  # already weighted
     statistic: list[float] | None = None  # [E]
+    score: list[list] | None = None  # [T][E], where the losses look across layers
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Batch:
 
 
 def logits(x, weight):
-    return [[sum(x[t][h] * weight[e][h] for h in range(len(weight[e]))) for e in range(len(weight))] for t in range(len(x))]
+    return [[torch.dot(x[t], weight[e]) for e in range(len(weight))] for t in range(len(x))]
 
 
 def softmax(values):
@@ -201,8 +202,53 @@ def expert_threshold(x, own, options, state, batch):
     return Layer(gate, active, statistic=statistic)
 
 
+def norms(x, own):
+    """||x_t A_i||, with A_i as the rows of own["reduce_proj"][i]."""
+    a = own["reduce_proj"]
+    latents = [[[sum(x[t][h] * a[i][j][h] for h in range(len(a[i][j]))) for j in range(len(a[i]))] for i in range(len(a))] for t in range(len(x))]
+    return [[torch.sqrt(sum(v * v for v in latent)) for latent in row] for row in latents]
+
+
+def aoe(x, own, options, state, batch):
+    s = norms(x, own)
+    gate, active, p = [], [], [softmax(row) for row in s]
+    for t in range(len(s)):
+        chosen = descending(s[t])[: options.k]
+        over = chosen if options.gates == "selected" else range(len(s[t]))
+        inside = dict(zip(over, softmax([s[t][e] for e in over]), strict=True))
+        gate.append([inside[e] if e in chosen else 0.0 for e in range(len(s[t]))])
+        active.append([e in chosen for e in range(len(s[t]))])
+    if not options.balance_coefficient:
+        return Layer(gate, active)
+    return Layer(gate, active, {"balance": options.balance_coefficient * balance(p, active, batch, options, options.k)})
+
+
+def routing_free(x, own, options, state, batch):
+    s, experts = norms(x, own), range(len(own["bias"]))
+    if options.form == "code":
+        g = [[row[i] * own["scale"][i] - own["bias"][i] for i in experts] for row in s]
+    else:
+        g = [[row[i] - own["bias"][i] for i in experts] for row in s]
+    g = [[v if float(v) > 0 else 0.0 * v for v in row] for row in g]
+    active = [[float(v) >= options.threshold for v in row] for row in g]
+    gate = [[v if on else 0.0 * v for v, on in zip(*pair, strict=True)] for pair in zip(g, active, strict=True)]
+    return Layer(gate, active, score=gate if options.form == "code" else g)
+
+
+def across_layers(name, options, state, layers):
+    """Losses whose sums run over the experts of all layers; they are put down to the first layer."""
+    if name != "routing_free":
+        return
+    tokens, experts = range(len(layers[0].active)), range(len(layers[0].active[0]))
+    everyone = [(layer, i) for layer in layers for i in experts]
+    by_expert = mean(mean(l.active[t][i] for t in tokens) * mean(l.score[t][i] for t in tokens) for l, i in everyone)
+    by_token = mean(mean(l.active[t][i] for l, i in everyone) * mean(l.score[t][i] for l, i in everyone) for t in tokens)
+    unified = options.mu * by_expert + (1 - options.mu) * by_token
+    layers[0].losses["balance"] = state["lambda"] * unified
+
+
 ROUTERS = {
-    "relu": relu, "topk": topk, "topk_bias": topk_bias, "top_p": top_p, "dtop_p": dtop_p,
+    "aoe": aoe, "routing_free": routing_free, "relu": relu, "topk": topk, "topk_bias": topk_bias, "top_p": top_p, "dtop_p": dtop_p,
     "expert_threshold": expert_threshold,
 }  # fmt: skip
 
@@ -218,6 +264,9 @@ def update(name, options, state, routes, tokens, statistics, updates):
     if name == "relu":
         factor = options.lambda_factor if density > options.k / experts else 1 / options.lambda_factor
         return {"lambda": state["lambda"] * factor}
+    if name == "routing_free":
+        moved = state["lambda"] * (1 + options.lambda_rate) ** sign(density - options.target_density)
+        return {"lambda": min(moved, 1.0) if options.form == "code" else moved}
     if name == "topk_bias":
         bias = [
             [state["bias"][layer][e] + options.bias_update_rate * sign(mean(routes[layer]) - routes[layer][e]) for e in range(experts)]
@@ -244,6 +293,7 @@ def initial(name, options, layers, experts):
     zeros = [[0.0] * experts for _ in range(layers)]
     return {
         "relu": lambda: {"lambda": options.lambda_initial},
+        "routing_free": lambda: {"lambda": options.lambda_initial},
         "topk_bias": lambda: {"bias": zeros},
         "dtop_p": lambda: {"p": options.initial_p(experts), "integral": 0.0},
         "expert_threshold": lambda: {"average": zeros, "updates": 0},

@@ -35,6 +35,15 @@ CASES = {
     "expert_threshold": ("expert_threshold", {"k": 1.5, "warmup_steps": 3, "decay": 0.8}, 5),
     "expert_threshold free": ("expert_threshold", {"k": 1, "warmup_steps": 0, "decay": 0.9, "capacity_slack": None}, 4),
     "expert_threshold tight": ("expert_threshold", {"k": 2, "warmup_steps": 1, "decay": 0.9, "capacity_slack": 0.1}, 6),
+    "aoe": ("aoe", {"k": 2, "rank": 3, "balance_coefficient": 0.1}, 6),
+    "aoe selected": ("aoe", {"k": 3, "rank": 2, "gates": "selected", "latent": "recompute"}, 5),
+    "routing_free": ("routing_free", {"rank": 4, "threshold": 2.5, "lambda_initial": 0.1, "target_density": 0.5}, 5),
+    "routing_free capped": ("routing_free", {"rank": 3, "threshold": 0.5, "lambda_initial": 0.9, "lambda_rate": 0.3}, 4),
+    "routing_free paper": (
+        "routing_free",
+        {"rank": 3, "threshold": 2.0, "lambda_initial": 0.5, "lambda_rate": 0.5, "form": "paper", "mu": 0.2},
+        6,
+    ),
     "expert_threshold one expert": ("expert_threshold", {"k": 1, "warmup_steps": 1, "decay": 0.5}, 1),
 }
 STEPS, MICRO_STEPS, LAYERS = 10, 2, 2
@@ -101,6 +110,7 @@ def expect(name, options, routers, state, hidden, mask, routes, tokens, updates,
         layers.append(reference.ROUTERS[name]([x[s, b] for s, b in real], own, options, state, seen))
         inputs.append(x)
         weights.append(own)
+    reference.across_layers(name, options, state, layers)
     return layers, inputs, weights
 
 
@@ -120,7 +130,7 @@ def compare(routers, decided, losses, found, layers, inputs, weights, mask, gene
     names = {loss for layer in layers for loss in layer.losses}
     assert losses.keys() == names
     for loss in names:
-        expected = sum(layer.losses[loss] for layer in layers)
+        expected = sum(layer.losses[loss] for layer in layers if loss in layer.losses)
         assert float(losses[loss]) == pytest.approx(float(expected), rel=1e-5, abs=1e-9), loss
         total, expected_total = total + 10 * losses[loss], expected_total + 10 * expected
     parameters = [p for router in routers.layers for p in router.parameters()]
