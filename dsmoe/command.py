@@ -59,5 +59,8 @@ def _leave(code: int) -> None:
     if torch.distributed.is_initialized():
         if code == 0:
             torch.distributed.barrier()
+            mpi = sys.modules.get("mpi4py.MPI")
+            if mpi is not None and mpi.Is_initialized():
+                mpi.Finalize()  # mpirun takes a process that leaves without it for a failed one
         os._exit(code)
     sys.exit(code)
