@@ -92,7 +92,7 @@ def _quickstart(console: Console, overrides: Sequence[str]) -> None:
     else:
         stages.run([*train, f"training.stop_at={half}"], saves_on_interrupt=True)
 
-    stages.announce("Resume and finish", "The same command goes on from the checkpoint, at the next sample of the data.")
+    stages.announce("Resume and finish", "The same command goes on from the checkpoint, with the next sample.")
     stages.run(train, saves_on_interrupt=True)
 
     stages.announce("Generate", "One process reads the checkpoint that two have written.")
@@ -108,7 +108,7 @@ def _router_story(config: RunConfig) -> str:
         return f"The router is {config.router.name}."
     return (
         "The ReLU router lets every token have as many experts as it likes: first it takes more and more, then a "
-        f"growing lambda thins them out to {config.router.options.get('k', 1):g} of {config.model.num_experts} on average."
+        f"growing lambda thins them out to a mean of {config.router.options.get('k', 1):g} of {config.model.num_experts}."
     )
 
 
@@ -299,7 +299,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def _what_next(console: Console, run_dir: Path, config: RunConfig) -> None:
     python, deepspeed = _beside_python(Path(sys.executable).name), _beside_python("deepspeed")
     train = ["launch/train.py", "--config", CONFIG]
-    other_layout = ["parallel.expert_parallel=1", "parallel.zero_stage=3", f"training.steps={2 * config.training.steps}"]
+    longer = f"training.steps={2 * config.training.steps}"
+    other_layout = ["parallel.expert_parallel=1", "parallel.zero_stage=3", longer]
     suggestions = [
         ("another prompt", [python, "launch/generate.py", str(run_dir), "--prompt", "import ", "--temperature", "0.5"]),
         (
