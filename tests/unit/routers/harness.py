@@ -12,7 +12,7 @@ from dsmoe.routers import get
 from dsmoe.routers.recorder import RoutingRecorder
 from dsmoe.routers.registry import option_classes
 
-HIDDEN = 6
+HIDDEN = 8
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 GROUPS = SimpleNamespace(tp=ALONE, cp=ALONE, tp_cp=ALONE, tp_dp_cp=ALONE, ep=ALONE)
 
@@ -45,8 +45,10 @@ class Routers:
         )  # fmt: skip
         self.recorder = RoutingRecorder(experts, ALONE)
         self.controller = router_class.make_controller(self.options, layers, experts)
-        self.layers = [router_class(config, GROUPS, options=self.options).to(dtype) for _ in range(layers)]
+        self.layers = [router_class(config, GROUPS, options=self.options) for _ in range(layers)]
         for router in self.layers:
+            if dtype != torch.float32:
+                router.to(dtype)
             router.attach(self.recorder, self.controller)
 
     def draw_weights(self, seed: int) -> None:

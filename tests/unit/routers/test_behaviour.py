@@ -1,0 +1,233 @@
+"""What a reference cannot show: nothing waits for the device, edge cases, causality, and losses that know their ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import ALONE, HIDDEN, Routers
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsmoe.routers import available
+from dsmoe.routers.controllers import CutoffController, PIController
+from dsmoe.routers.losses import balance_product, mean_over_tokens, sequence_balance_sum
+from dsmoe.routers.recorder import Load, RoutingRecorder, RoutingTotals
+from dsmoe.routers.top_p import top_p_map
+
+OWN = ("relu", "topk", "topk_bias", "top_p", "dtop_p", "expert_threshold")
+ALL = [name for name, router in available().items() if router.__module__.startswith("dsmoe.")]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_waits_for_the_device(name, training):
+    """A fake tensor has no values: whoever asks for one (.item(), nonzero, indexing by a mask) gets an exception."""
+    with FakeTensorMode():
+        routers = Routers(name, {}, 4)
+        for router in routers.layers:
+            router.train(training)
+        hidden = [torch.randn(5, 2, HIDDEN, requires_grad=True) for _ in routers.layers]
+        for _ in range(3):
+            decided, losses = routers.pass_through(hidden)
+            sum((*losses.values(), *(probs.sum() for probs, _ in decided))).backward()
+            totals = routers.recorder.take()
+            if training and routers.controller is not None:
+                routers.controller.update(totals)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_bf16_model_routes_in_fp32(name):
+    """The same bf16 tokens and weights: as if the model were fp32, to the bit."""
+    half, full = Routers(name, {}, 6, dtype=torch.bfloat16), Routers(name, {}, 6)
+    half.draw_weights(3)
+    for router, other in zip(half.layers, full.layers, strict=True):
+        other.load_state_dict({key: value.float() for key, value in router.state_dict().items()})
+    hidden = [torch.randn(7, 2, HIDDEN).bfloat16() for _ in range(2)]
+    found, losses = half.pass_through(hidden)
+    expected, expected_losses = full.pass_through([x.float() for x in hidden])
+    for (probs, routes), (other_probs, other_routes) in zip(found, expected, strict=True):
+        assert probs.dtype == torch.float32
+        assert torch.equal(probs, other_probs)
+        assert torch.equal(routes, other_routes)
+    assert losses == expected_losses
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_balance_loss_is_the_same_on_any_number_of_ranks_and_micro_steps(scope):
+    """The mean over ranks and micro-steps of the parts; for the last micro-step f has seen the whole global batch."""
+    generator = torch.Generator().manual_seed(1)
+    ranks, micro_steps, tokens, experts = 3, 2, 5, 4
+    score = torch.rand(micro_steps, ranks, tokens, experts, generator=generator, dtype=torch.float32)
+    routes = torch.rand(score.shape, generator=generator) < 0.4
+    for micro in range(micro_steps):
+        seen = routes[: micro + 1] if scope == "global_batch" else routes[micro : micro + 1]
+        here, counted = torch.tensor(ranks * tokens), torch.tensor(seen.numel() // experts)
+        load = Load(seen.sum((0, 1, 2)), here, ranks, counted=counted)
+        parts = torch.stack([balance_product(score[micro, rank].sum(0), load) for rank in range(ranks)])
+        one_rank = Load(seen.sum((0, 1, 2)), here, 1, counted=counted)
+        together = balance_product(score[micro].sum((0, 1)), one_rank)
+        by_hand = experts * (seen.float().mean((0, 1, 2)) * score[micro].mean((0, 1))).sum()
+        assert parts.mean() == pytest.approx(float(together), rel=1e-6)
+        assert together == pytest.approx(float(by_hand), rel=1e-6)
+
+
+def test_the_recorder_adds_up_the_global_batch_and_starts_anew_with_each_step():
+    recorder, seen = RoutingRecorder(2, ALONE), []
+
+    class Probe:
+        def model_losses(self, routers, routings, loads):
+            seen.append(loads[0])
+            return {}
+
+    class Decided:
+        def __init__(self, routes):
+            self.map_TE, self.statistic_E = torch.tensor(routes, dtype=torch.bool), None
+
+    recorder.routers.append(Probe())
+    passes = [[[1, 0], [1, 1]], [[0, 1]], [[1, 1]]]
+    for index, routes in enumerate(passes):
+        recorder.begin()
+        recorder.record(0, Decided(routes), torch.tensor(len(routes)))
+        recorder.finish()
+        if index == 1:
+            recorder.take()
+    assert [load["global_batch"].counts_E.tolist() for load in seen] == [[2, 1], [2, 2], [1, 1]]
+    assert [load["global_batch"].fraction_E().tolist() for load in seen] == [
+        pytest.approx([1.0, 0.5]),
+        pytest.approx([2 / 3, 2 / 3]),
+        pytest.approx([1.0, 1.0]),
+    ]
+    assert [load["global_batch"].tokens.item() for load in seen] == [2, 1, 1]  # P is a mean over the micro-step
+    assert [load["micro_batch"].counts_E.tolist() for load in seen] == [[2, 1], [0, 1], [1, 1]]
+
+
+def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
+    score = torch.rand(4, 6, 5)  # sequences, tokens, experts
+    routes = torch.rand(score.shape) < 0.5
+    by_hand = torch.stack([5 * (routes[s].float().mean(0) * score[s].mean(0)).sum() for s in range(4)]).mean()
+    load = Load(routes.sum((0, 1)), torch.tensor(24), ranks=2)
+    place = torch.arange(2).repeat_interleave(6)
+    parts = [
+        mean_over_tokens(sequence_balance_sum(score[own].flatten(0, 1), routes[own].flatten(0, 1), place, 2), load)
+        for own in (slice(0, 2), slice(2, 4))
+    ]
+    assert sum(parts) / 2 == pytest.approx(float(by_hand), rel=1e-6)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    ("probs", "p", "rule", "expected"),
+    [
+        ([0.5, 0.25, 0.25, 0.0], 0.5, "above", [1, 1, 0, 0]),  # 0.5 is not more than 0.5; of a tie, the first
+        ([0.5, 0.25, 0.25, 0.0], 0.5, "reach", [1, 0, 0, 0]),
+        ([0.25, 0.5, 0.25, 0.0], 0.49, "above", [0, 1, 0, 0]),  # the expert that crosses is kept
+        ([0.7, 0.1, 0.1, 0.1], 1e-9, "reach", [1, 0, 0, 0]),
+        ([0.7, 0.1, 0.1, 0.1], 0.0, "reach", [1, 0, 0, 0]),  # never none
+        ([1.0, 0.0, 0.0, 0.0], 1.0, "above", [1, 1, 1, 1]),
+        ([1.0, 0.0, 0.0, 0.0], 1.0, "reach", [1, 1, 1, 1]),
+        ([1.0, 0.0, 0.0, 0.0], 0.999, "above", [1, 0, 0, 0]),
+    ],
+)
+def test_top_p_edges(probs, p, rule, expected, as_tensor):
+    found = top_p_map(torch.tensor([probs]), torch.tensor(p) if as_tensor else p, rule)
+    assert found.int().tolist() == [expected]
+
+
+def test_top_p_with_a_mass_that_rounding_keeps_below_p():
+    """64 equal shares summed in fp32 may end below 1; the token must not fall back to all experts for that."""
+    probs = torch.full((1, 63), 1 / 63)
+    largest_below_one = 1 - 2**-24
+    assert top_p_map(probs, 0.4, "above").sum() == 26
+    assert 62 <= top_p_map(probs, largest_below_one, "above").sum() <= 63
+    assert top_p_map(probs, 1.0, "above").sum() == 63
+
+
+def test_top_p_on_no_token():
+    assert top_p_map(torch.empty(0, 4), 0.4, "above").shape == (0, 4)
+
+
+def test_the_bias_selects_but_never_weighs():
+    routers = Routers("topk_bias", {"k": 2, "route_scale": 1.0, "sequence_coefficient": 0.0}, 4, layers=1)
+    routers.draw_weights(0)
+    routers.controller.state["bias"][0, 3] = 100.0
+    hidden = torch.randn(6, 1, HIDDEN, requires_grad=True)
+    [(probs, routes)], losses = routers.pass_through([hidden])
+    assert losses == {}
+    assert routes[:, 3].all()
+    score = routers.layers[0].gating(hidden.flatten(0, 1)).sigmoid() * routes
+    assert torch.allclose(probs, score / score.sum(1, keepdim=True))
+
+
+def test_bias_stays_where_loads_are_equal():
+    controller = Routers("topk_bias", {"k": 2}, 3, layers=1).controller
+    totals = RoutingTotals(torch.tensor([[2**40, 2**40 + 1, 2**40 - 1]]), torch.tensor(1), torch.tensor([0]))
+    controller.update(totals)  # one route in 2^40 decides: more than fp32 can tell apart
+    assert controller.state["bias"].tolist() == [[0.0, pytest.approx(-1e-3), pytest.approx(1e-3)]]
+
+
+def test_p_comes_back_at_once_after_saturation():
+    controller = PIController(0.5, kp=0.0, ki=0.1, target_density=0.5, p_min=0.0, p_max=1.0)
+
+    def step(density):
+        controller.update(RoutingTotals(torch.tensor([[int(density * 100)]]), torch.tensor(100), torch.tensor([0])))
+        return controller.value.item()
+
+    assert [step(0.0) for _ in range(50)][-1] == 1.0
+    assert step(1.0) < 1.0
+
+
+def test_expert_threshold_warms_up_with_equal_loads_and_then_decides_alone():
+    routers = Routers("expert_threshold", {"k": 2, "warmup_steps": 2, "decay": 0.5, "capacity_slack": None}, 4, layers=1)
+    routers.draw_weights(0)
+    router = routers.layers[0]
+    for _ in range(2):
+        [(_, routes)], _ = routers.pass_through([torch.randn(6, 2, HIDDEN)])
+        assert routes.sum(0).tolist() == [6, 6, 6, 6]
+        routers.controller.update(routers.recorder.take())
+    router.eval()
+    hidden = torch.randn(6, 2, HIDDEN)
+    [(probs, routes)], _ = routers.pass_through([hidden])
+    for token in range(12):  # a token's route depends on no other token
+        [(alone, _)], _ = routers.pass_through([hidden.flatten(0, 1)[token].view(1, 1, HIDDEN)])
+        assert torch.allclose(alone[0], probs[token])
+    assert not routes.sum(0).eq(6).all()
+    routers.recorder.take()
+    router.train()
+    [(_, trained)], _ = routers.pass_through([hidden])
+    assert torch.equal(trained, routes)
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.25, 0.5])
+def test_expert_threshold_keeps_loads_within_the_slack_in_training(slack):
+    options = {"k": 2, "warmup_steps": 0, "decay": 0.0, "capacity_slack": slack}
+    routers = Routers("expert_threshold", options, 4, layers=1)
+    routers.draw_weights(0)
+    for scale in (1.0, 5.0, 0.1, -3.0):
+        [(_, routes)], _ = routers.pass_through([scale * torch.randn(8, 2, HIDDEN) + 1])
+        loads = routes.sum(0)
+        assert (loads >= 8 * (1 - slack)).all()
+        assert (loads <= 8 * (1 + slack)).all()
+        routers.controller.update(routers.recorder.take())
+
+
+def test_expert_threshold_with_nothing_but_padding_keeps_its_cutoffs():
+    routers = Routers("expert_threshold", {"k": 2, "warmup_steps": 0, "decay": 0.5}, 4, layers=1)
+    routers.draw_weights(0)
+    routers.pass_through([torch.randn(6, 2, HIDDEN)])
+    routers.controller.update(routers.recorder.take())
+    cutoff = routers.controller.value_E(0).clone()
+    [(probs, _)], _ = routers.pass_through([torch.randn(6, 2, HIDDEN)], torch.ones(6, 2, dtype=torch.bool))
+    assert not probs.any()
+    routers.controller.update(routers.recorder.take())
+    assert torch.allclose(routers.controller.value_E(0), cutoff)
+
+
+def test_a_restored_cutoff_controller_knows_its_updates_on_the_host():
+    first, second = CutoffController(1, 2, decay=0.9), CutoffController(1, 2, decay=0.9)
+    for value in (1.0, 2.0, 4.0):
+        statistic = torch.full((1, 2), 2 * value)  # summed over two passes
+        first.update(RoutingTotals(torch.ones(1, 2), torch.tensor(1), torch.zeros(1), statistic, passes=2))
+    second.load({name: value.clone() for name, value in first.state.items()})
+    assert second.updates == 3
+    assert torch.equal(second.value_E(0), first.value_E(0))
+    average = (0.9**2 * 1 + 0.9 * 2 + 4) * 0.1
+    assert second.value_E(0).tolist() == pytest.approx([average / (1 - 0.9**3)] * 2)
