@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 
+import dsmoe.signals  # noqa: F401  (notes the launcher before anything slow is imported)
 from dsmoe.errors import DsmoeError
 
 USER_ERROR = 2  # exit code for a mistake of the user

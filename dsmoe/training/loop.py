@@ -14,12 +14,12 @@ from dsmoe.config import RunConfig
 from dsmoe.errors import TrainingError
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.signals import StopRequest
 from dsmoe.training.diagnose import first_bad_tensor
 from dsmoe.training.engine import learning_rate
 from dsmoe.training.evaluate import evaluate
 from dsmoe.training.metrics import MetricsWriter, routing_metrics
 from dsmoe.training.progress import TrainingProgress
-from dsmoe.training.signals import StopRequest
 
 
 class Trainer:
