@@ -52,7 +52,8 @@ def run_steps(engine, config: RunConfig, first: int, last: int, batches=batch_of
         for part in range(config.training.gradient_accumulation):
             total, parts = engine(*batches(config, step, part))
             engine.backward(total)
-            losses += torch.stack((parts["lm"], total.detach() - parts["lm"])) / config.training.gradient_accumulation
+            routers = sum((part for name, part in parts.items() if name != "lm"), torch.zeros(()))
+            losses += torch.stack((parts["lm"], routers)) / config.training.gradient_accumulation
             engine.step()
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
@@ -66,8 +67,8 @@ def run_steps(engine, config: RunConfig, first: int, last: int, batches=batch_of
                 "router_loss": losses[1].item(),
                 "grad_norm": float(engine.get_global_grad_norm()),
                 "density": totals.density().item(),
-                "counts": totals.counts_LE,
-                "state": {} if controller is None else {n: v.clone() for n, v in controller.state.items()},
+                "counts": totals.counts_LE.tolist(),
+                "state": {} if controller is None else {n: v.tolist() for n, v in controller.state.items()},
             }
         )
     return history
