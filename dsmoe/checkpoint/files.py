@@ -1,10 +1,10 @@
 """A checkpoint on disk: its folder, its manifest, which ones are complete, and files that appear whole or not at all.
 
     RUN/checkpoints/step_00000100/      complete exactly if the folder has this name
-        manifest.json                   step, samples, model, tensors, and size and sha256 of every other file
+        manifest.json                   step, samples, model, tensors, and size and sha256 of every file, its own too
         rank_00000.safetensors          what rank 0 of the saving job owned
         state.safetensors               router controllers
-    RUN/checkpoints/latest              the name of the newest complete folder
+    RUN/checkpoints/latest              the name of the folder that was completed last
 
 A save writes into `step_00000100.partial` and renames it when every rank's files are on disk.
 """
@@ -42,16 +42,24 @@ class Manifest:
     files: dict[str, dict[str, Any]]  # file name -> {"bytes", "sha256"}
 
     def write(self, folder: Path) -> None:
-        write_atomically(folder / MANIFEST, json.dumps(asdict(self), indent=1).encode())
+        content = asdict(self)
+        content["sha256"] = _digest(content)
+        write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `CheckpointError` if it is missing, not ours or of a newer format."""
+    """Raises `CheckpointError` if it is missing, not ours, of a newer format, or not as it was written."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise CheckpointError(f"{path}: format {content['format']}, this version of dsmoe reads {FORMAT}")
+        if content.pop("sha256") != _digest(content):
+            raise ValueError("it does not have the content that was saved (sha256 differs)")
         return Manifest(**content)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is not a complete checkpoint: {MANIFEST} is missing") from error
@@ -76,6 +84,14 @@ def step_of(folder: Path) -> int:
     return int(_STEP.fullmatch(folder.name).group(1))
 
 
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint that was written last: not the one of the highest step in a run that was begun anew."""
+    complete = complete_checkpoints(run_dir)
+    pointer = run_dir / "checkpoints" / "latest"
+    latest = pointer.with_name(pointer.read_text().strip()) if pointer.is_file() else None
+    return latest if latest in complete else next(reversed(complete), None)
+
+
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     """The checkpoint that `training.resume` means; None to start anew.
 
@@ -85,11 +101,11 @@ def find_checkpoint(resume: str, run_dir: Path) -> Path | None:
     if resume == "never":
         return None
     if resume == "auto":
-        return next(reversed(complete_checkpoints(run_dir)), None)
+        return newest_checkpoint(run_dir)
     path = Path(resume)
     if (path / MANIFEST).is_file():
         return path
-    newest = next(reversed(complete_checkpoints(path)), None)
+    newest = newest_checkpoint(path)
     if newest is None:
         raise CheckpointError(
             f"training.resume: {path} is neither a complete checkpoint (a folder with {MANIFEST}) "

@@ -93,7 +93,10 @@ def _publish(manifest: Manifest, partial: Path, folder: Path, keep: CheckpointCo
     os.rename(partial, folder)
     files.sync_folder(folder.parent)
     files.write_atomically(folder.parent / "latest", folder.name.encode())
-    for old in files.complete_checkpoints(folder.parent.parent)[: -keep.keep_last]:
+    # Steps beyond this one are of a run that was begun anew in this folder; this one must outlive them.
+    complete, step = files.complete_checkpoints(folder.parent.parent), files.step_of(folder)
+    so_far = [path for path in complete if files.step_of(path) <= step]
+    for old in so_far[: -keep.keep_last]:
         if not keep.keep_every or files.step_of(old) % keep.keep_every:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.with_name(old.name + files.PARTIAL)
