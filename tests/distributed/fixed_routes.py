@@ -14,7 +14,14 @@ from torch import Tensor
 from dsmoe.routers.base import Router, RouterOptions, Routing
 from dsmoe.routers.registry import register
 
-ROUTES = ("mixed", "second_half_sends_nothing", "odd_sequences_send_nothing", "last_experts_receive_nothing", "one_expert", "none")
+ROUTES = (
+    "mixed",
+    "second_half_sends_nothing",
+    "odd_sequences_send_nothing",
+    "last_experts_receive_nothing",
+    "one_expert",
+    "none",
+)
 
 
 class FixedOptions(RouterOptions):

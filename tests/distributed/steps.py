@@ -67,11 +67,22 @@ def run_steps(engine, config: RunConfig, first: int, last: int, batches=batch_of
                 "router_loss": losses[1].item(),
                 "grad_norm": float(engine.get_global_grad_norm()),
                 "density": totals.density().item(),
-                "counts": totals.counts_LE.tolist(),
-                "state": {} if controller is None else {n: v.tolist() for n, v in controller.state.items()},
+                "counts": totals.counts_LE,
+                "state": {} if controller is None else {n: v.clone() for n, v in controller.state.items()},
             }
         )
     return history
+
+
+def as_numbers(history: list[dict]) -> list[dict]:
+    """With lists in place of tensors, so that == compares every bit."""
+    return [{name: _numbers(value) for name, value in step.items()} for step in history]
+
+
+def _numbers(value):
+    if isinstance(value, dict):
+        return {name: _numbers(inner) for name, inner in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def owned_tensors(engine) -> dict[str, torch.Tensor]:
@@ -80,9 +91,11 @@ def owned_tensors(engine) -> dict[str, torch.Tensor]:
     for parameter, pieces in parameter_pieces(engine.module):
         fragment = owned_fragment(parameter, engine)
         for piece in pieces if fragment else ():
-            low, high = max(piece.start, fragment.start), min(piece.start + piece.numel, fragment.start + fragment.numel)
+            low = max(piece.start, fragment.start)
+            high = min(piece.start + piece.numel, fragment.start + fragment.numel)
             for kind, flat in fragment.tensors.items() if low < high else ():
-                owned[f"{kind}|{piece.name}|{low - piece.start}"] = flat[low - fragment.start : high - fragment.start].clone()
+                own = flat[low - fragment.start : high - fragment.start]
+                owned[f"{kind}|{piece.name}|{low - piece.start}"] = own.clone()
     return owned
 
 
@@ -119,14 +132,13 @@ def joined(results: list[list[tuple]]) -> list[tuple[list[dict], dict[str, torch
     return [(case[0][0], whole_tensors([owned for _, owned in case])) for case in zip(*results, strict=True)]
 
 
-def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], kinds: str = "weight|exp_avg") -> float:
-    """Over all tensors of these kinds (`|` between them), which must be the same ones; for moments, of their largest
-    value: they are as small as gradients."""
+def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], kinds=("weight", "exp_avg")):
+    """Over all tensors of these kinds, which must be the same ones. Of moments in units of the largest one: they are as
+    small as gradients."""
     assert found.keys() == expected.keys()
     worst = 0.0
-    for name, tensor in expected.items():
-        kind = name.split("|")[0]
-        if kind in kinds.split("|"):
-            scale = 1.0 if kind == "weight" else max(t.abs().max().item() for n, t in expected.items() if n.startswith(kind + "|"))
-            worst = max(worst, (found[name] - tensor).abs().max().item() / scale)
+    for kind in kinds:
+        names = [name for name in expected if name.startswith(f"{kind}|")]
+        scale = 1.0 if kind == "weight" else max(expected[name].abs().max().item() for name in names)
+        worst = max(worst, *((found[name] - expected[name]).abs().max().item() / scale for name in names))
     return worst

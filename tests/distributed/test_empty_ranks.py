@@ -60,7 +60,7 @@ def test_ranks_without_work_change_nothing(world, expert_parallel, stage, route)
     expected_history, expected = results(1, 1, 1)[route]
     history, found = results(world, expert_parallel, stage)[route]
     for before, after in zip(expected_history, history, strict=True):
-        assert after["counts"] == before["counts"]
+        assert torch.equal(after["counts"], before["counts"])
         # fp32 sums over 8 x 16 tokens in another order
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)

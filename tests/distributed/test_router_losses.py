@@ -11,8 +11,17 @@ import pytest
 import torch
 from ranks import once, run_ranks
 from steps import (
-    batch_of, fresh_engine, joined, largest_difference, owned_tensors, run_steps, tiny_config, train_each, whole_tensors,
-)  # fmt: skip
+    as_numbers,
+    batch_of,
+    fresh_engine,
+    joined,
+    largest_difference,
+    owned_tensors,
+    run_steps,
+    tiny_config,
+    train_each,
+    whole_tensors,
+)
 
 from dsmoe.parallel.groups import create_groups
 from dsmoe.training.evaluate import evaluate
@@ -71,8 +80,8 @@ def test_accumulation_changes_no_gradient(stage, parts):
     (expected, expected_tensors), (history, tensors) = (one_step_by_accumulation(stage)[n] for n in (1, parts))
     for quantity in ("loss", "router_loss", "grad_norm"):  # fp32 sums in another order
         assert history[0][quantity] == pytest.approx(expected[0][quantity], rel=1e-5), quantity
-    assert history[0]["counts"] == expected[0]["counts"]
-    assert largest_difference(tensors, expected_tensors, "exp_avg") <= 1e-5
+    assert torch.equal(history[0]["counts"], expected[0]["counts"])
+    assert largest_difference(tensors, expected_tensors, ("exp_avg",)) <= 1e-5
 
 
 @once
@@ -100,8 +109,8 @@ def test_the_same_micro_batch_again_changes_no_gradient(router):
     found = one_step_of_repeated_sequences()
     (expected, expected_tensors), (history, tensors) = found[:2] if router == "relu" else found[2:]
     assert history[0]["router_loss"] == pytest.approx(expected[0]["router_loss"], rel=1e-5)
-    assert history[0]["counts"] == [[3 * count for count in layer] for layer in expected[0]["counts"]]
-    assert largest_difference(tensors, expected_tensors, "exp_avg") <= 1e-5
+    assert torch.equal(history[0]["counts"], 3 * expected[0]["counts"])
+    assert largest_difference(tensors, expected_tensors, ("exp_avg",)) <= 1e-5
 
 
 @once
@@ -123,14 +132,14 @@ def steps_by_recompute(stage: int, precision: str) -> dict:
 def test_recompute_changes_no_bit_and_counts_nothing_twice(recompute, router, stage, precision):
     expected_history, expected = steps_by_recompute(stage, precision)[router, "none"]
     history, found = steps_by_recompute(stage, precision)[router, recompute]
-    assert history == expected_history
+    assert as_numbers(history) == as_numbers(expected_history)
     assert {name for name, value in expected.items() if not torch.equal(value, found[name])} == set()
 
 
 def controllers_of_all_ranks(stage: int):
     """Ranks see other tokens, so a controller fed with local counts would soon differ."""
     engine = fresh_engine(config_of("relu", stage, parallel={"expert_parallel": 2}))
-    return [step["state"]["lambda"] for step in run_steps(engine, config_of("relu", stage), 0, 6)]
+    return [step["state"]["lambda"].item() for step in run_steps(engine, config_of("relu", stage), 0, 6)]
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -167,7 +176,7 @@ def train_and_evaluate(router: str, stage: int, expert_parallel: int):
     engine = fresh_engine(config)
     history = run_steps(engine, config, 0, 2)
     controller = engine.module.controller
-    before, state = owned_tensors(engine), {} if controller is None else {n: v.clone() for n, v in controller.state.items()}
+    before, state = owned_tensors(engine), {} if controller is None else dict(controller.state)
     found = {size: evaluate(engine, Held(config), size, groups, bytes_per_token=3.0) for size in (1, 2, 3, 7, 8)}
     changed = [name for name, value in owned_tensors(engine).items() if not torch.equal(before[name], value)]
     changed += [] if controller is None else [n for n, v in controller.state.items() if not torch.equal(state[n], v)]
@@ -183,7 +192,9 @@ def evaluations(router: str, world: int, expert_parallel: int, stage: int):
     return run_ranks(world, train_and_evaluate, router, stage, expert_parallel)
 
 
-EVALUATED = [("relu", 1, 1, 1), ("relu", 2, 2, 1), ("relu", 4, 2, 2), ("topk", 1, 1, 1), ("topk", 2, 1, 3), ("topk", 4, 4, 3)]
+EVALUATED = [  # router, ranks, expert parallel, ZeRO stage
+    ("relu", 1, 1, 1), ("relu", 2, 2, 1), ("relu", 4, 2, 2), ("topk", 1, 1, 1), ("topk", 2, 1, 3), ("topk", 4, 4, 3),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("router", "world", "expert_parallel", "stage"), EVALUATED)
