@@ -1,0 +1,1 @@
+"""Studies: many training runs under one plan, and what they show together."""

@@ -1,0 +1,153 @@
+"""Plots of a comparison: loss over compute, experts per token over training and by layer, and a controller's stages.
+
+One figure of each kind for a corpus. Curves are of each variant's first finished seed; a smoothed one is drawn over the
+faint values of single steps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy
+
+from dsmoe.study.plan import Plan
+from dsmoe.study.results import NEAR_TARGET, moe_compute, run_config, run_lines, target_density
+
+SMOOTH = 0.02  # of a run, each way
+WIDTH = 10.0  # inches
+
+
+def write_plots(plan: Plan, outcomes: list, out: Path, target: Path) -> list[Path]:
+    """Draw everything that finished runs allow; return the files. `outcomes`: from `dsmoe.study.report`."""
+    written = []
+    colors = {variant.name: f"C{place % 10}" for place, variant in enumerate(plan.variants)}
+    for corpus in plan.corpora:
+        runs = {}
+        for outcome in outcomes:
+            if outcome.cell.corpus == corpus and outcome.result is not None:
+                runs.setdefault(outcome.cell.variant, outcome)
+        if not runs:
+            continue
+        folders = {name: outcome.cell.folder(out) for name, outcome in runs.items()}
+        by_layer = {name: outcome.result.val_experts_by_layer for name, outcome in runs.items()}
+        figures = {
+            "loss": loss_over_compute(folders, colors),
+            "experts": experts_over_training(folders, colors),
+            "layers": layer_profile({name: layers for name, layers in by_layer.items() if layers}, colors),
+        }
+        for name, folder in folders.items():
+            if "lambda" in run_lines(folder)[-1]:
+                figures[f"stages-{folder.parent.name}"] = stages(folder, f"{name} on {corpus}")
+        for name, figure in figures.items():
+            path = target / f"{folders[next(iter(folders))].parent.parent.name}-{name}.png"
+            figure.savefig(path, dpi=110)
+            plt.close(figure)
+            written.append(path)
+    return written
+
+
+def smoothed(values: numpy.ndarray, share: float = SMOOTH) -> numpy.ndarray:
+    """Mean over a window of `share` of the run each way, cut at the ends."""
+    reach = max(1, round(share * len(values)))
+    sums = numpy.concatenate(([0.0], numpy.cumsum(values)))
+    first = numpy.maximum(numpy.arange(len(values)) - reach, 0)
+    last = numpy.minimum(numpy.arange(len(values)) + reach + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _column(lines: list[dict], name: str) -> numpy.ndarray:
+    return numpy.array([line[name] for line in lines])
+
+
+def _figure(rows: int = 1, columns: int = 1, height: float = 5.0, **options):
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
+
+
+def loss_over_compute(folders: dict[str, Path], colors: dict[str, str]):
+    """Training loss over steps, and over the multiplications that the MoE layers really did."""
+    figure, (by_step, by_compute) = _figure(1, 2, sharey=True)
+    lowest, highest = numpy.inf, -numpy.inf
+    for name, folder in folders.items():
+        lines, config = run_lines(folder), run_config(folder)
+        loss = smoothed(_column(lines, "loss"))
+        tokens = config.training.global_batch_size * config.model.sequence_length
+        cost = numpy.cumsum([tokens * moe_compute(config, line["experts_per_token"]) for line in lines])
+        by_step.plot(_column(lines, "step"), loss, color=colors[name], label=name, linewidth=1.3)
+        by_compute.plot(cost / 1e12, loss, color=colors[name], linewidth=1.3)
+        lowest, highest = min(lowest, loss.min()), max(highest, loss[len(loss) // 10])
+    by_step.set_ylim(lowest - 0.05, highest)
+    by_step.set(xlabel="step", ylabel="training loss, smoothed (nats per token)")
+    by_compute.set(xlabel="multiplications in MoE layers so far (10¹²)")
+    by_step.legend(fontsize=8)
+    for axis in (by_step, by_compute):
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def experts_over_training(folders: dict[str, Path], colors: dict[str, str]):
+    """Experts per token at every step."""
+    figure, axis = _figure()
+    for name, folder in folders.items():
+        lines = run_lines(folder)
+        steps, experts = _column(lines, "step"), _column(lines, "experts_per_token")
+        if numpy.ptp(experts) > 0:
+            axis.plot(steps, experts, color=colors[name], alpha=0.2, linewidth=0.7)
+        axis.plot(steps, smoothed(experts), color=colors[name], label=name, linewidth=1.5)
+    axis.set(xlabel="step", ylabel="experts per token, mean over layers", ylim=(0, None))
+    axis.legend(fontsize=8, ncols=2)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def layer_profile(by_layer: dict[str, list[float]], colors: dict[str, str]):
+    """Experts per token in each MoE layer, on held-out text at the end."""
+    figure, axis = _figure(height=4.0)
+    for name, experts in by_layer.items():
+        axis.plot(range(1, len(experts) + 1), experts, marker="o", color=colors[name], label=name)
+    axis.set(xlabel="MoE layer", ylabel="experts per token on held-out text", ylim=(0, None))
+    axis.set_xticks(range(1, max(map(len, by_layer.values()), default=0) + 1))
+    axis.legend(fontsize=8, ncols=2)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def stage_bounds(density: numpy.ndarray, target: float) -> tuple[int, int]:
+    """Where sparsifying begins (the step of the highest density) and where it ends (first near the target after it)."""
+    peak = int(numpy.argmax(density))
+    near = numpy.flatnonzero(numpy.abs(density[peak:] - target) <= NEAR_TARGET)
+    return peak, peak + int(near[0]) if len(near) else len(density)
+
+
+def stages(folder: Path, title: str):
+    """Density, lambda and the penalty of a run with a lambda controller, its three stages shaded."""
+    lines, target = run_lines(folder), target_density(run_config(folder))
+    steps, density, coefficient = (_column(lines, name) for name in ("step", "density", "lambda"))
+    weighted = _column(lines, "router_loss")
+    # A line holds lambda after its step; the step's loss was weighted by the one before.
+    penalty = weighted[1:] / coefficient[:-1]
+    figure, (top, middle, bottom) = _figure(3, 1, height=8.5, sharex=True)
+    top.plot(steps, density, color="C0", alpha=0.35, linewidth=0.8)
+    top.plot(steps, smoothed(density), color="C0", linewidth=1.6)
+    top.axhspan(target - NEAR_TARGET, target + NEAR_TARGET, color="C2", alpha=0.3, label=f"target {target} ± {NEAR_TARGET}")
+    top.set(ylabel="density", ylim=(0, 1.02), title=title)
+    top.legend(fontsize=8, loc="upper right")
+    middle.plot(steps, coefficient, color="C1")
+    middle.set(ylabel="λ", yscale="log")
+    bottom.plot(steps[1:], penalty, color="C3", label="penalty")
+    bottom.plot(steps, weighted, color="C4", label="λ × penalty")
+    bottom.set(ylabel="penalty", yscale="log", xlabel="step")
+    bottom.legend(fontsize=8)
+    first, second = stage_bounds(density, target)
+    bounds = [steps[0], steps[first], steps[min(second, len(steps) - 1)], steps[-1]]
+    for axis in (top, middle, bottom):
+        axis.grid(alpha=0.3)
+        for place, color in enumerate(("0.75", "0.9", "1.0")):
+            axis.axvspan(bounds[place], bounds[place + 1], color=color, alpha=0.5, zorder=0, linewidth=0)
+    for place, name in enumerate(("I", "II", "III")):
+        if bounds[place + 1] - bounds[place] > 0.015 * steps[-1]:
+            top.text((bounds[place] + bounds[place + 1]) / 2, 0.95, name, ha="center", va="top", color="0.3")
+    return figure

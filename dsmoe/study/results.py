@@ -1,0 +1,120 @@
+"""What one finished run shows: its end, its experts per token, and the compute it took.
+
+Compute counts multiplications by weights, per token: parameters used. It takes the experts per token that each step
+really had, so a dense start counts in full. `moe` is gate or scores and routed experts of all MoE layers, `model` adds
+what every token passes: attention, norms, dense and shared layers, embedding (once, as the output layer).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+
+from dsmoe.config import RunConfig, load_config
+from dsmoe.model.size import model_size
+from dsmoe.routers import get
+from dsmoe.routers.registry import option_classes
+from dsmoe.training.metrics import FILE, read_lines
+
+NEAR_TARGET = 0.01  # of density
+END = 0.1  # the share of a run that counts as its end
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Numbers of one run."""
+
+    steps: int
+    tokens: int
+    val_loss: float  # nats per token
+    val_bpb: float | None  # bits per byte
+    val_experts: float  # per token, on held-out text
+    val_experts_by_layer: list[float] | None
+    end_experts: float  # per token, mean over the end of training
+    mean_experts: float  # over all of it
+    last_third_density: float
+    last_third_near_target: float | None  # share of steps; None where no density is aimed at
+    expert_imbalance: float  # max over mean, at the end
+    no_expert: float  # share of tokens, at the end
+    moe_compute: float
+    model_compute: float
+    tokens_per_second: float  # median
+
+
+def run_lines(run_dir: Path) -> list[dict]:
+    """The metrics of a run, step by step."""
+    path = run_dir / FILE
+    return read_lines(path) if path.exists() else []
+
+
+def run_config(run_dir: Path) -> RunConfig:
+    """The resolved configuration that a run wrote."""
+    return load_config(run_dir / "config.yaml", (), option_classes())
+
+
+def finished(lines: list[dict], steps: int) -> bool:
+    """Whether a run came to its last step and was evaluated there."""
+    return bool(lines) and lines[-1]["step"] == steps and "val_loss" in lines[-1]
+
+
+def read_result(run_dir: Path) -> RunResult:
+    """Summarise a finished run."""
+    config, lines = run_config(run_dir), run_lines(run_dir)
+    last, size = lines[-1], model_size(config)
+    end = lines[-max(1, round(END * len(lines))) :]
+    third = [line["density"] for line in lines[-max(1, len(lines) // 3) :]]
+    target = target_density(config)
+    near = None if target is None else mean(abs(density - target) <= NEAR_TARGET for density in third)
+    tokens = config.training.global_batch_size * config.model.sequence_length
+    moe = sum(tokens * moe_compute(config, line["experts_per_token"]) for line in lines)
+    always = size.total - sum(config.model.moe_layers()) * (
+        config.model.num_experts * size.expert + router_parameters(config)
+    )
+    return RunResult(
+        steps=last["step"],
+        tokens=last["tokens"],
+        val_loss=last["val_loss"],
+        val_bpb=last.get("val_bpb"),
+        val_experts=last["val_experts_per_token"],
+        val_experts_by_layer=last.get("val_experts_per_token_by_layer"),
+        end_experts=mean(line["experts_per_token"] for line in end),
+        mean_experts=mean(line["experts_per_token"] for line in lines),
+        last_third_density=mean(third),
+        last_third_near_target=near,
+        expert_imbalance=mean(line["expert_imbalance"] for line in end),
+        no_expert=mean(line["no_expert"] for line in end),
+        moe_compute=moe,
+        model_compute=moe + len(lines) * tokens * always,
+        tokens_per_second=median(line["tokens_per_second"] for line in lines),
+    )
+
+
+def moe_compute(config: RunConfig, experts_per_token: float) -> float:
+    """Multiplications per token in all MoE layers."""
+    if config.model.vocab_size is None:  # not settled before a run; the embedding plays no part here
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2})})
+    layers, expert = sum(config.model.moe_layers()), model_size(config).expert
+    return layers * (router_parameters(config) + experts_per_token * expert)
+
+
+def router_parameters(config: RunConfig) -> int:
+    """Of one layer."""
+    router = get(config.router.name)
+    return router.parameter_count(config.model, router.Options.model_validate(config.router.options))
+
+
+def target_density(config: RunConfig) -> float | None:
+    """The density that the router's controller aims at, if it has such a one."""
+    router = get(config.router.name)
+    options = router.Options.model_validate(config.router.options)
+    controller = router.make_controller(options, sum(config.model.moe_layers()), config.model.num_experts)
+    return getattr(controller, "target_density", None)
+
+
+def matching_steps(config: RunConfig, reference: RunResult) -> int:
+    """Optimizer steps after which `config`, at its router's aim of experts, has used the reference's MoE compute."""
+    router = get(config.router.name)
+    aim = router.Options.model_validate(config.router.options).mean_experts(config.model)
+    tokens = config.training.global_batch_size * config.model.sequence_length
+    return max(1, round(reference.moe_compute / (tokens * moe_compute(config, aim))))

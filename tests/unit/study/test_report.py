@@ -1,0 +1,85 @@
+"""What a report says of made-up runs: means, spreads, paired differences, compute, what is missing; and its files."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy
+import pytest
+from plan_files import edit
+from rich.console import Console
+
+from dsmoe.study.compare import run_plan
+from dsmoe.study.plan import Cell, load_plan
+from dsmoe.study.plots import smoothed, stage_bounds
+from dsmoe.study.report import read_outcomes, to_markdown, write_report
+from dsmoe.study.results import read_result
+
+
+@pytest.fixture
+def finished(plan_file, tmp_path):
+    plan, out = load_plan(plan_file), tmp_path / "out"
+    run_plan(plan, out, 2, console=Console(quiet=True))
+    return plan, out
+
+
+def cells_of(markdown: str, row: str) -> list[str]:
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_table(finished):
+    plan, out = finished
+    markdown = to_markdown(plan, read_outcomes(plan, out))
+    topk, relu = cells_of(markdown, "topk"), cells_of(markdown, "relu")
+    assert topk[1:3] == ["2", "3.8500 ± 0.0707"] and topk[4] == "" and topk[8:10] == ["1.000", "1.000"]
+    # By seed relu is 0.06 and 0.07 better; experts: 2 at the end, 3 on average.
+    assert relu[4] == "-0.0650 ± 0.0071" and relu[5:8] == ["2.00", "2.00", "3.00"]
+    assert float(relu[8]) == pytest.approx((128 + 3 * 1536) / (128 + 2 * 1536), abs=1e-3)
+    assert 1 < float(relu[9]) < float(relu[8])
+    assert "Not in the tables" not in markdown
+
+
+def test_missing_and_failed_runs_are_listed(plan_file, tmp_path):
+    edit(plan_file, lambda tree: tree.update(seeds=[1, 13]))
+    plan, out = load_plan(plan_file), tmp_path / "out"
+    run_plan(plan, out, 2, console=Console(quiet=True))
+    markdown = to_markdown(plan, read_outcomes(plan, out))
+    assert "- topk on letters, seed 13: failed: the disk is full" in markdown
+    assert cells_of(markdown, "relu")[1] == "1 of 2"
+
+
+def test_nothing_run_yet(plan_file, tmp_path):
+    plan = load_plan(plan_file)
+    markdown = to_markdown(plan, read_outcomes(plan, tmp_path / "out"))
+    assert cells_of(markdown, "topk")[1] == "0 of 2" and "seed 1: not run" in markdown
+
+
+def test_files(finished, tmp_path):
+    plan, out = finished
+    written = {path.name for path in write_report(plan, out, tmp_path / "report")}
+    assert {"comparison.md", "comparison.csv", "letters-loss.png", "letters-stages-relu.png"} <= written
+    with open(tmp_path / "report" / "comparison.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6 and rows[0]["experts_by_layer"] == "2.500 1.500"
+    assert all(row["command"].startswith("python launch/train.py --config") for row in rows)
+
+
+def test_density_against_its_target(finished):
+    _, out = finished
+    relu, topk = (read_result(Cell(name, "letters", 1).folder(out)) for name in ("relu", "topk"))
+    assert relu.last_third_density == 0.5 and relu.last_third_near_target == 1.0
+    assert topk.last_third_near_target is None
+
+
+def test_stages_of_a_density():
+    density = numpy.array([0.5, 0.7, 0.9, 0.6, 0.4, 0.255, 0.24, 0.25])
+    assert stage_bounds(density, 0.25) == (2, 5)
+    assert stage_bounds(density[:4], 0.25) == (2, 4)
+
+
+def test_smoothing_keeps_level_and_length():
+    values = numpy.linspace(1.0, 2.0, 50)
+    assert smoothed(values).shape == values.shape
+    assert smoothed(numpy.ones(50)) == pytest.approx(numpy.ones(50))
+    assert smoothed(values, 0.04)[25] == pytest.approx(values[25])
