@@ -9,11 +9,11 @@ from deepspeed.accelerator import get_accelerator
 
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
-from dsmoe.training.metrics import routing_metrics
+from dsmoe.training.metrics import experts_per_token_by_layer, routing_metrics
 
 
 @torch.no_grad()
-def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per_token: float | None) -> dict[str, float]:
+def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per_token: float | None) -> dict:
     """Loss per token and per byte over all held-out sequences; collective.
 
     Args:
@@ -22,7 +22,8 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
         bytes_per_token: of the held-out text; None leaves `val_bpb` out.
 
     Returns:
-        val_loss (nats per token), val_ppl, val_bpb (bits per byte), val_experts_per_token.
+        val_loss (nats per token), val_ppl, val_bpb (bits per byte), val_experts_per_token and the same by MoE layer, a
+        list: val_experts_per_token_by_layer.
     """
     device = get_accelerator().current_device_name()
     count, world, rank = len(heldout), groups.dp_size, groups.dp_rank
@@ -46,4 +47,5 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
     if bytes_per_token is not None:
         found["val_bpb"] = loss / math.log(2) / bytes_per_token
     found["val_experts_per_token"] = routing_metrics(routing, groups.ep_size)["experts_per_token"]
+    found["val_experts_per_token_by_layer"] = experts_per_token_by_layer(routing)
     return found

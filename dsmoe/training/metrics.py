@@ -33,13 +33,13 @@ class MetricsWriter:
             self._file = open(path, "a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line; `step` and `tokens` say where the run is, all other numbers go to the monitor as well."""
+        """One line; `step` and `tokens` say where the run is, all other numbers, lists apart, go to the monitor too."""
         if self._file is None:
             return
         self._file.write(json.dumps({name: _short(value) for name, value in line.items()}) + "\n")
         self._file.flush()
         if self.monitor is not None and self.monitor.enabled:
-            names = [name for name in line if name not in ("step", "tokens")]
+            names = [name for name in line if name not in ("step", "tokens") and not isinstance(line[name], list)]
             self.monitor.write_events([(f"dsmoe/{name}", float(line[name]), line["step"]) for name in names])
 
     def close(self) -> None:
@@ -81,6 +81,11 @@ def routing_metrics(totals: RoutingTotals, ep_size: int) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))
 
 
+def experts_per_token_by_layer(totals: RoutingTotals) -> list[float]:
+    """Mean active experts of a token in each MoE layer, first layer first."""
+    return (totals.counts_LE.sum(1).double() / totals.tokens.double().clamp(min=1)).tolist()
+
+
 def _max_over_mean(load_LN: torch.Tensor) -> torch.Tensor:
     """Mean over layers of max/mean; 1 for a layer without any route."""
     mean = load_LN.mean(-1)
@@ -88,4 +93,6 @@ def _max_over_mean(load_LN: torch.Tensor) -> torch.Tensor:
 
 
 def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(entry) for entry in value]
     return float(f"{value:.8g}") if isinstance(value, float) else value
