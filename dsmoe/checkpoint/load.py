@@ -131,18 +131,18 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_model(manifest: Manifest, model: torch.nn.Module, config: RunConfig) -> None:
-    """The checkpoint must hold exactly this model's tensors."""
+    """The checkpoint must hold exactly this model's tensors; collective."""
     saved_router = manifest.config["router"]["name"]
     if saved_router != config.router.name:
         raise CheckpointError(
             f"the checkpoint's router is {saved_router!r}, this run's router.name is {config.router.name!r}"
         )
-    expected = {piece.name: list(piece.shape) for _, pieces in parameter_pieces(model) for piece in pieces}
-    experts = {name for name in manifest.tensors if ".experts." in name}
+    own = {piece.name: list(piece.shape) for _, pieces in parameter_pieces(model) for piece in pieces}
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)  # a rank knows its own experts only
+    expected = {name: shape for part in everyone for name, shape in part.items()}
     missing = [name for name in expected if name not in manifest.tensors]
-    extra = [name for name in manifest.tensors if name not in expected and name not in experts]
-    if config.model.num_experts != manifest.config["model"]["num_experts"]:
-        extra.append(f"experts of a model with {manifest.config['model']['num_experts']}")
+    extra = [name for name in manifest.tensors if name not in expected]
     other = [
         f"{name} {manifest.tensors[name]} (this model: {shape})"
         for name, shape in expected.items()
