@@ -109,6 +109,18 @@ def test_going_on_is_never_having_stopped_bit_for_bit(folder, precision, stage):
         assert torch.equal(random, expected_random)
 
 
+SHARDED = {"name": "aoe", "k": 2, "rank": 8, "placement": "sharded"}
+
+
+def test_a_router_that_is_spread_over_ranks_goes_on_at_another_ep_size(folder):
+    saved, other = (config_of(_run(folder, "sharded"), *layout, router=SHARDED) for layout in ((2, 3), (1, 1)))
+    expected, _, _ = run_ranks(2, save_on_the_way, {"sharded": saved})[0]["sharded"]
+    for world, config in ((2, saved), (1, other)):
+        cases = {"sharded": (config, checkpoint_of(saved))}
+        history, _, _ = run_ranks(world, load_and_go_on, cases)[0]["sharded"]
+        assert [step["loss"] for step in history] == pytest.approx([step["loss"] for step in expected[2:]], abs=1e-5)
+
+
 @once
 def saved_by(folder: Path, world: int) -> dict:
     layouts = [source for source, _ in PAIRS if source[0] == world]
@@ -184,8 +196,9 @@ OTHER_MODELS = {
     "another hidden size": ({"model": {"hidden_size": 64}}, "of another shape"),
     "more layers": ({"model": {"num_layers": 3}}, "missing"),
     "fewer layers": ({"model": {"num_layers": 1}}, "not in this model"),
-    "more experts": ({"model": {"num_experts": 8}}, "experts"),
-    "fewer experts": ({"model": {"num_experts": 2}}, "experts of a model with 4"),
+    "more experts": ({"model": {"num_experts": 8}}, "experts.4.gate_up_proj"),
+    "fewer experts": ({"model": {"num_experts": 2}}, "experts.2.gate_up_proj"),
+    "wider experts": ({"model": {"moe_ffn_hidden_size": 24}}, "of another shape"),
     "an untied output layer": ({"model": {"tie_embeddings": False}}, "output_layer.weight"),
     "another router": ({"router": {"name": "topk", "k": 1}}, "router is 'relu'"),
 }
