@@ -1,0 +1,68 @@
+"""One launch file under every launcher; what comes out does not depend on which, nor on the layout."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from commands import TRAIN, beside_python, deepspeed, metrics, python, run, torchrun
+
+KEYS = {
+    "step", "tokens", "loss", "router_loss", "grad_norm", "lr", "tokens_per_second", "experts_per_token", "density",
+    "imbalance", "seconds", "lambda",
+}  # fmt: skip
+BOTH = ["parallel.expert_parallel=2", "parallel.zero_stage=2"]
+
+
+@pytest.fixture(scope="module")
+def alone(place, config):
+    """Plain Python, one process: no launcher, no MPI library, no C++ compiler."""
+    run_dir = place / "runs" / "alone"
+    bare = {"PATH": str(place / "no programs"), "TORCH_EXTENSIONS_DIR": str(place / "extensions"), "CXX": ""}
+    result = run(python(TRAIN, "--config", str(config), f"logging.run_dir={run_dir}"), environment=bare)
+    assert result.code == 0, result.output
+    assert not (place / "extensions").exists() or not os.listdir(place / "extensions")
+    return run_dir, result
+
+
+def test_metrics_have_every_step_once_with_every_key(alone):
+    lines = metrics(alone[0])
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line.keys() >= KEYS for line in lines)
+    assert [line["step"] for line in lines if "val_loss" in line and "val_bpb" in line] == [3, 6]
+    assert [line["tokens"] for line in lines] == [step * 4 * 32 for step in range(1, 7)]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_screen_of_a_plain_run(alone):
+    run_dir, result = alone
+    assert "parameters" in result.output and "held-out loss" in result.output and "step 6/6" in result.output
+    assert "WARNING" not in result.output and "Traceback" not in result.output
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000003", "step_00000006", "latest"}
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed 2", "deepspeed 1", "torchrun 2", "mpirun 2"])
+def test_launcher(launcher, place, config, alone):
+    run_dir = place / "runs" / launcher
+    command = [TRAIN, "--config", str(config), f"logging.run_dir={run_dir}", "training.stop_at=3"]
+    if launcher == "deepspeed 2":
+        command = deepspeed(2, *command, *BOTH)
+    elif launcher == "deepspeed 1":
+        command = deepspeed(None, *command)
+    elif launcher == "torchrun 2":
+        command = torchrun(2, *command, *BOTH)
+    else:
+        mpirun = beside_python("mpirun")
+        if mpirun is None:
+            pytest.skip("no mpirun in this environment; pip install -c constraints.txt -e '.[mpi]' brings one")
+        options = ["--allow-run-as-root", "--oversubscribe"]  # what a container with few cores asks for
+        command = [mpirun, *options, "-n", "2", *python(*command), *BOTH]
+    result = run(command)
+    assert result.code == 0, result.output
+    expected = metrics(alone[0])[:3]
+    found = metrics(run_dir)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    for line, reference in zip(found, expected, strict=True):
+        assert line["loss"] == pytest.approx(reference["loss"], abs=2e-5)
+        assert line["density"] == pytest.approx(reference["density"], abs=2e-3)
+    assert found[-1]["val_bpb"] == pytest.approx(expected[-1]["val_bpb"], abs=2e-5)

@@ -1,0 +1,100 @@
+"""Every command in a ```bash block of README.md runs, in a fresh copy of the checkout whose path has spaces.
+
+The commands are the page's own; `SHORTER` lists what is appended to make them short. A ```console block is a command
+with its output, which must be exactly that. Blocks of another kind (text, toml) are not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, free_port, run
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SCRIPTS = [re.sub(r" \\\n +", " ", block) for kind, block in BLOCKS if kind == "bash"]  # one line a command
+COMMANDS = [line for script in SCRIPTS for line in script.splitlines()]
+
+TINY = (
+    "model.num_layers=1 model.hidden_size=32 model.sequence_length=64 model.moe_ffn_hidden_size=16 "
+    "training.warmup_steps=1 training.eval_sequences=2 logging.tensorboard=false"
+)
+SHORTER = [  # what a command contains -> what is appended; the first that fits
+    ("prepare_data.py stdlib", "--limit-mb 0.4"),
+    ("training.steps=450", f"{TINY} training.steps=3"),
+    ("launch/train.py", f"{TINY} training.steps=2"),
+    ("make quickstart", f"ARGS='{TINY} training.steps=4'"),
+    ("make test", "ARGS=--version"),
+]
+# Installing needs the network: make is told that .venv is up to date, and does all the rest.
+INSTALLED = ("make ", "make -o .venv/.installed ")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    copy = tmp_path_factory.mktemp("readme") / "a checkout with spaces"
+    list_files = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(list_files, cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    (copy / ".venv").symlink_to(sys.prefix)
+    # What `make quickstart` prepares by itself, small.
+    made = shell("python tools/prepare_data.py stdlib --output data/quickstart --vocab-size 512 --limit-mb 0.4", copy)
+    assert made.code == 0, made.output
+    return copy
+
+
+def shell(command: str, folder: Path):
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+    return run(["bash", "-c", command], cwd=folder, environment=environment)
+
+
+def shortened(command: str) -> str:
+    command = command.partition("  #")[0]
+    extra = next((extra for mark, extra in SHORTER if mark in command), "")
+    # Another job on this machine may have the launchers' usual port.
+    for launcher in ("deepspeed", "torchrun"):
+        command = re.sub(rf"^{launcher} ", f"{launcher} --master_port {free_port()} ", command)
+    return f"{command.replace(*INSTALLED)} {extra}".strip()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, checkout):
+    result = shell(shortened(command), checkout)
+    assert result.code == 0, result.output
+    if command == "make quickstart":
+        check_quickstart(result.output, checkout)
+
+
+def check_quickstart(output: str, checkout: Path) -> None:
+    for stage in ("1/4  Prepare the data", "2/4  Train half of the steps", "3/4  Resume and finish", "4/4  Generate"):
+        assert stage in output
+    assert "training.stop_at=2" in output and "stopped at step 2" in output
+    for row in ("loss", "bits per byte", "speed", "experts per token", "lambda", "parameters", "What to try next"):
+        assert f"\n{row}" in output
+    assert "[INFO]" not in output and "[WARNING]" not in output and "Traceback" not in output
+    assert (checkout / "runs" / "quickstart" / "checkpoints" / "step_00000004").is_dir()
+
+
+@pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "console"])
+def test_output_shown(block, checkout):
+    command, _, expected = block.partition("\n")
+    assert command.startswith("$ ")
+    result = shell(command.removeprefix("$ "), checkout)
+    assert result.code == 2
+    shown = [line for line in result.output.splitlines() if not line.startswith("[")]  # DeepSpeed's own log
+    assert shown == expected.splitlines()
+
+
+def test_the_router_table_is_complete():
+    from dsmoe.routers import available
+
+    assert set(re.findall(r"^\| `(\w+)` \|.*arxiv", README, re.MULTILINE)) == set(available())
