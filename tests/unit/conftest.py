@@ -1,0 +1,19 @@
+"""Process groups of one process, for what needs torch.distributed to exist but no other rank."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def groups():
+    """`ParallelGroups` of this process alone. The environment is left as it was: other tests start programs."""
+    from dsmoe.parallel.groups import create_groups, start_processes
+
+    before = dict(os.environ)
+    start_processes()
+    os.environ.clear()
+    os.environ.update(before)
+    return create_groups(expert_parallel=1)

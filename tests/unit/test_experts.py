@@ -1,0 +1,106 @@
+"""The grouped GEMM is the loop over experts, for any split of the rows: empty experts, one expert with all, no row."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsmoe.moe.experts import GroupedExperts, LowRankExperts, grouped_linear, loop_linear
+
+HIDDEN, FFN, RANK = 16, 24, 8
+COUNTS = [[3, 0, 5, 1], [0, 0, 0, 7], [7, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [1], [0]]
+# bf16 keeps 8 bits: one rounding of the result and one of what enters it.
+TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rtol=2e-2, atol=2e-2)}
+ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+SHAPES = SimpleNamespace(num_moe_experts=4, hidden_size=HIDDEN, moe_ffn_hidden_size=FFN)
+
+
+def random_tensor(*shape, dtype, seed=0, scale=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_grouped_linear_is_the_loop(counts, dtype):
+    ends_e = torch.tensor(counts).cumsum(0).to(torch.int32)
+    results = []
+    for linear in (grouped_linear, loop_linear):
+        rows = random_tensor(sum(counts), HIDDEN, dtype=dtype)
+        weight = random_tensor(len(counts), FFN, HIDDEN, dtype=dtype, seed=1)
+        out = linear(rows, weight, ends_e)
+        out.backward(random_tensor(sum(counts), FFN, dtype=dtype, seed=2).detach())
+        results.append((out, rows.grad, weight.grad))
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+    for count, gradient in zip(counts, results[0][2], strict=True):
+        assert gradient.any() == (count > 0), "an expert without rows must get a gradient, and it must be exactly 0"
+
+
+@pytest.mark.parametrize("linear", [grouped_linear, loop_linear])
+def test_no_row_still_hangs_rows_and_weights_in_the_graph(linear):
+    """What came before the rows has to run backward too: it is an all-to-all that other ranks wait in."""
+    visited = []
+    rows = random_tensor(0, HIDDEN, dtype=torch.float32)
+    weight = random_tensor(4, FFN, HIDDEN, dtype=torch.float32)
+    passed = rows * 1
+    passed.register_hook(lambda gradient: visited.append(tuple(gradient.shape)))
+    linear(passed, weight, torch.zeros(4, dtype=torch.int32)).sum().backward()
+    assert visited == [(0, HIDDEN)]
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def build(kind: type, implementation: str, **options):
+    experts = kind(4, SHAPES, pg_collection=SimpleNamespace(ep=ALONE), implementation=implementation, **options)
+    for seed, parameter in enumerate(experts.parameters()):
+        parameter.data.copy_(random_tensor(*parameter.shape, dtype=torch.float32, seed=seed))
+    return experts
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("counts", [counts for counts in COUNTS if len(counts) == 4])
+def test_experts_are_swiglu_weighted_by_the_router(counts, implementation):
+    experts = build(GroupedExperts, implementation)
+    rows, probs = random_tensor(sum(counts), HIDDEN, dtype=torch.float32), torch.rand(sum(counts), requires_grad=True)
+    out, bias = experts(rows, torch.tensor(counts), probs)
+    expected = []
+    for e, (block, weights) in enumerate(zip(rows.split(counts), probs.split(counts), strict=True)):
+        gate, up = experts.gate_up_proj[e, :FFN], experts.gate_up_proj[e, FFN:]
+        for x, p in zip(block, weights, strict=True):
+            expected.append(p * (experts.down_proj[e] @ (F.silu(gate @ x) * (up @ x))))
+    expected = torch.stack(expected) if expected else out * 0
+    assert bias is None
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(out, expected, [rows, probs, *experts.parameters()])
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "loop"])
+@pytest.mark.parametrize("counts", [counts for counts in COUNTS if len(counts) == 4])
+def test_low_rank_experts_gate_on_the_latent_of_their_router(counts, implementation):
+    experts = build(LowRankExperts, implementation, rank=RANK)
+    reduce_erH = random_tensor(4, RANK, HIDDEN, dtype=torch.float32, seed=9)
+    rows, probs = random_tensor(sum(counts), HIDDEN, dtype=torch.float32), torch.rand(sum(counts), requires_grad=True)
+    out, _ = experts(rows, torch.tensor(counts), probs, reduce_erH=reduce_erH)
+    expected = []
+    for e, (block, weights) in enumerate(zip(rows.split(counts), probs.split(counts), strict=True)):
+        for x, p in zip(block, weights, strict=True):
+            gate = F.silu(experts.gate_proj[e] @ (reduce_erH[e] @ x))
+            expected.append(p * (experts.down_proj[e] @ (gate * (experts.up_proj[e] @ x))))
+    expected = torch.stack(expected) if expected else out * 0
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(out, expected, [rows, probs, reduce_erH, *experts.parameters()])
+    sent = experts.linear(rows, reduce_erH, torch.tensor(counts).cumsum(0).to(torch.int32))
+    torch.testing.assert_close(experts(rows, torch.tensor(counts), probs, latents_Rr=sent)[0], out)
+
+
+def assert_same_gradients(found, expected, inputs) -> None:
+    weights = torch.arange(1.0, HIDDEN + 1)
+    here = torch.autograd.grad((found * weights).sum(), inputs, retain_graph=True)
+    there = torch.autograd.grad((expected * weights).sum(), inputs, allow_unused=True)
+    for one, other in zip(here, there, strict=True):
+        other = torch.zeros_like(one) if other is None else other
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # sums of up to 24 x 16 terms around 10
