@@ -127,7 +127,8 @@ class Runner:
 
     def _command(self, cell: Cell, steps: int | None) -> list[str]:
         config = self.plan.variant(cell.variant).config
-        return ["launch/train.py", "--config", config, *cell_overrides(self.plan, cell, self.out, steps)]
+        script = os.path.relpath(ROOT / "launch" / "train.py")  # as short as the user would type it
+        return [script, "--config", config, *cell_overrides(self.plan, cell, self.out, steps)]
 
     def _start_what_can(self) -> None:
         for cell in list(self.waiting):
@@ -158,7 +159,6 @@ class Runner:
         with open(folder / LOG, "a") as log:
             process = subprocess.Popen(
                 [sys.executable, *command],
-                cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": _python_path()},
@@ -197,7 +197,7 @@ class Runner:
             said = f"failed: {record['error'].splitlines()[-1]}"
         else:
             result = read_result(folder)
-            said = f"held-out loss {result.val_loss:.4f}, {result.mean_experts:.2f} experts/token, {record['seconds']:.0f} s"
+            said = f"held-out loss {result.val_loss:.4f}, {result.mean_experts:.2f} experts/token"
         self.console.print(f"{cell}: {said}", highlight=False, markup=False)
 
     def _now(self) -> str:
@@ -209,7 +209,7 @@ class Runner:
             parts.append(f"{run.cell.variant} {step}/{run.steps}")
             steps_left += run.steps - step
         steps_left += sum(cell_config(self.plan, cell, self.out).training.steps for cell in self.waiting)
-        seen_steps, seen_seconds = (sum(column) for column in zip(*self.steps_seen, strict=True)) if self.steps_seen else (0, 0)
+        seen_steps, seen_seconds = (sum(pair[place] for pair in self.steps_seen) for place in (0, 1))
         left = "?" if not seen_steps else f"{steps_left * seen_seconds / seen_steps / self.parallel / 60:.0f} min"
         return f"{', '.join(parts)}  left: {left}"
 

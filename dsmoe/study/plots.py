@@ -132,7 +132,8 @@ def stages(folder: Path, title: str):
     figure, (top, middle, bottom) = _figure(3, 1, height=8.5, sharex=True)
     top.plot(steps, density, color="C0", alpha=0.35, linewidth=0.8)
     top.plot(steps, smoothed(density), color="C0", linewidth=1.6)
-    top.axhspan(target - NEAR_TARGET, target + NEAR_TARGET, color="C2", alpha=0.3, label=f"target {target} ± {NEAR_TARGET}")
+    near = f"target {target} ± {NEAR_TARGET}"
+    top.axhspan(target - NEAR_TARGET, target + NEAR_TARGET, color="C2", alpha=0.3, label=near)
     top.set(ylabel="density", ylim=(0, 1.02), title=title)
     top.legend(fontsize=8, loc="upper right")
     middle.plot(steps, coefficient, color="C1")

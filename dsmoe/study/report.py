@@ -97,13 +97,14 @@ def _row(plan: Plan, outcomes: list[Outcome], variant: str) -> list[str]:
         return "" if None in values else _spread(values, form)
 
     is_baseline = variant == plan.baseline
+    experts = ("val_experts", "end_experts", "mean_experts")
     return [
         variant,
         str(len(results)) if len(results) == len(found) else f"{len(results)} of {len(found)}",
         column("val_loss", ".4f"),
         column("val_bpb", ".4f"),
         "" if is_baseline or not gaps else _spread(gaps, "+.4f"),
-        *(f"{mean(getattr(result, name) for result in results.values()):.2f}" for name in ("val_experts", "end_experts", "mean_experts")),
+        *(f"{mean(getattr(result, name) for result in results.values()):.2f}" for name in experts),
         *(f"{mean(values):.3f}" if values else "" for values in relative.values()),
         f"{mean(result.tokens_per_second for result in results.values()):,.0f}",
     ]
