@@ -34,8 +34,9 @@ class CausalAttention(nn.Module):
                 query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
             )
         else:
+            allowed = (~attention_mask).tril()
             out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=~attention_mask, scale=self.scale, enable_gqa=grouped
+                query, key, value, attn_mask=allowed, scale=self.scale, enable_gqa=grouped
             )
         return out.permute(2, 0, 1, 3).flatten(2)
 
