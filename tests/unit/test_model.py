@@ -1,0 +1,315 @@
+"""The model is what its configuration says: size, initial weights, attention, causality, losses.
+
+Models of other expert-parallel sizes are built in this one process with stand-ins for the groups: construction and
+initialisation ask a group for its size and rank only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsmoe.config import validate_config
+from dsmoe.model.attention import CausalAttention
+from dsmoe.model.gpt import LanguageModel
+from dsmoe.model.names import logical_tensors, parameter_pieces
+from dsmoe.model.size import model_size
+from dsmoe.routers import get
+from dsmoe.routers.registry import option_classes
+
+SHAPE = dict(
+    num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, sequence_length=16, vocab_size=64,
+    num_experts=4, moe_ffn_hidden_size=16,
+)  # fmt: skip
+RELU = {"name": "relu", "k": 1.0, "lambda_initial": 1e-2}
+VARIANTS = {
+    "plain": {},
+    "as many key heads as query heads": {"num_query_groups": None},
+    "one key head": {"num_query_groups": 1},
+    "untied": {"tie_embeddings": False},
+    "dense layers between": {"num_layers": 4, "moe_layer_freq": 2},
+    "dense layers as listed": {"num_layers": 3, "moe_layer_freq": [0, 1, 0], "ffn_hidden_size": 40},
+    "shared expert": {"moe_shared_expert_intermediate_size": 24},
+    "qk norm": {"qk_layernorm": True},
+    "all of it": {
+        "num_layers": 3, "moe_layer_freq": [0, 1, 1], "tie_embeddings": False, "qk_layernorm": True,
+        "moe_shared_expert_intermediate_size": 8,
+    },
+}  # fmt: skip
+
+
+def config_of(router=RELU, **model):
+    return validate_config({"model": SHAPE | model, "router": dict(router)}, option_classes())
+
+
+def build(config, groups, seed: int = 5) -> LanguageModel:
+    router_class = get(config.router.name)
+    options = router_class.Options.model_validate(config.router.options)
+    return LanguageModel(config.model, (router_class, options), groups, seed)
+
+
+def at_expert_parallel(groups, size: int, rank: int):
+    """The groups of one rank of a job with that expert-parallel size, enough of them to build its model."""
+    ep = SimpleNamespace(size=lambda: size, rank=lambda: rank)
+    return dataclasses.replace(groups, ep=ep, ep_name=f"ep_size_{size}")
+
+
+def text(config, sequences: int = 3, seed: int = 0) -> torch.Tensor:
+    shape = (sequences, config.model.sequence_length)
+    return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "router", [RELU, {"name": "topk", "k": 2}, {"name": "aoe", "k": 2, "rank": 8}], ids=lambda options: options["name"]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_model_size_is_that_of_the_built_model(groups, variant, router):
+    config = config_of(router, **VARIANTS[variant])
+    model = build(config, groups)
+    parameters = list(model.parameters())
+    size = model_size(config)
+    assert size.total == sum(parameter.numel() for parameter in parameters)
+    layers = sum(config.model.moe_layers())
+    in_experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+    expert = in_experts // (layers * config.model.num_experts)
+    unused = round((config.model.num_experts - used_by(config)) * expert) * layers
+    assert size.active == size.total - unused
+
+
+def used_by(config) -> float:
+    options = get(config.router.name).Options.model_validate(config.router.options)
+    return options.mean_experts(config.model)
+
+
+@pytest.mark.parametrize("variant", ["plain", "all of it"])
+def test_initial_weights_do_not_depend_on_expert_parallel(groups, variant):
+    config = config_of(**VARIANTS[variant])
+    expected = dict(logical_tensors(build(config, groups)))
+    for size in (2, 4):
+        seen = set()
+        for rank in range(size):
+            for name, tensor in logical_tensors(build(config, at_expert_parallel(groups, size, rank))):
+                assert torch.equal(tensor, expected[name]), name
+                seen.add(name)
+        assert seen == expected.keys()
+
+
+def test_initial_weights_do_not_depend_on_what_was_drawn_before_but_on_the_seed(groups):
+    config = config_of()
+    torch.manual_seed(1)
+    first = dict(logical_tensors(build(config, groups)))
+    torch.manual_seed(2)
+    torch.randn(7)
+    again, other = (dict(logical_tensors(build(config, groups, seed))) for seed in (5, 6))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name]), name
+        assert torch.equal(tensor, other[name]) == (tensor.dim() < 2), name
+
+
+def test_a_layer_more_leaves_the_weights_of_the_others(groups):
+    """Names seed the weights, not the order in which modules are built; only the residual's scale knows the depth."""
+    two, three = (dict(logical_tensors(build(config_of(num_layers=layers), groups))) for layers in (2, 3))
+    for name, tensor in two.items():
+        into_residual = name.endswith(("linear_proj.weight", "down_proj"))
+        expected = three[name] * (math.sqrt(3 / 2) if into_residual else 1.0)
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=0)
+
+
+def test_no_two_tensors_start_alike_and_spreads_are_as_told(groups):
+    config = config_of(hidden_size=64, moe_ffn_hidden_size=64, init_std=0.05)
+    tensors = [(name, t) for name, t in logical_tensors(build(config, groups)) if t.dim() >= 2]
+    assert len({tuple(tensor.flatten()[:8].tolist()) for _, tensor in tensors}) == len(tensors)
+    for name, tensor in tensors:
+        into_residual = name.endswith(("linear_proj.weight", "down_proj"))
+        expected = 0.05 / math.sqrt(4) if into_residual else 0.05
+        # The standard deviation of n draws is known to about 1 / sqrt(2n).
+        assert tensor.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * tensor.numel())), name
+
+
+def test_pieces_cut_every_parameter_without_gap_or_overlap(groups):
+    model = build(config_of(**VARIANTS["all of it"]), at_expert_parallel(groups, 2, 1))
+    names = []
+    for parameter, pieces in parameter_pieces(model):
+        ends = [piece.start + piece.numel for piece in pieces]
+        assert [piece.start for piece in pieces] == [0, *ends[:-1]]
+        assert ends[-1] == parameter.numel()
+        names += [piece.name for piece in pieces]
+    assert len(names) == len(set(names))
+    experts = {name.split(".experts.")[1].split(".")[0] for name in names if ".experts." in name}
+    assert experts == {"2", "3"}  # rank 1 of 2 holds the second half
+
+
+def plain_attention(query, key, value, scale):
+    """Causal grouped-query attention, a softmax for each query by itself. [S, B, heads, d]"""
+    length, batch, heads, _ = query.shape
+    out = torch.zeros_like(query)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // key.size(2))
+            for s in range(length):
+                weights = (key[: s + 1, b, g] @ query[s, b, h] * scale).softmax(0)
+                out[s, b, h] = weights @ value[: s + 1, b, g]
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_is_a_softmax_over_the_past(heads, key_heads, scale):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(7, 2, n, 6, generator=generator) for n in (heads, key_heads, key_heads))
+    found = CausalAttention(None, 1, None, "self", softmax_scale=scale)(query, key, value)
+    torch.testing.assert_close(found, plain_attention(query, key, value, scale or 6**-0.5), rtol=1e-5, atol=1e-5)
+
+
+def test_an_attention_mask_is_added_to_causality():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(7, 2, 4, 6, generator=generator) for _ in range(3))
+    attend = CausalAttention(None, 1, None, "self")
+    nothing_hidden = torch.zeros(2, 1, 7, 7, dtype=torch.bool)
+    torch.testing.assert_close(attend(query, key, value, nothing_hidden), attend(query, key, value))
+    first_hidden = nothing_hidden.clone()
+    first_hidden[..., 1:, 0] = True  # from all but itself
+    found = attend(query, key, value, first_hidden)[1:]
+    torch.testing.assert_close(found, attend(query[1:], key[1:], value[1:]))
+
+
+def test_rotary_turns_pairs_by_the_angle_of_their_place(groups):
+    model = build(config_of(), groups)
+    head = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    angles = model.gpt.rotary_pos_emb(SHAPE["sequence_length"])
+    assert angles.shape == (SHAPE["sequence_length"], 1, 1, head)
+    for place in range(SHAPE["sequence_length"]):
+        for i in range(head // 2):  # dimension i turns together with i + head / 2
+            expected = place * 10000.0 ** (-2 * i / head)
+            assert angles[place, 0, 0, i].item() == pytest.approx(expected, rel=1e-5)
+            assert angles[place, 0, 0, i + head // 2].item() == pytest.approx(expected, rel=1e-5)
+
+
+class Plain:
+    """The whole forward pass written out, for one sequence at a time and a router that was asked already."""
+
+    def __init__(self, model: LanguageModel):
+        self.weights = {name.removeprefix("gpt."): t for name, t in logical_tensors(model)}
+        self.config = model.config
+
+    def logits(self, tokens_S: torch.Tensor) -> torch.Tensor:
+        x = self.weights["embedding.word_embeddings.weight"][tokens_S]
+        for layer in range(self.config.num_layers):
+            w = {n.split(".", 3)[3]: t for n, t in self.weights.items() if n.startswith(f"decoder.layers.{layer}.")}
+            x = x + self._attend(self._norm(x, w["input_layernorm.weight"]), w)
+            x = x + self._experts(self._norm(x, w["pre_mlp_layernorm.weight"]), w)
+        x = self._norm(x, self.weights["decoder.final_layernorm.weight"])
+        return x @ self.weights["embedding.word_embeddings.weight"].t()
+
+    def _norm(self, x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + self.config.norm_epsilon).sqrt() * weight
+
+    def _attend(self, x, w):
+        heads, groups = self.config.num_attention_heads, self.config.key_value_heads
+        head = self.config.hidden_size // heads
+        # Megatron's layout: for each key head its queries, then the key, then the value.
+        mixed = (x @ w["self_attention.linear_qkv.weight"].t()).view(len(x), groups, heads // groups + 2, head)
+        query, key, value = mixed[:, :, :-2].flatten(1, 2), mixed[:, :, -2], mixed[:, :, -1]
+        query, key = self._turn(query), self._turn(key)
+        out = plain_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), head**-0.5)[:, 0]
+        return out @ w["self_attention.linear_proj.weight"].t()
+
+    def _turn(self, x):
+        length, _, head = x.shape
+        angle = torch.arange(length)[:, None, None] * 10000.0 ** (-torch.arange(0, head, 2) / head)
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), -1)
+
+    def _experts(self, x, w):
+        scores = (x @ w["mlp.router.weight"].t()).relu()
+        rows = []
+        for t, row in enumerate(x):
+            out = torch.zeros_like(row)
+            for e in range(self.config.num_experts):
+                if scores[t, e] > 0:
+                    gate, up = w[f"mlp.experts.{e}.gate_up_proj"].chunk(2)
+                    out = out + scores[t, e] * (w[f"mlp.experts.{e}.down_proj"] @ (F.silu(gate @ row) * (up @ row)))
+            rows.append(out)
+        return torch.stack(rows)
+
+
+def test_logits_are_those_of_the_equations_written_out(groups):
+    config = config_of(init_std=0.2)  # large weights, so that every part matters
+    model = build(config, groups)
+    tokens = text(config, sequences=2)
+    with torch.no_grad():
+        found = model(tokens)
+        for sequence, logits in zip(tokens, found, strict=True):
+            torch.testing.assert_close(logits, Plain(model).logits(sequence), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_future_never_changes_the_past(groups, variant):
+    config = config_of(**VARIANTS[variant], init_std=0.2)
+    model = build(config, groups).eval()
+    tokens = text(config, sequences=1)
+    with torch.no_grad():
+        before = model(tokens)
+        for place in (5, 15):
+            changed = tokens.clone()
+            changed[0, place] = (tokens[0, place] + 1) % config.model.vocab_size
+            after = model(changed)
+            # Not bit for bit: an expert's GEMM rounds its rows by how many there are.
+            torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
+            assert (after[:, place:] - before[:, place:]).abs().amax(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("recompute", ["moe", "full"])
+def test_recompute_changes_no_logit_and_no_gradient(groups, recompute):
+    results = []
+    for kind in ("none", recompute):
+        config = config_of(recompute=kind, **VARIANTS["all of it"])
+        model = build(config, groups)
+        loss, _ = model(text(config), text(config, seed=1))
+        loss.backward()
+        results.append((model(text(config)), {name: p.grad for name, p in model.named_parameters()}))
+    (expected, expected_gradients), (logits, gradients) = results
+    assert torch.equal(logits, expected)
+    assert [name for name in gradients if not torch.equal(gradients[name], expected_gradients[name])] == []
+
+
+def test_loss_is_the_cross_entropy_and_the_routers_part_comes_on_top(groups):
+    config = config_of()
+    model = build(config, groups)
+    tokens, labels = text(config), text(config, seed=1)
+    total, parts = model(tokens, labels)
+    expected = -model(tokens).log_softmax(-1).gather(2, labels.unsqueeze(2)).mean()
+    assert parts["lm"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert set(parts) == {"lm", "l1"} and parts["l1"] > 0
+    assert total.item() == pytest.approx(sum(part.item() for part in parts.values()), rel=1e-6)
+    assert total.requires_grad and not any(part.requires_grad for part in parts.values())
+
+
+def test_masked_labels_and_padding_count_nowhere(groups):
+    """A sequence that is padding changes neither loss, nor gradient, nor counts, whatever its tokens are."""
+    config = config_of()
+    model = build(config, groups)
+    tokens, labels = text(config, 2), text(config, 2, seed=1)
+    loss, _ = model(tokens[:1], labels[:1])
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    counts = model.recorder.take()
+    model.zero_grad()
+    real = torch.tensor([[True], [False]]).expand_as(tokens)
+    masked, _ = model(tokens, labels, loss_mask=real, padding_mask=~real)
+    masked.backward()
+    assert masked.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
+    again = model.recorder.take()
+    assert torch.equal(again.counts_LE, counts.counts_LE) and again.tokens == counts.tokens == 16
+
+
+def test_a_saved_state_holds_tensors_only(groups):
+    state = build(config_of(), groups).state_dict()
+    assert state and all(isinstance(value, torch.Tensor) for value in state.values())
