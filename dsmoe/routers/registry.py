@@ -20,17 +20,26 @@ _routers: dict[str, type] = {}
 
 
 def register(name: str):
-    """Class decorator: make a router selectable as `router.name`. Raises `RouterError` if the name is taken."""
+    """Class decorator: make a router selectable as `router.name`. Raises `RouterError` if the name is taken, or if
+    what gets it is no router."""
 
     def add(router: type) -> type:
+        from dsmoe.routers.base import Router
+
+        if not (isinstance(router, type) and issubclass(router, Router)):
+            raise RouterError(f"router {name!r} is {router!r}, expected a subclass of dsmoe.routers.base.Router")
         known = _routers.get(name)
-        if known is not None and known.__qualname__ != router.__qualname__:
-            raise RouterError(f"router name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        if known is not None and _path(known) != _path(router):  # a module that is loaded again may replace its own
+            raise RouterError(f"router name {name!r} is taken by {_path(known)}; {_path(router)} needs another")
         router.name = name
         _routers[name] = router
         return router
 
     return add
+
+
+def _path(router: type) -> str:
+    return f"{router.__module__}.{router.__qualname__}"
 
 
 def available() -> dict[str, type]:
@@ -40,13 +49,12 @@ def available() -> dict[str, type]:
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
     for point in entry_points(group=GROUP):
-        if point.name not in _routers:
-            try:
-                register(point.name)(point.load())
-            except RouterError:
-                raise
-            except Exception as error:
-                raise RouterError(f"router plugin {point.name!r} ({point.value}) cannot be loaded: {error}") from error
+        try:
+            register(point.name)(point.load())
+        except RouterError:
+            raise
+        except Exception as error:
+            raise RouterError(f"router plugin {point.name!r} ({point.value}) cannot be loaded: {error}") from error
     return dict(sorted(_routers.items()))
 
 
