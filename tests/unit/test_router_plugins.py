@@ -1,0 +1,166 @@
+"""Routers as plugins: found by name, refused with a reason, held to the contract, and at home in a stock MoELayer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from dsmoe.errors import RouterError
+from dsmoe.routers import available, get, register, registry
+from dsmoe.routers.base import Router, RouterOptions, Routing
+
+EXPERTS, HIDDEN = 4, 8
+
+
+class Everywhere(Router):
+    """Every token to every expert, with the weight of its logit. Its loss is the mean logit."""
+
+    Options = RouterOptions
+
+    def route(self, hidden_TH, sequence_T):
+        logits_TE = self.gating(hidden_TH)
+        return Routing(logits_TE, torch.ones_like(logits_TE, dtype=torch.bool), kept={"mean": logits_TE.mean()})
+
+    def losses(self, routing, loads):
+        return {"mean": 3.0 * routing.kept["mean"]}
+
+
+@pytest.fixture
+def entry_point(monkeypatch):
+    """Pretend that an installed package registers routers under these names."""
+    monkeypatch.setattr(registry, "_routers", dict(available()))
+
+    def install(**values):
+        module = types.ModuleType("a_plugin")
+        module.Everywhere, module.number = Everywhere, 7
+        monkeypatch.setitem(sys.modules, "a_plugin", module)
+        points = [importlib.metadata.EntryPoint(n, f"a_plugin:{v}", registry.GROUP) for n, v in values.items()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: points)
+
+    return install
+
+
+def test_an_installed_router_is_found_by_name(entry_point):
+    entry_point(everywhere="Everywhere")
+    assert get("everywhere") is Everywhere and Everywhere.name == "everywhere"
+    assert get("everywhere") is Everywhere  # the second look finds it taken by itself
+
+
+@pytest.mark.parametrize(
+    ("point", "said"),
+    [
+        ({"broken": "Missing"}, "'broken' .*a_plugin:Missing.* cannot be loaded"),
+        ({"number": "number"}, "'number' is 7, expected a subclass"),
+        ({"relu": "Everywhere"}, "'relu' is taken by dsmoe.routers.relu.ReLURouter"),
+    ],
+)
+def test_an_installed_router_that_cannot_be_used_says_why(entry_point, point, said):
+    entry_point(**point)
+    with pytest.raises(RouterError, match=said):
+        available()
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(RouterError, match=r"no router is called 'relo' \(did you mean 'relu'\?\); available: .*topk"):
+        get("relo")
+
+
+def test_a_name_is_given_once(entry_point):
+    with pytest.raises(RouterError, match="taken by"):
+        register("topk")(Everywhere)
+
+
+def alone():
+    return SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+
+
+def megatron_config(**more) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=1, hidden_size=HIDDEN, num_attention_heads=1, num_moe_experts=EXPERTS, moe_ffn_hidden_size=8,
+        moe_router_load_balancing_type="none", add_bias_linear=False, use_cpu_initialization=True,
+        moe_token_dispatcher_type="allgather", **more,
+    )  # fmt: skip
+
+
+def groups_of_one() -> SimpleNamespace:
+    names = ("tp", "cp", "tp_cp", "tp_dp_cp", "ep", "tp_ep", "expt_tp", "expt_dp")
+    return SimpleNamespace(**{name: alone() for name in names})
+
+
+def answering(probs, map_TE) -> Router:
+    router = Everywhere(megatron_config(), groups_of_one())
+    router.route = lambda hidden_TH, sequence_T: Routing(probs, map_TE)
+    return router
+
+
+@pytest.mark.parametrize(
+    ("probs", "map_TE", "said"),
+    [
+        (torch.zeros(6, EXPERTS, dtype=torch.bfloat16), torch.zeros(6, EXPERTS, dtype=torch.bool), "probs .*bfloat16"),
+        (torch.zeros(6, EXPERTS), torch.zeros(6, EXPERTS), "map .*float32.*expected .*bool"),
+        (torch.zeros(6, 2), torch.zeros(6, EXPERTS, dtype=torch.bool), r"probs \(6, 2\).*expected \(6, 4\)"),
+        (torch.zeros(5, EXPERTS), torch.zeros(6, EXPERTS, dtype=torch.bool), r"probs \(5, 4\)"),
+    ],
+)
+def test_a_router_that_breaks_the_contract_is_named(probs, map_TE, said):
+    with pytest.raises(RouterError, match=said):
+        answering(probs, map_TE)(torch.zeros(3, 2, HIDDEN))
+
+
+class NoExperts(torch.nn.Module):
+    """In the slot of the experts: what is routed here is not the question."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_in_a_stock_moe_layer_the_loss_arrives_through_megatrons_hook(scale, monkeypatch):
+    """Megatron multiplies the gradient of a router's loss by its own scale, whatever the rest of the loss is."""
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.tensor(scale))
+    slots = MoESubmodules(experts=NoExperts, router=Everywhere)
+    layer = MoELayer(megatron_config(), slots, layer_number=1, pg_collection=groups_of_one())
+    weight = layer.router.weight
+    weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(5, 2, HIDDEN, generator=torch.Generator().manual_seed(1))
+    probs, map_TE = layer.route(hidden, None)
+    assert map_TE.all() and torch.equal(probs, hidden.flatten(0, 1) @ weight.t())
+    (gradient,) = torch.autograd.grad((probs * 0).sum(), weight)
+    mean_logit = hidden.flatten(0, 1).mean(0) / EXPERTS
+    torch.testing.assert_close(gradient, 3.0 * scale * mean_logit.expand(EXPERTS, -1))
+
+
+def test_in_evaluation_no_loss_is_attached():
+    router = Everywhere(megatron_config(), groups_of_one()).eval()
+    router.weight.data.normal_()
+    probs, _ = router(torch.randn(5, 2, HIDDEN))
+    (gradient,) = torch.autograd.grad((probs * 0).sum(), router.weight)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("name", [name for name, router in available().items() if router.has_gate])
+def test_padding_gets_no_expert_and_no_gradient_and_moves_nobody_else(name):
+    router_class = get(name)
+    router = router_class(megatron_config(), groups_of_one(), options=router_class.Options()).eval()
+    for parameter in router.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(6, 2, HIDDEN, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    padding_mask = torch.zeros(6, 2, dtype=torch.bool)
+    padding_mask[4:, 1] = True
+    probs, map_TE = router(hidden, padding_mask)
+    padded_T = padding_mask.flatten()
+    assert not map_TE[padded_T].any() and not probs[padded_T].any()
+    (gradient,) = torch.autograd.grad(probs.square().sum(), hidden)
+    assert not gradient.flatten(0, 1)[padded_T].any()
+    other = hidden.detach().clone()
+    other[padding_mask] = 100.0
+    again, map_again = router(other, padding_mask)
+    assert torch.equal(again, probs) and torch.equal(map_again, map_TE)
