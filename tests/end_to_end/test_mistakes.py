@@ -92,7 +92,7 @@ def answer(answers: dict[str, Future[Result]], name: str) -> Result:
         pytest.param(
             "not a number",
             ["loss of step 7 is nan", "first tensor that is not finite: weight", ".layers.1.", "step 6"],
-            marks=pytest.mark.xfail(strict=True, reason="dsmoe/training/diagnose.py trips over Megatron's IdentityFuncOp"),
+            marks=pytest.mark.xfail(strict=True, reason="training/diagnose.py trips over Megatron's IdentityFuncOp"),
         ),
         ("other model", ["of another model", "of another shape"]),
     ],
