@@ -26,8 +26,8 @@ def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tenso
         ends_e: int32, where each expert's rows end.
     """
     if rows_RK.size(0) == 0:
-        # grouped_mm cannot differentiate 0 rows. A row of zeros joined to them keeps both weights and rows in the
-        # graph: the rows' backward holds the all-to-alls that the other ranks wait in.
+        # grouped_mm cannot differentiate 0 rows whatever their gradient looks like in memory. A row of zeros joined to
+        # them keeps both weights and rows in the graph: the rows' backward holds all-to-alls that others wait in.
         one_row = torch.cat((rows_RK, rows_RK.new_zeros(1, rows_RK.size(1))))
         return F.grouped_mm(one_row, weight_eNK.transpose(-2, -1), offs=torch.ones_like(ends_e))[:0]
     return F.grouped_mm(rows_RK, weight_eNK.transpose(-2, -1), offs=ends_e)
