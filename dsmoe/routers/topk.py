@@ -39,7 +39,8 @@ class TopKOptions(RouterOptions):
             found.append(f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})")
         if self.softmax == "after" and self.renormalize:
             found.append(
-                "router.renormalize: found True with router.softmax: after, whose gates sum to 1 already; expected False"
+                "router.renormalize: found True with router.softmax: after, whose gates sum to 1 already; "
+                "expected False"
             )
         elif self.k == 1 and (self.renormalize or self.softmax == "after"):
             key, value, other = ("renormalize", True, False) if self.renormalize else ("softmax", "after", "before")

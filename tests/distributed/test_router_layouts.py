@@ -24,7 +24,7 @@ OPTIONS = {  # so that three steps of a tiny model meet what the defaults meet i
     "routing_free": {"rank": 8, "rescale": True, "lambda_initial": 1e-2, "lambda_rate": 0.5},
     "top_p": {"p": 0.6},
     "topk": {"k": 2, "balance_scope": "global_batch", "z_coefficient": 1e-3},
-    "topk_bias": {"k": 2, "num_groups": 2, "groups_per_token": 1, "bias_update_rate": 0.05, "sequence_coefficient": 1e-2},
+    "topk_bias": {"k": 2, "num_groups": 2, "bias_update_rate": 0.05, "sequence_coefficient": 1e-2},
 }
 ROUTERS = [name for name, router in available().items() if router.__module__.startswith("dsmoe.")]
 BASE = {"parallel": {"expert_parallel": 1, "zero_stage": 1}}

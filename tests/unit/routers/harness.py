@@ -40,8 +40,9 @@ class Routers:
         router_class = get(name)
         self.options = router_class.Options.model_validate(options)
         config = TransformerConfig(
-            num_layers=layers, hidden_size=HIDDEN, num_attention_heads=1, num_moe_experts=experts, moe_ffn_hidden_size=8,
-            moe_router_load_balancing_type="none", add_bias_linear=False, use_cpu_initialization=True,
+            num_layers=layers, hidden_size=HIDDEN, num_attention_heads=1, num_moe_experts=experts,
+            moe_ffn_hidden_size=8, moe_router_load_balancing_type="none", add_bias_linear=False,
+            use_cpu_initialization=True,
         )  # fmt: skip
         self.recorder = RoutingRecorder(experts, ALONE)
         self.controller = router_class.make_controller(self.options, layers, experts)

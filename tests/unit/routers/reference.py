@@ -205,7 +205,7 @@ def expert_threshold(x, own, options, state, batch):
 def norms(x, own):
     """||x_t A_i||, with A_i as the rows of own["reduce_proj"][i]."""
     a = own["reduce_proj"]
-    latents = [[[sum(x[t][h] * a[i][j][h] for h in range(len(a[i][j]))) for j in range(len(a[i]))] for i in range(len(a))] for t in range(len(x))]
+    latents = [[[sum(x_t[h] * row[h] for h in range(len(row))) for row in expert] for expert in a] for x_t in x]
     return [[torch.sqrt(sum(v * v for v in latent)) for latent in row] for row in latents]
 
 
@@ -242,14 +242,16 @@ def across_layers(name, options, state, layers):
     tokens, experts = range(len(layers[0].active)), range(len(layers[0].active[0]))
     everyone = [(layer, i) for layer in layers for i in experts]
     by_expert = mean(mean(l.active[t][i] for t in tokens) * mean(l.score[t][i] for t in tokens) for l, i in everyone)
-    by_token = mean(mean(l.active[t][i] for l, i in everyone) * mean(l.score[t][i] for l, i in everyone) for t in tokens)
+    by_token = mean(
+        mean(l.active[t][i] for l, i in everyone) * mean(l.score[t][i] for l, i in everyone) for t in tokens
+    )
     unified = options.mu * by_expert + (1 - options.mu) * by_token
     layers[0].losses["balance"] = state["lambda"] * unified
 
 
 ROUTERS = {
-    "aoe": aoe, "routing_free": routing_free, "relu": relu, "topk": topk, "topk_bias": topk_bias, "top_p": top_p, "dtop_p": dtop_p,
-    "expert_threshold": expert_threshold,
+    "aoe": aoe, "routing_free": routing_free, "relu": relu, "topk": topk, "topk_bias": topk_bias, "top_p": top_p,
+    "dtop_p": dtop_p, "expert_threshold": expert_threshold,
 }  # fmt: skip
 
 
@@ -269,8 +271,8 @@ def update(name, options, state, routes, tokens, statistics, updates):
         return {"lambda": min(moved, 1.0) if options.form == "code" else moved}
     if name == "topk_bias":
         bias = [
-            [state["bias"][layer][e] + options.bias_update_rate * sign(mean(routes[layer]) - routes[layer][e]) for e in range(experts)]
-            for layer in range(layers)
+            [b + options.bias_update_rate * sign(mean(counts) - c) for b, c in zip(biases, counts, strict=True)]
+            for biases, counts in zip(state["bias"], routes, strict=True)
         ]
         return {"bias": bias}
     if name == "dtop_p":

@@ -23,11 +23,15 @@ CASES = {
     ),
     "topk_bias softmax": (
         "topk_bias",
-        {"k": 1, "score": "softmax", "renormalize": False, "route_scale": 1.0, "num_groups": 3, "group_score_experts": 1},
+        {"k": 1, "score": "softmax", "renormalize": False, "route_scale": 1, "num_groups": 3, "group_score_experts": 1},
         6,
     ),
     "top_p": ("top_p", {}, 7),
-    "top_p reach": ("top_p", {"p": 0.8, "rule": "reach", "entropy_coefficient": 0.1, "balance_scope": "global_batch"}, 5),
+    "top_p reach": (
+        "top_p",
+        {"p": 0.8, "rule": "reach", "entropy_coefficient": 0.1, "balance_scope": "global_batch"},
+        5,
+    ),
     "top_p everything": ("top_p", {"p": 1.0}, 4),
     "top_p one expert": ("top_p", {}, 1),
     "dtop_p": ("dtop_p", {"k": 2, "kp": 0.3, "ki": 0.1, "entropy_coefficient": 0.05}, 6),
@@ -38,7 +42,11 @@ CASES = {
     "aoe": ("aoe", {"k": 2, "rank": 3, "balance_coefficient": 0.1}, 6),
     "aoe selected": ("aoe", {"k": 3, "rank": 2, "gates": "selected", "latent": "recompute"}, 5),
     "routing_free": ("routing_free", {"rank": 4, "threshold": 2.5, "lambda_initial": 0.1, "target_density": 0.5}, 5),
-    "routing_free capped": ("routing_free", {"rank": 3, "threshold": 0.5, "lambda_initial": 0.9, "lambda_rate": 0.3}, 4),
+    "routing_free capped": (
+        "routing_free",
+        {"rank": 3, "threshold": 0.5, "lambda_initial": 0.9, "lambda_rate": 0.3},
+        4,
+    ),
     "routing_free paper": (
         "routing_free",
         {"rank": 3, "threshold": 2.0, "lambda_initial": 0.5, "lambda_rate": 0.5, "form": "paper", "mu": 0.2},
@@ -90,9 +98,8 @@ def test_router_is_its_reference(case):
             state = reference.update(name, options, state, routes, tokens, statistics, step)
             assert state.keys() == routers.controller.state.keys()
             for key, value in state.items():
-                torch.testing.assert_close(
-                    routers.controller.state[key].double(), torch.tensor(value, dtype=torch.float64), rtol=1e-5, atol=1e-6
-                )
+                expected = torch.tensor(value, dtype=torch.float64)
+                torch.testing.assert_close(routers.controller.state[key].double(), expected, rtol=1e-5, atol=1e-6)
                 # Routes of the next step are compared exactly, so both start it from the same state.
             state = {key: value.tolist() for key, value in routers.controller.state.items()}
     check_evaluation(name, routers, state, generator)
@@ -121,7 +128,8 @@ def compare(routers, decided, losses, found, layers, inputs, weights, mask, gene
         real_T = torch.ones(len(map_TE), dtype=torch.bool) if mask is None else ~mask.flatten()
         assert map_TE[real_T].tolist() == layer.active, f"layer {index}"
         assert not map_TE[~real_T].any()
-        expected_TE = torch.stack([torch.stack([torch.as_tensor(g, dtype=torch.float64) for g in row]) for row in layer.gate])
+        gates = [[torch.as_tensor(gate, dtype=torch.float64) for gate in row] for row in layer.gate]
+        expected_TE = torch.stack([torch.stack(row) for row in gates])
         torch.testing.assert_close(probs_TE[real_T].double(), expected_TE, rtol=1e-5, atol=1e-6)
         assert not probs_TE[~real_T].any()
         coefficient_TE = torch.randn(probs_TE.shape, generator=generator)
@@ -135,8 +143,9 @@ def compare(routers, decided, losses, found, layers, inputs, weights, mask, gene
         total, expected_total = total + 10 * losses[loss], expected_total + 10 * expected
     parameters = [p for router in routers.layers for p in router.parameters()]
     expected_parameters = [p for own in weights for p in own.values()]
-    grads = torch.autograd.grad(total, [*found, *parameters], allow_unused=True, materialize_grads=True)
-    expected_grads = torch.autograd.grad(expected_total, [*inputs, *expected_parameters], allow_unused=True, materialize_grads=True)
+    unused = {"allow_unused": True, "materialize_grads": True}
+    grads = torch.autograd.grad(total, [*found, *parameters], **unused)
+    expected_grads = torch.autograd.grad(expected_total, [*inputs, *expected_parameters], **unused)
     for grad, expected in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=2e-5)
 

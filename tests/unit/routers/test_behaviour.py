@@ -1,4 +1,4 @@
-"""What a reference cannot show: nothing waits for the device, edge cases, causality, and losses that know their ranks."""
+"""What a reference cannot show: nothing waits for the device, edge cases, causality, losses that know their ranks."""
 
 from __future__ import annotations
 
@@ -176,7 +176,8 @@ def test_p_comes_back_at_once_after_saturation():
 
 
 def test_expert_threshold_warms_up_with_equal_loads_and_then_decides_alone():
-    routers = Routers("expert_threshold", {"k": 2, "warmup_steps": 2, "decay": 0.5, "capacity_slack": None}, 4, layers=1)
+    options = {"k": 2, "warmup_steps": 2, "decay": 0.5, "capacity_slack": None}
+    routers = Routers("expert_threshold", options, 4, layers=1)
     routers.draw_weights(0)
     router = routers.layers[0]
     for _ in range(2):
