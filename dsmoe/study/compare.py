@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = "cell.json"
 LOG = "log.txt"
 POLL_SECONDS = 0.5
-SAY_SECONDS = 30  # between lines where there is no terminal
+SHOW_SECONDS = {True: 3, False: 30}  # between two looks at what runs do, on a terminal and elsewhere
 ERROR_LINES = 20  # of a failed run's output that are kept
 
 
@@ -84,6 +84,7 @@ class Runner:
             if record is not None and (record["status"] == "done" or record["status"] == "failed" and not retry):
                 self.ended[cell] = record
         self.waiting = [cell for cell in self.cells if cell not in self.ended]
+        self.planned = {cell: cell_config(plan, cell, out).training.steps for cell in self.waiting}
 
     def run(self) -> int:
         self._check_configurations()
@@ -92,7 +93,7 @@ class Runner:
             TimeElapsedColumn(), console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         task = bar.add_task("compare", total=len(self.cells), completed=len(self.ended), now="")
-        said = time.monotonic()
+        shown_at = time.monotonic()
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             with bar:
@@ -100,11 +101,12 @@ class Runner:
                     self._start_what_can()
                     time.sleep(POLL_SECONDS)
                     self._collect()
-                    now = self._now()
+                    if time.monotonic() - shown_at < SHOW_SECONDS[self.console.is_terminal]:
+                        continue
+                    shown_at, now = time.monotonic(), self._now()
                     bar.update(task, completed=len(self.ended), now=now)
-                    if bar.disable and time.monotonic() - said > SAY_SECONDS:
+                    if bar.disable:
                         self.console.print(f"{len(self.ended)}/{len(self.cells)}  {now}", highlight=False)
-                        said = time.monotonic()
         finally:
             self._stop_all()
             signal.signal(signal.SIGTERM, before)
@@ -208,7 +210,7 @@ class Runner:
             step = lines[-1]["step"] if lines else 0
             parts.append(f"{run.cell.variant} {step}/{run.steps}")
             steps_left += run.steps - step
-        steps_left += sum(cell_config(self.plan, cell, self.out).training.steps for cell in self.waiting)
+        steps_left += sum(self.planned[cell] for cell in self.waiting)
         seen_steps, seen_seconds = (sum(pair[place] for pair in self.steps_seen) for place in (0, 1))
         left = "?" if not seen_steps else f"{steps_left * seen_seconds / seen_steps / self.parallel / 60:.0f} min"
         return f"{', '.join(parts)}  left: {left}"

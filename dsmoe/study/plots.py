@@ -1,4 +1,4 @@
-"""Plots of a comparison: loss over compute, experts per token over training and by layer, and a controller's stages.
+"""Plots of a comparison: loss over compute, experts per token over training and by layer, a lambda controller's stages.
 
 One figure of each kind for a corpus. Curves are of each variant's first finished seed; a smoothed one is drawn over the
 faint values of single steps.
@@ -77,11 +77,11 @@ def loss_over_compute(folders: dict[str, Path], colors: dict[str, str]):
         tokens = config.training.global_batch_size * config.model.sequence_length
         cost = numpy.cumsum([tokens * moe_compute(config, line["experts_per_token"]) for line in lines])
         by_step.plot(_column(lines, "step"), loss, color=colors[name], label=name, linewidth=1.3)
-        by_compute.plot(cost / 1e12, loss, color=colors[name], linewidth=1.3)
+        by_compute.plot(cost / 1e9, loss, color=colors[name], linewidth=1.3)
         lowest, highest = min(lowest, loss.min()), max(highest, loss[len(loss) // 10])
     by_step.set_ylim(lowest - 0.05, highest)
     by_step.set(xlabel="step", ylabel="training loss, smoothed (nats per token)")
-    by_compute.set(xlabel="multiplications in MoE layers so far (10¹²)")
+    by_compute.set(xlabel="multiplications in MoE layers so far (10⁹)")
     by_step.legend(fontsize=8)
     for axis in (by_step, by_compute):
         axis.grid(alpha=0.3)
@@ -89,17 +89,24 @@ def loss_over_compute(folders: dict[str, Path], colors: dict[str, str]):
 
 
 def experts_over_training(folders: dict[str, Path], colors: dict[str, str]):
-    """Experts per token at every step."""
-    figure, axis = _figure()
-    for name, folder in folders.items():
-        lines = run_lines(folder)
-        steps, experts = _column(lines, "step"), _column(lines, "experts_per_token")
-        if numpy.ptp(experts) > 0:
-            axis.plot(steps, experts, color=colors[name], alpha=0.2, linewidth=0.7)
-        axis.plot(steps, smoothed(experts), color=colors[name], label=name, linewidth=1.5)
-    axis.set(xlabel="step", ylabel="experts per token, mean over layers", ylim=(0, None))
-    axis.legend(fontsize=8, ncols=2)
-    axis.grid(alpha=0.3)
+    """Experts per token at every step, a panel for each variant where that changes."""
+    lines = {name: run_lines(folder) for name, folder in folders.items()}
+    experts = {name: _column(found, "experts_per_token") for name, found in lines.items()}
+    changing = [name for name in folders if numpy.ptp(experts[name]) > 0]
+    rows = max(1, -(-len(changing) // 2))
+    figure, axes = _figure(rows, 2, height=2.6 * rows, squeeze=False)
+    for axis in axes.flat[len(changing) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, changing, strict=False):
+        steps = _column(lines[name], "step")
+        axis.plot(steps, experts[name], color=colors[name], alpha=0.3, linewidth=0.7)
+        axis.plot(steps, smoothed(experts[name]), color=colors[name], linewidth=1.5)
+        config = run_config(folders[name])
+        target = target_density(config)
+        if target is not None:
+            axis.axhline(target * config.model.num_experts, color="0.4", linestyle="--", linewidth=0.8)
+        axis.set(xlabel="step", ylabel="experts per token", title=name)
+        axis.grid(alpha=0.3)
     return figure
 
 
