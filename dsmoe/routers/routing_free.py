@@ -105,9 +105,8 @@ class RoutingFree(LowRankRouter):
         options, controller = routers[0].options, routers[0].controller
         scope = [load[options.balance_scope] for load in loads]
         pairs = len(routers) * routers[0].num_experts
-        tokens = scope[0].tokens.clamp(min=1).to(torch.float32)
         expert_balance = sum(
-            torch.dot(load.counts_E.to(torch.float32) / tokens, mean_over_tokens(routing.kept["score_sum_E"], load))
+            torch.dot(load.fraction_E(), mean_over_tokens(routing.kept["score_sum_E"], load))
             for routing, load in zip(routings, scope, strict=True)
         )
         active_T, score_T = (sum(routing.kept[name] for routing in routings) for name in ("active_T", "score_sum_T"))

@@ -19,6 +19,7 @@ class Layer:
     losses: dict = field(default_factory=dict)  # already weighted
     statistic: list[float] | None = None  # [E]
     score: list[list] | None = None  # [T][E], where the losses look across layers
+    fraction: list[float] | None = None  # [E], routes per token of the scope, for the same
 
 
 @dataclass
@@ -232,7 +233,12 @@ def routing_free(x, own, options, state, batch):
     g = [[v if float(v) > 0 else 0.0 * v for v in row] for row in g]
     active = [[float(v) >= options.threshold for v in row] for row in g]
     gate = [[v if on else 0.0 * v for v, on in zip(*pair, strict=True)] for pair in zip(g, active, strict=True)]
-    return Layer(gate, active, score=gate if options.form == "code" else g)
+    routes, counted = counts_of(active, len(experts)), len(active)
+    if options.balance_scope == "global_batch":
+        routes = [now + before for now, before in zip(routes, batch.earlier, strict=True)]
+        counted += batch.earlier_tokens
+    fraction = [count / counted for count in routes]
+    return Layer(gate, active, score=gate if options.form == "code" else g, fraction=fraction)
 
 
 def across_layers(name, options, state, layers):
@@ -241,7 +247,8 @@ def across_layers(name, options, state, layers):
         return
     tokens, experts = range(len(layers[0].active)), range(len(layers[0].active[0]))
     everyone = [(layer, i) for layer in layers for i in experts]
-    by_expert = mean(mean(l.active[t][i] for t in tokens) * mean(l.score[t][i] for t in tokens) for l, i in everyone)
+    f = {(id(layer), i): layer.fraction[i] for layer, i in everyone}
+    by_expert = mean(f[id(l), i] * mean(l.score[t][i] for t in tokens) for l, i in everyone)
     by_token = mean(
         mean(l.active[t][i] for l, i in everyone) * mean(l.score[t][i] for l, i in everyone) for t in tokens
     )
