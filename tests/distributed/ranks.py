@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import functools
+import gc
 import io
 import multiprocessing
 import os
@@ -105,6 +106,7 @@ def _stack(process, path: Path) -> str:
 
 
 def _rank(rank: int, world_size: int, port: int, pipe, stack: Path, function, args) -> None:
+    gc.freeze()  # DeepSpeed collects garbage often, and there are a million objects from the server that are none
     faulthandler.register(signal.SIGUSR1, file=open(stack, "w"))  # noqa: SIM115  (open as long as the process lives)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),

@@ -309,7 +309,7 @@ def resume_after_the_kill(config) -> str:
 
 def test_a_save_that_was_killed_is_passed_over_and_cleared_away(tmp_path):
     config = config_of(tmp_path, 2, 2)
-    with pytest.raises(AssertionError, match="rank 1 died with exit code -9"):
+    with pytest.raises(AssertionError, match="rank 1 died with exit code -9|rank 0 failed"):  # who is noticed first
         run_ranks(2, save_until_killed, config)
     assert (tmp_path / "checkpoints" / "step_00000003.partial").is_dir(), "the kill came too early to test anything"
     assert run_ranks(2, resume_after_the_kill, config) == ["step_00000002"] * 2
