@@ -31,7 +31,8 @@ def first_bad_tensor(model: nn.Module, batch: dict[str, Tensor]) -> str:
 
 def _watch(name: str, found: list[str]):
     def hook(module, inputs, output):
-        tensors = [output] if isinstance(output, Tensor) else [t for t in output or () if isinstance(t, Tensor)]
+        values = output if isinstance(output, tuple | list) else (output,)  # some of Megatron's return functions
+        tensors = [value for value in values if isinstance(value, Tensor)]
         if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
             found.append(f"output of {name}")
 

@@ -46,6 +46,19 @@ def test_a_signal_saves_and_the_run_goes_on(launcher, number, place, config):
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, step + 3))
 
 
+def test_ranks_whose_launcher_is_terminated_save_and_stop(place, config):
+    """The deepspeed command itself dies of SIGTERM without a word to its ranks."""
+    run_dir = place / "runs" / "orphans"
+    options = [f"logging.run_dir={run_dir}", "checkpoint.interval=0", "training.eval_interval=0", LONG]
+    process = start(deepspeed(2, TRAIN, "--config", str(config), *options, *TWO))
+    wait_for_steps(process, run_dir, 3)
+    process.terminate()
+    stopped = finish(process)  # waits for the ranks too: they hold its output
+    step = newest_step(run_dir)
+    assert f"stopped by a signal at step {step}" in stopped.output
+    assert metrics(run_dir)[-1]["step"] == step
+
+
 def test_in_parts_equals_in_one_go(place, config):
     """On the same layout to the last digit of metrics.jsonl."""
     whole, parts = place / "runs" / "whole", place / "runs" / "parts"
