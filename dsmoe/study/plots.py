@@ -19,6 +19,8 @@ from dsmoe.study.results import NEAR_TARGET, moe_compute, run_config, run_lines,
 
 SMOOTH = 0.02  # of a run, each way
 WIDTH = 10.0  # inches
+DENSE = 0.95  # of the highest density: the dense stage lasts that long
+ROUNDED = 1e-5  # a router loss below it is what is left of a difference of two losses in fp32
 
 
 def write_plots(plan: Plan, outcomes: list, out: Path, target: Path) -> list[Path]:
@@ -123,10 +125,10 @@ def layer_profile(by_layer: dict[str, list[float]], colors: dict[str, str]):
 
 
 def stage_bounds(density: numpy.ndarray, target: float) -> tuple[int, int]:
-    """Where sparsifying begins (the step of the highest density) and where it ends (first near the target after it)."""
-    peak = int(numpy.argmax(density))
-    near = numpy.flatnonzero(numpy.abs(density[peak:] - target) <= NEAR_TARGET)
-    return peak, peak + int(near[0]) if len(near) else len(density)
+    """Where sparsifying begins (density was last close to its highest) and where it ends (first at the target)."""
+    begins = int(numpy.flatnonzero(density >= DENSE * density.max())[-1])
+    reached = numpy.flatnonzero(density[begins:] <= target + NEAR_TARGET)
+    return begins, begins + int(reached[0]) if len(reached) else len(density)
 
 
 def stages(folder: Path, title: str):
@@ -134,6 +136,7 @@ def stages(folder: Path, title: str):
     lines, target = run_lines(folder), target_density(run_config(folder))
     steps, density, coefficient = (_column(lines, name) for name in ("step", "density", "lambda"))
     weighted = _column(lines, "router_loss")
+    weighted = numpy.where(weighted > ROUNDED, weighted, numpy.nan)
     # A line holds lambda after its step; the step's loss was weighted by the one before.
     penalty = weighted[1:] / coefficient[:-1]
     figure, (top, middle, bottom) = _figure(3, 1, height=8.5, sharex=True)
