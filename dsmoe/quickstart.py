@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 
-from dsmoe.checkpoint.files import Manifest, complete_checkpoints, read_manifest, step_of
+from dsmoe.checkpoint.files import Manifest, newest_checkpoint, read_manifest, step_of
 from dsmoe.config import RunConfig, load_config
 from dsmoe.errors import ConfigError, DsmoeError
 
@@ -108,7 +109,8 @@ def _router_story(config: RunConfig) -> str:
         return f"The router is {config.router.name}."
     return (
         "The ReLU router lets every token have as many experts as it likes: first it takes more and more, then a "
-        f"growing lambda thins them out to a mean of {config.router.options.get('k', 1):g} of {config.model.num_experts}."
+        "growing lambda thins them out to a mean of "
+        f"{config.router.options.get('k', 1):g} of {config.model.num_experts}."
     )
 
 
@@ -214,7 +216,7 @@ def _free_port() -> int:
 
 def _make_room(stages: Stages, run_dir: Path, config: RunConfig) -> int:
     """Steps that an interrupted run has done already; any other earlier run is moved aside."""
-    newest = next(reversed(complete_checkpoints(run_dir)), None)
+    newest = newest_checkpoint(run_dir)
     if newest is None:
         return 0
     if step_of(newest) < config.training.steps and _same_settings(read_manifest(newest), config):
@@ -248,7 +250,7 @@ def _summary(run_dir: Path, config: RunConfig, seconds: float) -> Table:
     loss = mean(line["loss"] for line in lines[-10:])  # one step sees few sequences
     density = [line["density"] for line in lines]
     experts = config.model.num_experts
-    total, active = _parameters(read_manifest(complete_checkpoints(run_dir)[-1]), density[-1])
+    total, active = _parameters(read_manifest(newest_checkpoint(run_dir)), density[-1])
     speed = median(line["tokens_per_second"] for line in lines)
     target = config.router.options.get("k")
 
@@ -291,7 +293,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     """A curve of at most `width` characters, from 0 to the largest value; each shows the mean of its part."""
     width = min(width, len(values))
     edges = [len(values) * column // width for column in range(width + 1)]
-    means = [mean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [mean(values[a:b]) for a, b in pairwise(edges)]
     top = max(means) or 1.0
     return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in means)
 

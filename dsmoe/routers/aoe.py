@@ -35,7 +35,7 @@ class AoEOptions(LowRankOptions):
         if self.k > model.num_experts:
             found.append(f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})")
         if self.k == 1 and self.gates == "selected":
-            found.append("router.gates: found 'selected' with k = 1: every gate is 1 and scores learn nothing; expected 'all'")
+            found.append("router.gates: found 'selected' with k = 1: every gate is 1; expected 'all'")
         return found
 
     def mean_experts(self, model):

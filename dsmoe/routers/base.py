@@ -144,19 +144,20 @@ class Router(megatron_router.Router):
         hidden_TH = hidden.flatten(0, 1)
         sequence_T = torch.arange(batch, device=hidden.device).repeat(length)
         self.num_sequences = batch
-        if padding_mask is None:
+        real = None if padding_mask is None else (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1)
+        if real is None:
             routing = self.route(hidden_TH, sequence_T)
-            tokens = sequence_T.new_full((), hidden_TH.size(0))
         else:
-            real = (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1)
             routing = self.route(hidden_TH.index_select(0, real), sequence_T.index_select(0, real))
-            tokens = sequence_T.new_full((), real.numel())
+        routed = hidden_TH.size(0) if real is None else real.numel()
+        self._check(routing, routed)
+        if real is not None:
             for name in ("probs_TE", "map_TE", "latents_TEr"):
                 rows = getattr(routing, name)
                 if rows is not None:
                     everyone = rows.new_zeros(hidden_TH.size(0), *rows.shape[1:])
                     setattr(routing, name, everyone.index_copy(0, real, rows))
-        self._check(routing, hidden_TH.size(0))
+        tokens = sequence_T.new_full((), routed)
         if self.recorder is not None:
             self.recorder.record(self.index, routing, tokens)
         else:

@@ -42,7 +42,7 @@ class RoutingFreeOptions(LowRankOptions):
     lambda_initial: float = Field(1e-10, gt=0)
     lambda_rate: float = Field(0.02, gt=0)  # eta
     form: Literal["code", "paper"] = "code"
-    rescale: bool = False  # draw A so that scores start at 2.56 theta, as at the paper's S scale, whatever H, r, init_std
+    rescale: bool = False  # draw A so that scores start at 2.56 theta, as at the paper's S scale
     balance_scope: BalanceScope = "micro_batch"
 
     def problems(self, model):
@@ -51,8 +51,8 @@ class RoutingFreeOptions(LowRankOptions):
             return []
         return [
             f"router.threshold: found {self.threshold}, expected less than the scores at the start, about "
-            f"init_std * sqrt(hidden_size * rank) = {expected:.3g}: every expert would start inactive, get no gradient and "
-            f"never recover. Set router.rescale=true, or raise router.rank or model.init_std, or lower router.threshold"
+            f"init_std * sqrt(hidden_size * rank) = {expected:.3g}: every expert would start inactive, get no gradient "
+            f"and never recover. Set router.rescale=true, raise router.rank or model.init_std, or lower router.threshold"
         ]
 
     def mean_experts(self, model):
@@ -80,8 +80,9 @@ class RoutingFree(LowRankRouter):
     @classmethod
     def make_controller(cls, options: RoutingFreeOptions, num_layers: int, num_experts: int) -> LambdaController:
         maximum = 1.0 if options.form == "code" else math.inf
+        factor = 1 + options.lambda_rate
         return LambdaController(
-            options.lambda_initial, 1 + options.lambda_rate, options.target_density, shrink_at_target=False, maximum=maximum
+            options.lambda_initial, factor, options.target_density, shrink_at_target=False, maximum=maximum
         )
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:

@@ -37,7 +37,8 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
             batch = heldout.batch(first + rank * batch_size if own else 0, own or 1)
             tokens, labels = batch["tokens"].to(device), batch["labels"].to(device)
             present = torch.full(tokens.shape, own > 0, device=device)
-            _, parts = engine(tokens, labels, loss_mask=present, padding_mask=None if real == world * batch_size else ~present)
+            padding = None if real == world * batch_size else ~present
+            _, parts = engine(tokens, labels, loss_mask=present, padding_mask=padding)
             total += parts["lm"].double() * real / world  # "lm" is this rank's part of the mean over `real` sequences
     finally:
         engine.train()

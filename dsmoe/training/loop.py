@@ -69,7 +69,7 @@ class Trainer:
             if not evaluation:  # resumed with nothing left to do
                 evaluation = self._evaluate()
             if self.step < training.steps:
-                self.progress.say(f"stopped at step {self.step} (training.stop_at); without it the run goes on from here")
+                self.progress.say(f"stopped at step {self.step} (training.stop_at); without it the run goes on")
         self.metrics.close()
         return self.step == training.steps, evaluation
 
@@ -134,8 +134,12 @@ class Trainer:
         if math.isfinite(value):
             return
         name = first_bad_tensor(self.engine.module, batch)
-        saved = f"the last checkpoint (step {self._saved_step}) is untouched" if self._saved_step else "no checkpoint was written yet"
-        raise TrainingError(f"the {what} of step {self.step + (what == 'loss')} is {value}; first tensor that is not finite: {name}; {saved}")
+        step = self.step + (what == "loss")  # the optimizer has moved by the time it knows the norm
+        saved = f"the last checkpoint (step {self._saved_step}) is untouched"
+        raise TrainingError(
+            f"the {what} of step {step} is {value}; first tensor that is not finite: {name}; "
+            f"{saved if self._saved_step else 'no checkpoint was written yet'}"
+        )
 
     def _evaluate(self) -> dict[str, float]:
         found = evaluate(self.engine, self.held, self.micro_batch, self.groups, self.bytes_per_token)

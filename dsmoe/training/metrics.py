@@ -30,7 +30,7 @@ class MetricsWriter:
             if path.exists():
                 kept = [line for line in read_lines(path) if line["step"] <= first_step]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = open(path, "a", encoding="utf-8")
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in `close`)
 
     def write(self, line: dict[str, Any]) -> None:
         """One line; `step` and `tokens` say where the run is, all other numbers, lists apart, go to the monitor too."""
@@ -66,7 +66,7 @@ def routing_metrics(totals: RoutingTotals, ep_size: int) -> dict[str, float]:
     expert_imbalance: the same over experts. no_expert: share of tokens that no expert of a layer took.
     """
     counts_LE = totals.counts_LE.double()
-    layers, experts = counts_LE.shape
+    layers = counts_LE.size(0)
     tokens = totals.tokens.double().clamp(min=1)
     values = torch.stack(
         (

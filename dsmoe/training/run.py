@@ -80,7 +80,8 @@ def describe(config: RunConfig, world: int, corpus: Corpus, size: ModelSize, che
     return (
         f"model   {size.total:,} parameters, {size.active:,} active; {sum(model.moe_layers())} MoE layers of "
         f"{model.num_experts} experts, router {config.router.name}\n"
-        f"data    {config.data.path}: {corpus.train.tokens:,} tokens, {corpus.valid.tokens:,} held out; {training.global_batch_size} x {model.sequence_length} tokens a step\n"
+        f"data    {config.data.path}: {corpus.train.tokens:,} tokens, {corpus.valid.tokens:,} held out; "
+        f"{training.global_batch_size} x {model.sequence_length} tokens a step\n"
         f"run     {world} process{'es' if world > 1 else ''}, expert parallel {parallel.expert_parallel}, "
         f"ZeRO {parallel.zero_stage}, {training.precision}; {training.steps} steps {start}"
     )

@@ -6,6 +6,7 @@ from made_up import made_up_documents, write_documents
 from dsmoe.config import DataConfig
 from dsmoe.data.prepare import prepare
 
+
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """Folder of 120 text files."""

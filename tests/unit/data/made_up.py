@@ -2,7 +2,8 @@
 
 import random
 
-WORDS = "router expert token gate load balance gradient dispatch combine density layer shard".split()
+WORDS = ["router", "expert", "token", "gate", "load", "balance"]
+WORDS += ["gradient", "dispatch", "combine", "density", "layer", "shard"]
 
 
 def made_up_documents(count, seed=0):

@@ -248,10 +248,10 @@ def across_layers(name, options, state, layers):
     tokens, experts = range(len(layers[0].active)), range(len(layers[0].active[0]))
     everyone = [(layer, i) for layer in layers for i in experts]
     f = {(id(layer), i): layer.fraction[i] for layer, i in everyone}
-    by_expert = mean(f[id(l), i] * mean(l.score[t][i] for t in tokens) for l, i in everyone)
-    by_token = mean(
-        mean(l.active[t][i] for l, i in everyone) * mean(l.score[t][i] for l, i in everyone) for t in tokens
-    )
+    by_expert = mean(f[id(layer), i] * mean(layer.score[t][i] for t in tokens) for layer, i in everyone)
+    active = [mean(layer.active[t][i] for layer, i in everyone) for t in tokens]
+    score = [mean(layer.score[t][i] for layer, i in everyone) for t in tokens]
+    by_token = mean(active[t] * score[t] for t in tokens)
     unified = options.mu * by_expert + (1 - options.mu) * by_token
     layers[0].losses["balance"] = state["lambda"] * unified
 

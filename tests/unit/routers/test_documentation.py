@@ -20,7 +20,7 @@ ROWS = re.findall(r"^\| \[`(\w+)`\]\(\.\./(\S+)\) \|.*\| (.*) \|$", TEXT, re.MUL
 def sigmoid():
     names = {"__name__": "sigmoid_of_the_documentation"}
     try:
-        exec(compile(EXAMPLE, "docs/routers.md", "exec"), names)  # noqa: S102
+        exec(compile(EXAMPLE, "docs/routers.md", "exec"), names)
         yield names["SigmoidRouter"]
     finally:
         registry._routers.pop("sigmoid", None)
