@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Compare routers: train every variant of a plan on every corpus with every seed, then put the results side by side.
 
-    python tools/compare_routers.py run configs/recipes/compare_plan.yaml --out runs/comparison --parallel 2
-    python tools/compare_routers.py report configs/recipes/compare_plan.yaml --out runs/comparison
+    python tools/compare_routers.py run configs/recipes/compare_stdlib_plan.yaml --out runs/comparison --parallel 2
+    python tools/compare_routers.py report configs/recipes/compare_stdlib_plan.yaml --out runs/comparison
 
 Ctrl-C stops after a checkpoint; the same command goes on where it was. How a plan is written: dsmoe/study/plan.py.
 """
