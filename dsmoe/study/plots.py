@@ -77,7 +77,7 @@ def loss_over_compute(folders: dict[str, Path], colors: dict[str, str]):
         lines, config = run_lines(folder), run_config(folder)
         loss = smoothed(_column(lines, "loss"))
         tokens = config.training.global_batch_size * config.model.sequence_length
-        cost = numpy.cumsum([tokens * moe_compute(config, line["experts_per_token"]) for line in lines])
+        cost = numpy.cumsum(tokens * moe_compute(config, _column(lines, "experts_per_token")))
         by_step.plot(_column(lines, "step"), loss, color=colors[name], label=name, linewidth=1.3)
         by_compute.plot(cost / 1e9, loss, color=colors[name], linewidth=1.3)
         lowest, highest = min(lowest, loss.min()), max(highest, loss[len(loss) // 10])

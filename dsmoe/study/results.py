@@ -67,7 +67,8 @@ def read_result(run_dir: Path) -> RunResult:
     target = target_density(config)
     near = None if target is None else mean(abs(density - target) <= NEAR_TARGET for density in third)
     tokens = config.training.global_batch_size * config.model.sequence_length
-    moe = sum(tokens * moe_compute(config, line["experts_per_token"]) for line in lines)
+    experts = mean(line["experts_per_token"] for line in lines)
+    moe = len(lines) * tokens * moe_compute(config, experts)
     always = size.total - sum(config.model.moe_layers()) * (
         config.model.num_experts * size.expert + router_parameters(config)
     )
@@ -79,7 +80,7 @@ def read_result(run_dir: Path) -> RunResult:
         val_experts=last["val_experts_per_token"],
         val_experts_by_layer=last.get("val_experts_per_token_by_layer"),
         end_experts=mean(line["experts_per_token"] for line in end),
-        mean_experts=mean(line["experts_per_token"] for line in lines),
+        mean_experts=experts,
         last_third_density=mean(third),
         last_third_near_target=near,
         expert_imbalance=mean(line["expert_imbalance"] for line in end),
@@ -91,7 +92,7 @@ def read_result(run_dir: Path) -> RunResult:
 
 
 def moe_compute(config: RunConfig, experts_per_token: float) -> float:
-    """Multiplications per token in all MoE layers."""
+    """Multiplications per token in all MoE layers. `experts_per_token` may be an array."""
     if config.model.vocab_size is None:  # not settled before a run; the embedding plays no part here
         config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2})})
     layers, expert = sum(config.model.moe_layers()), model_size(config).expert

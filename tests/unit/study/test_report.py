@@ -62,7 +62,7 @@ def test_files(finished, tmp_path):
     with open(tmp_path / "report" / "comparison.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and rows[0]["experts_by_layer"] == "2.500 1.500"
-    assert all(row["command"].startswith("python launch/train.py --config") for row in rows)
+    assert all("launch/train.py --config" in row["command"] for row in rows)
 
 
 def test_density_against_its_target(finished):
