@@ -144,6 +144,7 @@ class Router(megatron_router.Router):
         hidden_TH = hidden.flatten(0, 1)
         sequence_T = torch.arange(batch, device=hidden.device).repeat(length)
         self.num_sequences = batch
+        self.has_padding = padding_mask is not None
         real = None if padding_mask is None else (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1)
         if real is None:
             routing = self.route(hidden_TH, sequence_T)

@@ -78,9 +78,11 @@ class LowRankRouter(Router):
 
     def _score_at_owners(self, hidden_TH: Tensor) -> Tensor:
         ranks, tokens = self.ep.size(), hidden_TH.size(0)
-        sizes = torch.empty(ranks, dtype=torch.int64, device=hidden_TH.device)
-        dist.all_gather_into_tensor(sizes, sizes.new_full((1,), tokens), group=self.ep)
-        sizes = sizes.tolist()  # ranks differ only where padding was dropped, but all must know
+        sizes = [tokens] * ranks
+        if self.has_padding:  # ranks may have dropped different numbers of tokens, and all must know how many
+            counts = torch.empty(ranks, dtype=torch.int64, device=hidden_TH.device)
+            dist.all_gather_into_tensor(counts, counts.new_full((1,), tokens), group=self.ep)
+            sizes = counts.tolist()
         everyone_H = all_gather_rows(hidden_TH, sizes, self.ep)
         score_e = torch.linalg.vector_norm(self._latents(everyone_H), dim=-1)
         back = all_to_all_rows(score_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token

@@ -52,7 +52,7 @@ class RoutingFreeOptions(LowRankOptions):
         return [
             f"router.threshold: found {self.threshold}, expected less than the scores at the start, about "
             f"init_std * sqrt(hidden_size * rank) = {expected:.3g}: every expert would start inactive, get no gradient "
-            f"and never recover. Set router.rescale=true, raise router.rank or model.init_std, or lower router.threshold"
+            f"and never recover. Set router.rescale=true, raise router.rank or model.init_std, lower router.threshold"
         ]
 
     def mean_experts(self, model):

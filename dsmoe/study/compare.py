@@ -81,7 +81,7 @@ class Runner:
         self.steps_seen: list[tuple[int, float]] = []  # (steps, seconds) of cells that ended here
         for cell in self.cells:
             record = read_record(cell, out)
-            if record is not None and (record["status"] == "done" or record["status"] == "failed" and not retry):
+            if record is not None and (record["status"] == "done" or (record["status"] == "failed" and not retry)):
                 self.ended[cell] = record
         self.waiting = [cell for cell in self.cells if cell not in self.ended]
         self.planned = {cell: cell_config(plan, cell, out).training.steps for cell in self.waiting}
