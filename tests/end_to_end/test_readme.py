@@ -97,4 +97,6 @@ def test_output_shown(block, checkout):
 def test_the_router_table_is_complete():
     from dsmoe.routers import available
 
-    assert set(re.findall(r"^\| `(\w+)` \|.*arxiv", README, re.MULTILINE)) == set(available())
+    # Other tests of the same session may have registered routers of their own.
+    ours = {name for name, router in available().items() if router.__module__.startswith("dsmoe.")}
+    assert set(re.findall(r"^\| `(\w+)` \|.*arxiv", README, re.MULTILINE)) == ours
