@@ -31,9 +31,7 @@ class AoEOptions(LowRankOptions):
     balance_scope: BalanceScope = "micro_batch"
 
     def problems(self, model):
-        found = []
-        if self.k > model.num_experts:
-            found.append(f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})")
+        found = self.more_than_all("k", model)
         if self.k == 1 and self.gates == "selected":
             found.append("router.gates: found 'selected' with k = 1: every gate is 1; expected 'all'")
         return found

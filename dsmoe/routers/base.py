@@ -36,6 +36,13 @@ class RouterOptions(Section):
         """What is wrong with these options for that model, one line each: `field: found ..., expected ...`."""
         return []
 
+    def more_than_all(self, field: str, model: ModelConfig) -> list[str]:
+        """For `problems`: a line if the option asks for more experts than the model has."""
+        value = getattr(self, field)
+        if value is None or value <= model.num_experts:
+            return []
+        return [f"router.{field}: found {value}, expected at most model.num_experts ({model.num_experts})"]
+
     def mean_experts(self, model: ModelConfig) -> float:
         """Experts per token these options aim at, for counting active parameters."""
         raise NotImplementedError

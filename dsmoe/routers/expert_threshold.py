@@ -37,9 +37,7 @@ class ExpertThresholdOptions(RouterOptions):
     capacity_slack: float | None = Field(0.5, ge=0)  # C; null: no limit
 
     def problems(self, model):
-        if self.k > model.num_experts:
-            return [f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})"]
-        return []
+        return self.more_than_all("k", model)
 
     def mean_experts(self, model):
         """k: exact in the warm-up, what the cutoffs give on average after it."""

@@ -33,9 +33,7 @@ class ReLUOptions(RouterOptions):
     balance_scope: BalanceScope = "micro_batch"
 
     def problems(self, model):
-        if self.k > model.num_experts:
-            return [f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})"]
-        return []
+        return self.more_than_all("k", model)
 
     def mean_experts(self, model):
         return self.k

@@ -38,12 +38,7 @@ class TopPOptions(RouterOptions):
     expected_experts: float | None = Field(None, gt=0)  # for counting active parameters only; None: as with a flat P
 
     def problems(self, model):
-        if self.expected_experts is not None and self.expected_experts > model.num_experts:
-            return [
-                f"router.expected_experts: found {self.expected_experts}, expected at most model.num_experts "
-                f"({model.num_experts})"
-            ]
-        return []
+        return self.more_than_all("expected_experts", model)
 
     def mean_experts(self, model):
         """`expected_experts`, or without it the experts that a flat softmax needs: no P needs more, training less."""

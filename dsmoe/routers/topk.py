@@ -34,9 +34,7 @@ class TopKOptions(RouterOptions):
     balance_scope: BalanceScope = "micro_batch"
 
     def problems(self, model):
-        found = []
-        if self.k > model.num_experts:
-            found.append(f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})")
+        found = self.more_than_all("k", model)
         if self.softmax == "after" and self.renormalize:
             found.append(
                 "router.renormalize: found True with router.softmax: after, whose gates sum to 1 already; "

@@ -106,12 +106,12 @@ class Trainer:
         if controller is not None:
             controller.update(totals)
         seconds = time.perf_counter() - started
-        parts = self.groups.dp_size * training.gradient_accumulation
+        summed = self.groups.dp_size * training.gradient_accumulation  # forward passes behind the two sums
         line = {
             "step": self.step,
             "tokens": self.tokens,
-            "loss": lm_loss / parts,
-            "router_loss": router_loss / parts,
+            "loss": lm_loss / summed,
+            "router_loss": router_loss / summed,
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens_per_second": training.global_batch_size * self.config.model.sequence_length / seconds,
