@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import pkgutil
-from importlib.metadata import entry_points
+import sys
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 
 from dsmoe.errors import RouterError
 
@@ -48,7 +51,7 @@ def available() -> dict[str, type]:
 
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-    for point in entry_points(group=GROUP):
+    for point in _plugins():
         try:
             register(point.name)(point.load())
         except RouterError:
@@ -56,6 +59,24 @@ def available() -> dict[str, type]:
         except Exception as error:
             raise RouterError(f"router plugin {point.name!r} ({point.value}) cannot be loaded: {error}") from error
     return dict(sorted(_routers.items()))
+
+
+def _plugins() -> tuple[EntryPoint, ...]:
+    """The entry points of installed packages; read again only when the search path has changed."""
+    return _read_plugins(tuple((entry, _modified(entry or ".")) for entry in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _read_plugins(search_path: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=GROUP))
+
+
+def _modified(entry: str) -> int:
+    """When a folder or archive last changed, as it does when a package is installed into it; 0 if it is not there."""
+    try:
+        return os.stat(entry).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def get(name: str) -> type:

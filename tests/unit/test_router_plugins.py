@@ -46,7 +46,7 @@ def entry_point(monkeypatch):
         module.Everywhere, module.number = Everywhere, 7
         monkeypatch.setitem(sys.modules, "a_plugin", module)
         points = [importlib.metadata.EntryPoint(n, f"a_plugin:{v}", registry.GROUP) for n, v in values.items()]
-        monkeypatch.setattr(registry, "entry_points", lambda group: points)
+        monkeypatch.setattr(registry, "_plugins", lambda: points)
 
     return install
 
@@ -69,6 +69,18 @@ def test_an_installed_router_that_cannot_be_used_says_why(entry_point, point, sa
     entry_point(**point)
     with pytest.raises(RouterError, match=said):
         available()
+
+
+def test_a_package_that_is_installed_later_is_found(tmp_path, monkeypatch):
+    """The list of plugins is kept, and read again when a folder of the search path has changed."""
+    monkeypatch.setattr(registry, "_routers", dict(available()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "late" not in available()
+    info = tmp_path / "late_router-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late-router\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\nlate = {__name__}:Everywhere\n")
+    assert get("late") is Everywhere
 
 
 def test_an_unknown_name_lists_what_there_is():
