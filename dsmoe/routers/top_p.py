@@ -1,7 +1,8 @@
 """Dynamic routing, "Harder Tasks Need More Experts": top-p over the softmax (arXiv 2403.07652, ACL 2024, section 2).
 
     P = softmax(x W);  experts in descending order of P;  t = the fewest whose P sum to more than p
-    gate_e = P_e for the first t experts, else 0        not renormalised; at least one expert; p the same everywhere
+    gate_e = P_e for the first t experts, else 0        at least one expert; p the same everywhere
+      and renormalize: gate_e / sum_e gate_e            not in the paper; a token's only expert then has gate 1
     L_balance = alpha E sum_e f_e Q_e,  f_e = routes of e / T (no gradient), Q_e = mean_t P_te;  alpha = 1e-2
     L_entropy = beta mean_t(-sum_e P_te log P_te)       against flat P, which would activate everything;  beta = 1e-4
 
@@ -32,6 +33,7 @@ Rule = Literal["above", "reach"]
 class TopPOptions(RouterOptions):
     p: float = Field(0.4, gt=0, le=1)  # probability mass to exceed
     rule: Rule = "above"  # mass > p (released code) or mass >= p (paper)
+    renormalize: bool = False  # gates of a token sum to 1
     balance_coefficient: float = Field(1e-2, ge=0)  # alpha
     entropy_coefficient: float = Field(1e-4, ge=0)  # beta
     balance_scope: BalanceScope = "micro_batch"
@@ -73,7 +75,10 @@ class TopPRouter(Router):
         kept = {"softmax_sum_E": softmax_TE.sum(0)}
         if self.options.entropy_coefficient:
             kept["entropy_sum"] = entropy_sum(logits_TE)
-        return Routing(softmax_TE * map_TE, map_TE, kept)
+        gate_TE = softmax_TE * map_TE
+        if self.options.renormalize:
+            gate_TE = gate_TE / gate_TE.sum(dim=-1, keepdim=True)
+        return Routing(gate_TE, map_TE, kept)
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)

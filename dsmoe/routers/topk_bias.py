@@ -1,13 +1,13 @@
 """Top-k with a load-balancing bias instead of a loss: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 
-    s = sigmoid(x W)                                            Eq. 15   fp32 affinities
-    S = the k experts with the largest s + b                    Eq. 16   b steers the selection and nothing else
-    gate_e = route_scale * s_e / sum_S s for e in S, else 0     Eq. 13   no b in it, no gradient to b
+    s = sigmoid(x W)                                            fp32 affinities
+    S = the k experts with the largest s + b                    b steers the selection and nothing else
+    gate_e = route_scale * s_e / sum_S s for e in S, else 0     no b in it, no gradient to b
     b_e += gamma * sign(mean(c) - c_e)                          after each optimizer step, c = routes on all ranks
 
 Groups: the experts lie in `num_groups` blocks of equal size (one a node); a token may only use the `groups_per_token`
 blocks whose best `group_score_experts` biased scores sum highest. V3 takes k / groups_per_token = 2 of them.
-Sequence loss (Eq. 17-20), within each sequence of T tokens, averaged over sequences, no gradient through f:
+Sequence loss, within each sequence of T tokens, averaged over sequences, no gradient through f:
 
     L = alpha sum_e f_e P_e,  f_e = E / (k T) sum_t 1{e in top-k of s_t},  P_e = mean_t(s_te / sum_j s_tj)
 
@@ -48,9 +48,8 @@ class TopKBiasOptions(RouterOptions):
     sequence_counts: Literal["scores", "routes"] = "scores"  # top-k of the scores alone, or the routes taken
 
     def problems(self, model):
-        experts, groups, allowed, found = model.num_experts, self.num_groups, self.groups_per_token, []
-        if self.k > experts:
-            found.append(f"router.k: found {self.k}, expected at most model.num_experts ({experts})")
+        experts, groups, allowed = model.num_experts, self.num_groups, self.groups_per_token
+        found = self.more_than_all("k", model)
         if self.k == 1 and self.renormalize:
             found.append(
                 "router.renormalize: found True with router.k: 1: every gate is route_scale and the router cannot "
@@ -85,6 +84,10 @@ class TopKBiasRouter(Router):
     @classmethod
     def make_controller(cls, options: TopKBiasOptions, num_layers: int, num_experts: int) -> BiasController:
         return BiasController(num_layers, num_experts, options.bias_update_rate)
+
+    @classmethod
+    def inference_state(cls, controller: BiasController, layer: int) -> dict[str, Tensor]:
+        return {"bias": controller.state["bias"][layer]}
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         options = self.options

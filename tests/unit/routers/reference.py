@@ -161,6 +161,8 @@ def top_p(x, own, options, state, batch):
         chosen = crossing(row, options.p, options.rule)
         active.append([e in chosen for e in range(len(row))])
     gate = [[v if on else 0.0 for v, on in zip(*pair, strict=True)] for pair in zip(p, active, strict=True)]
+    if options.renormalize:
+        gate = [[v / sum(row) for v in row] for row in gate]
     return Layer(gate, active, top_p_losses(p, active, options, batch))
 
 

@@ -32,6 +32,7 @@ CASES = {
         {"p": 0.8, "rule": "reach", "entropy_coefficient": 0.1, "balance_scope": "global_batch"},
         5,
     ),
+    "top_p renormalized": ("top_p", {"p": 0.6, "renormalize": True}, 6),
     "top_p everything": ("top_p", {"p": 1.0}, 4),
     "top_p one expert": ("top_p", {}, 1),
     "dtop_p": ("dtop_p", {"k": 2, "kp": 0.3, "ki": 0.1, "entropy_coefficient": 0.05}, 6),
