@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -60,11 +61,18 @@ class Routing:
 
 
 class Router(megatron_router.Router):
-    """Base of all routers. Megatron's constructor makes the weight [E, H] of the gate, unless `has_gate` is False."""
+    """Base of all routers. Megatron's constructor makes the weight [E, H] of the gate, unless `has_gate` is False.
+
+    Attributes:
+        inference_file: of a router outside dsmoe: the stand-alone Python file that goes with an export to Hugging Face
+            as routing_dsmoe.py. It defines `build_routing(config)` (dsmoe/hf/remote/routing_dsmoe.py says what that
+            returns) and imports nothing but torch. Without it such a router cannot be exported.
+    """
 
     name = "unnamed"
     Options: type[RouterOptions] = RouterOptions
     has_gate = True
+    inference_file: Path | None = None
 
     def __init__(self, config, pg_collection=None, options: RouterOptions | None = None, **kwargs):
         super().__init__(config, pg_collection)
@@ -102,6 +110,12 @@ class Router(megatron_router.Router):
     def make_controller(cls, options: RouterOptions, num_layers: int, num_experts: int) -> Controller | None:
         """The controller that all `num_layers` MoE layers of a model share, if this router has one."""
         return None
+
+    @classmethod
+    def inference_state(cls, controller: Controller | None, layer: int) -> dict[str, Tensor]:
+        """What of the controller decides routes at inference, for one MoE layer: fp32 tensors by name. An export holds
+        them as buffers of the layer's routing."""
+        return {}
 
     @classmethod
     def latent_rank(cls, options: RouterOptions) -> int:

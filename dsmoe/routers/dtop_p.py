@@ -93,6 +93,10 @@ class DTopPRouter(Router):
         )  # fmt: skip
 
     @classmethod
+    def inference_state(cls, controller: PIController, layer: int) -> dict[str, Tensor]:
+        return {"p": controller.value}
+
+    @classmethod
     def parameter_count(cls, model, options):
         return super().parameter_count(model, options) + 1
 

@@ -52,6 +52,10 @@ class ExpertThresholdRouter(Router):
     def make_controller(cls, options: ExpertThresholdOptions, num_layers: int, num_experts: int) -> CutoffController:
         return CutoffController(num_layers, num_experts, options.decay)
 
+    @classmethod
+    def inference_state(cls, controller: CutoffController, layer: int) -> dict[str, Tensor]:
+        return {"cutoffs": controller.value_E(layer)}
+
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)
         score_TE, cutoff_E = logits_TE.detach(), self.controller.value_E(self.index).to(logits_TE.device)
