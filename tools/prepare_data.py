@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Turn text into a dataset folder for training.
 
-    python tools/prepare_data.py stdlib --output data/stdlib
-    python tools/prepare_data.py 'corpus/*.jsonl.zst' notes/ --output data/mine --vocab-size 32000
+python tools/prepare_data.py stdlib --output data/stdlib
+python tools/prepare_data.py 'corpus/*.jsonl.zst' notes/ --output data/mine --vocab-size 32000
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="dataset folder to make")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer (default: 4096)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="SentencePiece model to use instead of training one")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="use this one instead of training one: a SentencePiece model, a tokenizer.json, or the folder of a run or "
+        "of a Hugging Face model",
+    )
     parser.add_argument(
         "--valid-fraction", type=float, default=0.02, metavar="X", help="of the documents, held out (default: 0.02)"
     )

@@ -21,6 +21,7 @@ class ModelConfig(Section):
     hidden_size: int = Field(256, ge=8)
     num_attention_heads: int = Field(8, ge=1)
     num_query_groups: int | None = Field(None, ge=1)  # key/value heads of GQA; None: as many as attention heads
+    kv_channels: int | None = Field(None, ge=2)  # size of a head; None: hidden_size / num_attention_heads
     sequence_length: int = Field(256, ge=2)  # tokens
     vocab_size: int | None = Field(None, ge=2)  # None: the tokenizer's size, rounded up to a multiple of 64
     ffn_hidden_size: int | None = Field(None, ge=1)  # a dense layer's SwiGLU; None: 4 x moe_ffn_hidden_size
@@ -29,7 +30,7 @@ class ModelConfig(Section):
     moe_layer_freq: int | list[Literal[0, 1]] = 1  # n: every n-th from the first is MoE; list: 1 MoE, 0 dense
     moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)  # of every token; None: no such expert
     tie_embeddings: bool = True  # one matrix for the input embedding and the output layer
-    qk_layernorm: bool = False  # RMSNorm on queries and keys, per head
+    qk_layernorm: bool | Literal["full"] = False  # RMSNorm on queries and keys: per head; full: over all heads at once
     rotary_base: float = Field(10000.0, gt=0)
     norm_epsilon: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
@@ -45,6 +46,10 @@ class ModelConfig(Section):
     @property
     def dense_ffn_hidden_size(self) -> int:
         return self.ffn_hidden_size or 4 * self.moe_ffn_hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def key_value_heads(self) -> int:
@@ -79,7 +84,7 @@ class DataConfig(Section):
     path: str = "data/corpus"  # folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx
     valid_path: str | None = None  # held-out PREFIX, when `path` is a prefix
     valid_fraction: float = Field(0.02, gt=0, lt=1)  # held out by document, for a prefix without `valid_path`
-    tokenizer: str | None = None  # SentencePiece model; None: the one in the dataset's folder
+    tokenizer: str | None = None  # SentencePiece model or tokenizer.json; None: the one in the dataset's folder
     cache_dir: str | None = None  # where Megatron's sample indices are kept; None: beside the data
 
 
@@ -116,6 +121,7 @@ class CheckpointConfig(Section):
     interval: int = Field(100, ge=0)  # optimizer steps; 0: only at the end and on a signal
     keep_last: int = Field(2, ge=1)
     keep_every: int = Field(0, ge=0)  # also keep every checkpoint whose step is a multiple of this; 0: none
+    background: bool = False  # write from a copy in host memory while training goes on
 
 
 class LoggingConfig(Section):

@@ -14,10 +14,10 @@ import numpy
 
 from dsmoe.config import DataConfig
 from dsmoe.data.cache import cache_folders
-from dsmoe.data.description import TOKENIZER_FILE, DatasetDescription
+from dsmoe.data.description import DatasetDescription
 from dsmoe.data.folder import DESCRIPTION
 from dsmoe.data.token_files import TokenFiles
-from dsmoe.data.tokenizer import Tokenizer
+from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import DataError
 
 DECODED_TOKENS = 1_000_000  # enough held-out tokens to know how many bytes one stands for
@@ -109,7 +109,7 @@ class Corpus:
 def open_corpus(data: DataConfig) -> Corpus:
     """Find and check the data of a run; reads no tokens.
 
-    A prefix without `data.tokenizer` takes the `tokenizer.model` beside it, if there is one.
+    A prefix without `data.tokenizer` takes the tokenizer beside it, if there is one.
 
     Raises:
         DataError: something is missing or damaged, the tokenizer is not the one the data was made with, or the
@@ -157,8 +157,8 @@ def _open_folder(folder: Path, data: DataConfig) -> Corpus:
 
 def _open_prefix(prefix: Path, data: DataConfig) -> Corpus:
     files = TokenFiles.open(prefix)
-    beside = prefix.with_name(TOKENIZER_FILE)
-    model = data.tokenizer or (beside if beside.is_file() else None)
+    beside = (prefix.with_name(name) for name in TOKENIZER_FILES)
+    model = data.tokenizer or next((path for path in beside if path.is_file()), None)
     tokenizer = Tokenizer.load(model) if model else None
     if data.valid_path is not None:
         held_out = TokenFiles.open(_prefix(Path(data.valid_path)))

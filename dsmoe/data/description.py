@@ -15,7 +15,6 @@ from dsmoe.data.folder import DESCRIPTION
 from dsmoe.errors import DataError
 
 FORMAT_VERSION = 1
-TOKENIZER_FILE = "tokenizer.model"
 
 
 class SplitDescription(BaseModel):
@@ -33,7 +32,7 @@ class SplitDescription(BaseModel):
 class TokenizerDescription(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
-    file: str = TOKENIZER_FILE
+    file: str = "tokenizer.model"
     sha256: str
     vocab_size: int = Field(ge=1)
     eod_id: int = Field(ge=0)

@@ -34,7 +34,7 @@ def encode_documents(
 
     Args:
         texts: documents.
-        tokenizer_path: SentencePiece model, loaded once by each worker.
+        tokenizer_path: see `Tokenizer.load`; loaded once by each worker.
         dtype: integer type of the ids.
         workers: processes; 1 encodes in this process.
 

@@ -11,7 +11,6 @@ number of workers.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +22,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 import dsmoe
 from dsmoe.data.description import (
-    TOKENIZER_FILE,
     DatasetDescription,
     SplitDescription,
     TokenizerDescription,
@@ -55,13 +53,13 @@ def prepare(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> DatasetDescription:
-    """Make the dataset folder `output`: `{train,valid}.{bin,idx}`, `tokenizer.model`, `dataset.json`.
+    """Make the dataset folder `output`: `{train,valid}.{bin,idx}`, the tokenizer, `dataset.json`.
 
     Args:
         sources: files, folders, globs, or `stdlib`; see `dsmoe.data.sources`.
         output: folder to make; it appears complete or not at all.
         vocab_size: of the tokenizer to train; unused with `tokenizer`.
-        tokenizer: SentencePiece model to use instead of training one.
+        tokenizer: one to use instead of training one; see `Tokenizer.load`.
         valid_fraction: held-out part of the documents, in (0, 1); at least one document.
         workers: processes that tokenize; None: one for each core this process may use.
         field: key of the text in JSON lines.
@@ -79,7 +77,7 @@ def prepare(
     texts = _Texts(find_files(sources), field, limit_bytes)
     with new_folder(Path(output), overwrite) as folder, _progress(console) as progress:
         survey = _survey(texts, valid_fraction, seed, given is None, progress)
-        model = _provide_tokenizer(given, survey, folder / TOKENIZER_FILE, vocab_size, progress)
+        model = _provide_tokenizer(given, survey, folder, vocab_size, progress)
         splits = _encode(texts, survey, seed, model, folder, workers, progress)
         description = DatasetDescription(
             name=Path(output).resolve().name,
@@ -89,12 +87,16 @@ def prepare(
             valid_fraction=valid_fraction,
             limit_bytes=limit_bytes,
             tokenizer=TokenizerDescription(
-                sha256=model.sha256, vocab_size=model.vocab_size, eod_id=model.eod_id, trained_here=given is None
+                file=model.path.name,
+                sha256=model.sha256,
+                vocab_size=model.vocab_size,
+                eod_id=model.eod_id,
+                trained_here=given is None,
             ),
             splits=splits,
             files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
             versions={"dsmoe": dsmoe.__version__}
-            | {package: version(package) for package in ("megatron-core", "sentencepiece")},
+            | {package: version(package) for package in ("megatron-core", model.package)},
         )
         description.save(folder)
     return description
@@ -156,13 +158,13 @@ def _survey(texts: _Texts, valid_fraction: float, seed: int, with_sample: bool, 
 
 
 def _provide_tokenizer(
-    given: Tokenizer | None, survey: Survey, path: Path, vocab_size: int, progress: Progress
+    given: Tokenizer | None, survey: Survey, folder: Path, vocab_size: int, progress: Progress
 ) -> Tokenizer:
     if given is not None:
-        shutil.copyfile(given.path, path)
-        return Tokenizer.load(path)
+        given.copy_to(folder)
+        return Tokenizer.load(folder)
     task = progress.add_task("Training tokenizer", total=None, detail=f"vocabulary of {vocab_size:,}")
-    model = Tokenizer.train(survey.sample, path, vocab_size)
+    model = Tokenizer.train(survey.sample, folder / "tokenizer.model", vocab_size)
     progress.update(task, total=1, completed=1)
     return model
 

@@ -1,10 +1,12 @@
-"""A SentencePiece tokenizer that gives every text back unchanged.
+"""Text to ids and back, by the two kinds of tokenizer that models come with, behind one interface.
+
+`tokenizer.model` is SentencePiece, which dsmoe trains itself; `tokenizer.json` is Hugging Face's, which imported models
+bring. No BOS is ever added. The id `eod_id` marks the end of a document, and what the text of a document spells
+is never a control token.
 
 Language models of code need exact round trips: tabs, line ends, runs of spaces and rare characters must survive.
 SentencePiece does that when it is trained without normalization, dummy prefix and space collapsing, with byte
 fallback. One character is left: U+2581, SentencePiece's own sign for a space; `encode` writes it as its three bytes.
-
-No BOS is ever added. The id of `</s>` marks the end of a document (`eod_id`).
 """
 
 from __future__ import annotations
@@ -12,16 +14,21 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from dsmoe.errors import DataError
 
+LONGEST_WAIT = 8  # ids, for the rest of a character: it has at most 4 bytes, and its ids may share them with others
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in a folder with both the first counts
 SPACE_SIGN = "\u2581"  # how SentencePiece spells a space inside a piece
 # The trainer drops a whole sentence that has one of these: its word boundary, NUL, its "unknown" and space signs.
 NOT_TRAINABLE = re.compile("[\t\0\u2047\u2581]+")
@@ -44,45 +51,110 @@ TRAINING_OPTIONS = {
 }
 
 
-class Tokenizer:
-    """A trained SentencePiece model.
+class Tokenizer(ABC):
+    """A tokenizer and the file it was read from.
 
     Attributes:
-        path: the model's file.
+        path: the file, `tokenizer.model` or `tokenizer.json`, whatever it is called.
         sha256: hexadecimal digest of the file, the tokenizer's identity in `dataset.json` and in checkpoints.
         vocab_size: number of ids; ids are 0 .. vocab_size - 1.
-        eod_id: id that ends a document (`</s>`).
+        eod_id: id that ends a document.
+        package: the library that reads it.
     """
 
+    path: Path
+    sha256: str
+    vocab_size: int
+    eod_id: int
+    package: str
+
+    @staticmethod
+    def load(path: str | Path) -> Tokenizer:
+        """Read a SentencePiece model, a `tokenizer.json`, or a folder that holds one of them (a run, a dataset, a
+        Hugging Face model). Raises `DataError` where it is missing, unreadable or damaged."""
+        path = Path(path)
+        if path.is_dir():
+            path = _file_in(path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+        kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+        return kind(path, content)
+
+    @staticmethod
+    def train(texts: Iterable[str], path: str | Path, vocab_size: int) -> SentencePieceTokenizer:
+        """Train a SentencePiece model; see `SentencePieceTokenizer.train`."""
+        return SentencePieceTokenizer.train(texts, path, vocab_size)
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """Name and content of the files of a folder from which `load` gets this tokenizer again."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without BOS or EOS. Lone surrogates, which no UTF-8 can hold, become '?'."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; control ids are silent, bytes that are no UTF-8 give U+FFFD."""
+
+    @abstractmethod
+    def decode_stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        """Text of the ids as soon as it is complete: a character of several byte ids comes in one piece.
+
+        Args:
+            after: the ids before them, whose text is not given again. A tokenizer that drops the space at the start
+                of a text needs them to keep one that is not at the start.
+        """
+
+    def copy_to(self, folder: Path) -> None:
+        """Write `files` into a folder; the tokenizer that lay there is replaced, whatever its kind."""
+        for name, content in self.files().items():
+            unfinished = folder / f".{name}.{os.getpid()}"
+            unfinished.write_bytes(content)
+            unfinished.replace(folder / name)
+        for name in set(TOKENIZER_FILES) - self.files().keys():
+            (folder / name).unlink(missing_ok=True)
+
+
+def _file_in(folder: Path) -> Path:
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"{folder} holds no tokenizer: found neither {' nor '.join(TOKENIZER_FILES)}; for a Hugging Face model with "
+        "other files, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER) writes a tokenizer.json"
+    )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A trained SentencePiece model; `</s>` ends a document."""
+
+    package = "sentencepiece"
+
     def __init__(self, path: Path, model: bytes):
+        if not model:  # SentencePiece takes no bytes for a model of no pieces
+            raise DataError(f"{path} is not a SentencePiece model: the file is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.vocab_size: int = self._processor.vocab_size()
+            self.vocab_size = self._processor.vocab_size()
         except (RuntimeError, ValueError) as error:
             raise DataError(f"{path} is not a SentencePiece model, or it is damaged ({len(model)} bytes)") from error
-        self.path = path
+        self.path, self._model = path, model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.eod_id: int = self._processor.eos_id()
+        self.eod_id = self._processor.eos_id()
         if self.eod_id < 0:
             raise DataError(f"tokenizer {path} has no </s>, which dsmoe writes at the end of every document")
         # A model made elsewhere may put a space before every text; its round trip is then its own.
         self._adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE_SIGN)
         self._space_sign_ids = self._byte_ids(SPACE_SIGN.encode())
 
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a model file. Raises `DataError` where it is missing, unreadable or damaged."""
-        path = Path(path)
-        try:
-            model = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-        if not model:  # SentencePiece takes no bytes for a model of no pieces
-            raise DataError(f"{path} is not a SentencePiece model: the file is empty")
-        return cls(path, model)
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._model}
 
     @classmethod
-    def train(cls, texts: Iterable[str], path: str | Path, vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], path: str | Path, vocab_size: int) -> SentencePieceTokenizer:
         """Train a model and write it to `path`. The same texts in the same order give the same file.
 
         Raises:
@@ -101,10 +173,9 @@ class Tokenizer:
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         unfinished.write_bytes(model.getvalue())
         unfinished.replace(path)
-        return cls.load(path)
+        return cls(path, model.getvalue())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS or EOS. Lone surrogates, which no UTF-8 can hold, become '?'."""
         text = _without_surrogates(text)
         if SPACE_SIGN not in text or self._space_sign_ids is None or self._adds_space:
             return self._processor.encode(text)
@@ -116,13 +187,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; control ids are silent, bytes that are no UTF-8 and unknown ids give U+FFFD."""
         return "".join(self.decode_stream(ids))
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of the ids as soon as it is complete: a character of several byte ids comes in one piece."""
+    def decode_stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        drop_space = self._adds_space
+        drop_space = self._adds_space and not after
         for token in ids:
             surface = self._surfaces[token] if 0 <= token < self.vocab_size else "\ufffd".encode()
             if drop_space and surface:
@@ -153,6 +222,89 @@ class Tokenizer:
         """The byte-fallback ids of some bytes; None where the model has no byte fallback."""
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text]
         return ids if all(self._processor.is_byte(token) for token in ids) else None
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, and from the files beside it the token that ends a document: `eos_token` of
+    `tokenizer_config.json`, else `eos_token_id` of `generation_config.json` or `config.json`."""
+
+    package = "tokenizers"
+
+    def __init__(self, path: Path, content: bytes):
+        from tokenizers import Tokenizer as Library  # only where it is needed: it takes a while to import
+
+        try:
+            self._library = Library.from_buffer(content)
+        except Exception as error:  # the library knows no other type
+            raise DataError(f"{path} is not a tokenizer of the tokenizers library, or it is damaged: {error}") from None
+        # A file may ask for what is right in a pipeline but not for a corpus.
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._library.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of a document
+        self.path, self._content = path, content
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        ids = self._library.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1  # of a vocabulary with gaps too
+        self._settings = _read_json(path.with_name("tokenizer_config.json"))
+        self.eod_id = self._find_eod()
+
+    def _find_eod(self) -> int:
+        token = self._settings.get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None:
+            found = self._library.token_to_id(str(token))
+            if found is None:
+                raise DataError(f"{self.path} does not hold the eos_token {token!r} that tokenizer_config.json names")
+            return found
+        for name in ("generation_config.json", "config.json"):
+            found = _read_json(self.path.with_name(name)).get("eos_token_id")
+            found = found[0] if isinstance(found, list) and found else found
+            if isinstance(found, int) and 0 <= found < self.vocab_size:
+                return found
+        raise DataError(
+            f"cannot tell which token of {self.path} ends a document: the folder has no tokenizer_config.json with an "
+            "eos_token, and no generation_config.json or config.json with an eos_token_id of the vocabulary"
+        )
+
+    def files(self) -> dict[str, bytes]:
+        settings = self._settings | {"eos_token": self._library.id_to_token(self.eod_id)}
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        return {"tokenizer.json": self._content, "tokenizer_config.json": text.encode()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        known = [token for token in ids if token != self.eod_id and 0 <= token < self.vocab_size]
+        return self._library.decode(known, skip_special_tokens=True)
+
+    def decode_stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
+        # What an id writes depends on its neighbours, so each piece is decoded together with the one before it.
+        before, piece = list(after)[-LONGEST_WAIT:], []
+        for token in ids:
+            piece.append(token)
+            text = self._text_after(before, piece)
+            if text and (not text.endswith("\ufffd") or len(piece) >= LONGEST_WAIT):
+                yield text
+                before, piece = piece, []
+        if text := self._text_after(before, piece):
+            yield text
+
+    def _text_after(self, before: list[int], piece: list[int]) -> str:
+        return self.decode(before + piece)[len(self.decode(before)) :]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is no such file. Raises `DataError` where it holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no JSON object")
+    return found
 
 
 def _without_surrogates(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,14 +46,14 @@ def train(config: RunConfig) -> RunSummary:
     held = heldout(corpus, config.model.sequence_length, training.eval_sequences)
     groups = create_groups(config.parallel.expert_parallel)
     engine = build_engine(config, groups)
-    step = samples = 0
+    step, samples, copied_experts = 0, 0, False
     if checkpoint is not None:
         manifest = load_checkpoint(engine, config, checkpoint)
-        step, samples = manifest.step, manifest.samples
+        step, samples, copied_experts = manifest.step, manifest.samples, manifest.copied_experts
     if groups.dp_rank == 0:
         _open_run_folder(run_dir, config, corpus)
     dist.barrier()
-    trainer = Trainer(config, engine, groups, stream, held, corpus.bytes_per_token, step, samples)
+    trainer = Trainer(config, engine, groups, stream, held, corpus.bytes_per_token, step, samples, copied_experts)
     trainer.progress.say(describe(config, world, corpus, model_size(config), checkpoint, step))
     finished, metrics = trainer.run()
     return RunSummary(run_dir, trainer.step, finished, metrics)
@@ -92,4 +91,4 @@ def _open_run_folder(run_dir: Path, config: RunConfig, corpus: Corpus) -> None:
     write_atomically(run_dir / "config.yaml", config.to_yaml().encode())
     if corpus.tokenizer is not None:
         # The run folder alone is then enough to generate text and to export.
-        shutil.copyfile(corpus.tokenizer.path, run_dir / "tokenizer.model")
+        corpus.tokenizer.copy_to(run_dir)
