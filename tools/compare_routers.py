@@ -25,7 +25,8 @@ def main() -> int:
         command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the comparison's runs")
     train.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     train.add_argument("--retry", action="store_true", help="also run again what failed")
-    report.add_argument("--target", type=Path, metavar="DIR", help="where the report goes (default: DIR/report)")
+    report.add_argument("--target", type=Path, metavar="DIR", help="where the report goes (default: OUT/report)")
+    report.add_argument("--page", type=Path, metavar="PAGE.md", help="a page that shows the tables, between marks")
     arguments = parser.parse_args()
     if arguments.command == "run" and arguments.parallel < 1:
         parser.error(f"--parallel: found {arguments.parallel}, expected at least 1")
@@ -42,7 +43,8 @@ def main() -> int:
         return 1 if failed else 0
     from dsmoe.study.report import write_report
 
-    for path in write_report(plan, arguments.out, arguments.target or arguments.out / "report"):
+    target = arguments.target or arguments.out / "report"
+    for path in write_report(plan, arguments.out, target, arguments.page):
         print(path)
     return 0
 

@@ -31,9 +31,7 @@ def entropy_sum(logits_TE: Tensor) -> Tensor:
     return -(logits_TE.softmax(dim=-1) * F.log_softmax(logits_TE, dim=-1)).sum()
 
 
-def sequence_balance_sum(
-    score_TE: Tensor, map_TE: Tensor, sequence_T: Tensor, num_sequences: int
-) -> Tensor:
+def sequence_balance_sum(score_TE: Tensor, map_TE: Tensor, sequence_T: Tensor, num_sequences: int) -> Tensor:
     """sum over sequences s of T_s * E * sum_e f_se P_se: the balance product within each sequence, by its tokens T_s.
 
     f_se = routes of e in s / T_s (no gradient), P_se = mean score of e in s. Divided by the number of tokens it is the

@@ -17,6 +17,7 @@ import numpy
 from dsmoe.study.plan import Plan
 from dsmoe.study.results import NEAR_TARGET, moe_compute, run_config, run_lines, target_density
 
+COLORS, LINES = 10, ("-", "--", ":")  # of matplotlib's cycle, and what tells the variants after those apart
 SMOOTH = 0.02  # of a run, each way
 WIDTH = 10.0  # inches
 DENSE = 0.95  # of the highest density: the dense stage lasts that long
@@ -26,7 +27,10 @@ ROUNDED = 1e-5  # a router loss below it is what is left of a difference of two 
 def write_plots(plan: Plan, outcomes: list, out: Path, target: Path) -> list[Path]:
     """Draw everything that finished runs allow; return the files. `outcomes`: from `dsmoe.study.report`."""
     written = []
-    colors = {variant.name: f"C{place % 10}" for place, variant in enumerate(plan.variants)}
+    looks = {
+        variant.name: {"color": f"C{place % COLORS}", "linestyle": LINES[place // COLORS % len(LINES)]}
+        for place, variant in enumerate(plan.variants)
+    }
     for corpus in plan.corpora:
         runs = {}
         for outcome in outcomes:
@@ -36,11 +40,10 @@ def write_plots(plan: Plan, outcomes: list, out: Path, target: Path) -> list[Pat
             continue
         folders = {name: outcome.cell.folder(out) for name, outcome in runs.items()}
         by_layer = {name: outcome.result.val_experts_by_layer for name, outcome in runs.items()}
-        figures = {
-            "loss": loss_over_compute(folders, colors),
-            "experts": experts_over_training(folders, colors),
-            "layers": layer_profile({name: layers for name, layers in by_layer.items() if layers}, colors),
-        }
+        uneven = {name: layers for name, layers in by_layer.items() if layers and len(set(layers)) > 1}
+        figures = {"loss": loss_over_compute(folders, looks), "experts": experts_over_training(folders, looks)}
+        if uneven:
+            figures["layers"] = layer_profile(uneven, looks)
         for name, folder in folders.items():
             if "lambda" in run_lines(folder)[-1]:
                 figures[f"stages-{folder.parent.name}"] = stages(folder, f"{name} on {corpus}")
@@ -69,7 +72,7 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 5.0, **options):
     return plt.subplots(rows, columns, figsize=(WIDTH, height), layout="constrained", **options)
 
 
-def loss_over_compute(folders: dict[str, Path], colors: dict[str, str]):
+def loss_over_compute(folders: dict[str, Path], looks: dict[str, dict]):
     """Training loss over steps, and over the multiplications that the MoE layers really did."""
     figure, (by_step, by_compute) = _figure(1, 2, sharey=True)
     lowest, highest = numpy.inf, -numpy.inf
@@ -78,8 +81,8 @@ def loss_over_compute(folders: dict[str, Path], colors: dict[str, str]):
         loss = smoothed(_column(lines, "loss"))
         tokens = config.training.global_batch_size * config.model.sequence_length
         cost = numpy.cumsum(tokens * moe_compute(config, _column(lines, "experts_per_token")))
-        by_step.plot(_column(lines, "step"), loss, color=colors[name], label=name, linewidth=1.3)
-        by_compute.plot(cost / 1e9, loss, color=colors[name], linewidth=1.3)
+        by_step.plot(_column(lines, "step"), loss, label=name, linewidth=1.3, **looks[name])
+        by_compute.plot(cost / 1e9, loss, linewidth=1.3, **looks[name])
         lowest, highest = min(lowest, loss.min()), max(highest, loss[len(loss) // 10])
     by_step.set_ylim(lowest - 0.05, highest)
     by_step.set(xlabel="step", ylabel="training loss, smoothed (nats per token)")
@@ -90,7 +93,7 @@ def loss_over_compute(folders: dict[str, Path], colors: dict[str, str]):
     return figure
 
 
-def experts_over_training(folders: dict[str, Path], colors: dict[str, str]):
+def experts_over_training(folders: dict[str, Path], looks: dict[str, dict]):
     """Experts per token at every step, a panel for each variant where that changes."""
     lines = {name: run_lines(folder) for name, folder in folders.items()}
     experts = {name: _column(found, "experts_per_token") for name, found in lines.items()}
@@ -101,8 +104,8 @@ def experts_over_training(folders: dict[str, Path], colors: dict[str, str]):
         axis.set_visible(False)
     for axis, name in zip(axes.flat, changing, strict=False):
         steps = _column(lines[name], "step")
-        axis.plot(steps, experts[name], color=colors[name], alpha=0.3, linewidth=0.7)
-        axis.plot(steps, smoothed(experts[name]), color=colors[name], linewidth=1.5)
+        axis.plot(steps, experts[name], color=looks[name]["color"], alpha=0.3, linewidth=0.7)
+        axis.plot(steps, smoothed(experts[name]), color=looks[name]["color"], linewidth=1.5)
         config = run_config(folders[name])
         target = target_density(config)
         if target is not None:
@@ -112,11 +115,11 @@ def experts_over_training(folders: dict[str, Path], colors: dict[str, str]):
     return figure
 
 
-def layer_profile(by_layer: dict[str, list[float]], colors: dict[str, str]):
-    """Experts per token in each MoE layer, on held-out text at the end."""
+def layer_profile(by_layer: dict[str, list[float]], looks: dict[str, dict]):
+    """Experts per token in each MoE layer, on held-out text at the end, of the variants whose layers differ."""
     figure, axis = _figure(height=4.0)
     for name, experts in by_layer.items():
-        axis.plot(range(1, len(experts) + 1), experts, marker="o", color=colors[name], label=name)
+        axis.plot(range(1, len(experts) + 1), experts, marker="o", label=name, **looks[name])
     axis.set(xlabel="MoE layer", ylabel="experts per token on held-out text", ylim=(0, None))
     axis.set_xticks(range(1, max(map(len, by_layer.values()), default=0) + 1))
     axis.legend(fontsize=8, ncols=2)

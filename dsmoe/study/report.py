@@ -1,6 +1,7 @@
 """What a comparison shows: a table for each corpus as Markdown, every run as CSV, and plots.
 
-A row is a variant. Numbers are means over its seeds, with the standard deviation (of a sample) where there are several.
+A row is a variant, best held-out loss first. Numbers are means over its seeds, with the standard deviation (of a
+sample) where there are several. MoE compute is over the baseline's, and counts the experts that every step really had.
 `against BASELINE` is the mean over seeds of the difference to the baseline's run of the same seed: same data in the
 same order, so it is sharper than the difference of the means.
 """
@@ -9,17 +10,21 @@ from __future__ import annotations
 
 import csv
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 
+from dsmoe.checkpoint.files import write_atomically
+from dsmoe.errors import ConfigError
 from dsmoe.study.compare import read_record, shown
 from dsmoe.study.plan import Cell, Plan
 from dsmoe.study.results import RunResult, read_result
 
 HEADINGS = (
-    "router", "seeds", "held-out loss", "bits per byte", "loss against {baseline}", "experts/token: held-out",
-    "end of training", "whole training", "MoE compute", "model compute", "tokens/s",
+    "router", "learning rate", "seeds", "steps", "held-out loss", "bits per byte", "loss against {baseline}",
+    "experts/token: held-out", "whole training", "MoE compute",
 )  # fmt: skip
+TABLE_BEGIN, TABLE_END = "<!-- table: {corpus} -->\n", "<!-- end of table -->"  # in a page that shows the tables
 
 
 @dataclass(frozen=True)
@@ -41,37 +46,66 @@ def read_outcomes(plan: Plan, out: Path) -> list[Outcome]:
     return outcomes
 
 
-def write_report(plan: Plan, out: Path, target: Path) -> list[Path]:
-    """Write `comparison.md`, `comparison.csv` and the plots into `target`; return what was written."""
+def write_report(plan: Plan, out: Path, target: Path, page: Path | None = None) -> list[Path]:
+    """Write `comparison.md`, `comparison.csv` and the plots into `target`, and the tables into `page` between its
+    `<!-- table: CORPUS -->` and `<!-- end of table -->`; return what was written.
+
+    Raises:
+        ConfigError: `page` has no place for a table.
+    """
     from dsmoe.study.plots import write_plots  # matplotlib takes a second to import
 
-    target.mkdir(parents=True, exist_ok=True)
     outcomes = read_outcomes(plan, out)
+    tables = {corpus: to_table(plan, outcomes, corpus) for corpus in plan.corpora}
+    written = [] if page is None else [insert_tables(page, tables)]
+    target.mkdir(parents=True, exist_ok=True)
     markdown = target / "comparison.md"
-    markdown.write_text(to_markdown(plan, outcomes), encoding="utf-8")
-    table = target / "comparison.csv"
-    write_csv(outcomes, table)
-    return [markdown, table, *write_plots(plan, outcomes, out, target)]
+    sections = [f"### {corpus}\n\n{table}\n" for corpus, table in tables.items()]
+    markdown.write_text("".join(sections) + to_missing(outcomes), encoding="utf-8")
+    csv_file = target / "comparison.csv"
+    write_csv(outcomes, csv_file)
+    return [*written, markdown, csv_file, *write_plots(plan, outcomes, out, target)]
 
 
-def to_markdown(plan: Plan, outcomes: list[Outcome]) -> str:
-    """The tables, then what is missing or failed."""
-    text = ""
-    for corpus in plan.corpora:
-        headings = [heading.format(baseline=plan.baseline) for heading in HEADINGS]
-        text += f"### {corpus}\n\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
-        for variant in plan.variants:
-            row = _row(plan, [outcome for outcome in outcomes if outcome.cell.corpus == corpus], variant.name)
-            text += f"| {' | '.join(row)} |\n"
-        text += "\n"
+def insert_tables(page: Path, tables: dict[str, str]) -> Path:
+    """Replace what `page` shows between the marks of each table; return `page`."""
+    text = page.read_text(encoding="utf-8")
+    for corpus, table in tables.items():
+        begin = TABLE_BEGIN.format(corpus=corpus)
+        before, mark, rest = text.partition(begin)
+        _, end, after = rest.partition(TABLE_END)
+        if not (mark and end):
+            wanted = f"{begin.strip()!r} and, after it, {TABLE_END!r}"
+            raise ConfigError([f"found no place for the table of {corpus}, expected lines {wanted}"], str(page))
+        text = before + begin + table + end + after
+    write_atomically(page, text.encode())
+    return page
+
+
+def to_table(plan: Plan, outcomes: list[Outcome], corpus: str) -> str:
+    """The Markdown table of one corpus."""
+    here = [outcome for outcome in outcomes if outcome.cell.corpus == corpus]
+    losses = {
+        variant.name: [o.result.val_loss for o in here if o.cell.variant == variant.name and o.result is not None]
+        for variant in plan.variants
+    }
+    headings = [heading.format(baseline=plan.baseline) for heading in HEADINGS]
+    text = f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
+    for name in sorted(losses, key=lambda name: mean(losses[name] or [inf])):
+        text += f"| {' | '.join(_row(plan, here, name))} |\n"
+    return text
+
+
+def to_missing(outcomes: list[Outcome]) -> str:
+    """What the tables lack, and why."""
     missing = [outcome for outcome in outcomes if outcome.result is None]
-    if missing:
-        text += "### Not in the tables\n\n"
-        for outcome in missing:
-            status = "not run" if outcome.record is None else outcome.record["status"]
-            error = (outcome.record or {}).get("error", "")
-            text += f"- {outcome.cell}: {status}{': ' + error.splitlines()[-1] if error else ''}\n"
-        text += "\n"
+    if not missing:
+        return ""
+    text = "### Not in the tables\n\n"
+    for outcome in missing:
+        status = "not run" if outcome.record is None else outcome.record["status"]
+        error = (outcome.record or {}).get("error", "")
+        text += f"- {outcome.cell}: {status}{': ' + error.splitlines()[-1] if error else ''}\n"
     return text
 
 
@@ -79,7 +113,7 @@ def _row(plan: Plan, outcomes: list[Outcome], variant: str) -> list[str]:
     found = {outcome.cell.seed: outcome.result for outcome in outcomes if outcome.cell.variant == variant}
     results = {seed: result for seed, result in found.items() if result is not None}
     if not results:
-        return [variant, f"0 of {len(found)}", *["" for _ in HEADINGS[2:]]]
+        return [variant, "", f"0 of {len(found)}", *["" for _ in HEADINGS[3:]]]
     base = {
         outcome.cell.seed: outcome.result
         for outcome in outcomes
@@ -87,26 +121,23 @@ def _row(plan: Plan, outcomes: list[Outcome], variant: str) -> list[str]:
     }
     shared = [seed for seed in results if seed in base]
     gaps = [results[seed].val_loss - base[seed].val_loss for seed in shared]
-    relative = {
-        name: [getattr(results[seed], name) / getattr(base[seed], name) for seed in shared]
-        for name in ("moe_compute", "model_compute")
-    }
+    compute = [results[seed].moe_compute / base[seed].moe_compute for seed in shared]
 
-    def column(name: str, form: str) -> str:
+    def column(name: str, form: str, spread: bool = True) -> str:
         values = [getattr(result, name) for result in results.values()]
-        return "" if None in values else _spread(values, form)
+        return "" if None in values else _spread(values, form) if spread else format(mean(values), form)
 
-    is_baseline = variant == plan.baseline
-    experts = ("val_experts", "end_experts", "mean_experts")
     return [
         variant,
+        column("learning_rate", "g", spread=False),
         str(len(results)) if len(results) == len(found) else f"{len(results)} of {len(found)}",
+        column("steps", ".0f", spread=False),
         column("val_loss", ".4f"),
         column("val_bpb", ".4f"),
-        "" if is_baseline or not gaps else _spread(gaps, "+.4f"),
-        *(f"{mean(getattr(result, name) for result in results.values()):.2f}" for name in experts),
-        *(f"{mean(values):.3f}" if values else "" for values in relative.values()),
-        f"{mean(result.tokens_per_second for result in results.values()):,.0f}",
+        "" if variant == plan.baseline or not gaps else _spread(gaps, "+.4f"),
+        column("val_experts", ".2f", spread=False),
+        column("mean_experts", ".2f", spread=False),
+        f"{mean(compute):.3f}" if compute else "",
     ]
 
 

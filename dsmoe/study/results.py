@@ -27,6 +27,7 @@ class RunResult:
 
     steps: int
     tokens: int
+    learning_rate: float  # the highest
     val_loss: float  # nats per token
     val_bpb: float | None  # bits per byte
     val_experts: float  # per token, on held-out text
@@ -75,6 +76,7 @@ def read_result(run_dir: Path) -> RunResult:
     return RunResult(
         steps=last["step"],
         tokens=last["tokens"],
+        learning_rate=config.training.lr,
         val_loss=last["val_loss"],
         val_bpb=last.get("val_bpb"),
         val_experts=last["val_experts_per_token"],

@@ -50,8 +50,15 @@ CASES = {
     ),
     "routing_free paper": (
         "routing_free",
-        {"rank": 3, "threshold": 2.0, "lambda_initial": 0.5, "lambda_rate": 0.5, "form": "paper", "mu": 0.2,
-         "balance_scope": "global_batch"},
+        {
+            "rank": 3,
+            "threshold": 2.0,
+            "lambda_initial": 0.5,
+            "lambda_rate": 0.5,
+            "form": "paper",
+            "mu": 0.2,
+            "balance_scope": "global_batch",
+        },
         6,
     ),
     "expert_threshold one expert": ("expert_threshold", {"k": 1, "warmup_steps": 1, "decay": 0.5}, 1),

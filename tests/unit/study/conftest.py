@@ -15,7 +15,7 @@ MODEL = {
 }  # fmt: skip
 
 # Density falls from 1 to 0.5 halfway through a relu run, topk stays at 2 of 4; a seed of 13 fails, of 14 hangs.
-TRAINING = '''
+TRAINING = """
 import json, sys, time, yaml
 arguments = sys.argv[1:]
 config = yaml.safe_load(open(arguments[1]))
@@ -44,7 +44,7 @@ with open(run_dir + "/metrics.jsonl", "w") as file:
         print(json.dumps(line), file=file, flush=True)
         if seed == 14:
             time.sleep(60)
-'''
+"""
 
 
 @pytest.fixture

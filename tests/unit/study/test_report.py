@@ -9,10 +9,11 @@ import pytest
 from plan_files import edit
 from rich.console import Console
 
+from dsmoe.errors import ConfigError
 from dsmoe.study.compare import run_plan
 from dsmoe.study.plan import Cell, load_plan
 from dsmoe.study.plots import smoothed, stage_bounds
-from dsmoe.study.report import read_outcomes, to_markdown, write_report
+from dsmoe.study.report import read_outcomes, to_missing, to_table, write_report
 from dsmoe.study.results import read_result
 
 
@@ -30,29 +31,30 @@ def cells_of(markdown: str, row: str) -> list[str]:
 
 def test_table(finished):
     plan, out = finished
-    markdown = to_markdown(plan, read_outcomes(plan, out))
-    topk, relu = cells_of(markdown, "topk"), cells_of(markdown, "relu")
-    assert topk[1:3] == ["2", "3.8500 ± 0.0707"] and topk[4] == "" and topk[8:10] == ["1.000", "1.000"]
+    table = to_table(plan, read_outcomes(plan, out), "letters")
+    topk, relu = cells_of(table, "topk"), cells_of(table, "relu")
+    assert topk[1:5] == ["0.001", "2", "20", "3.8500 ± 0.0707"] and topk[6] == "" and topk[9] == "1.000"
     # By seed relu is 0.06 and 0.07 better; experts: 2 at the end, 3 on average.
-    assert relu[4] == "-0.0650 ± 0.0071" and relu[5:8] == ["2.00", "2.00", "3.00"]
-    assert float(relu[8]) == pytest.approx((128 + 3 * 1536) / (128 + 2 * 1536), abs=1e-3)
-    assert 1 < float(relu[9]) < float(relu[8])
-    assert "Not in the tables" not in markdown
+    assert relu[6] == "-0.0650 ± 0.0071" and relu[7:9] == ["2.00", "3.00"]
+    assert float(relu[9]) == pytest.approx((128 + 3 * 1536) / (128 + 2 * 1536), abs=1e-3)
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| relu", "| topk", "| topk (longer)"]
+    assert to_missing(read_outcomes(plan, out)) == ""
 
 
 def test_missing_and_failed_runs_are_listed(plan_file, tmp_path):
     edit(plan_file, lambda tree: tree.update(seeds=[1, 13]))
     plan, out = load_plan(plan_file), tmp_path / "out"
     run_plan(plan, out, 2, console=Console(quiet=True))
-    markdown = to_markdown(plan, read_outcomes(plan, out))
-    assert "- topk on letters, seed 13: failed: the disk is full" in markdown
-    assert cells_of(markdown, "relu")[1] == "1 of 2"
+    outcomes = read_outcomes(plan, out)
+    assert "- topk on letters, seed 13: failed: the disk is full" in to_missing(outcomes)
+    assert cells_of(to_table(plan, outcomes, "letters"), "relu")[2] == "1 of 2"
 
 
 def test_nothing_run_yet(plan_file, tmp_path):
     plan = load_plan(plan_file)
-    markdown = to_markdown(plan, read_outcomes(plan, tmp_path / "out"))
-    assert cells_of(markdown, "topk")[1] == "0 of 2" and "seed 1: not run" in markdown
+    outcomes = read_outcomes(plan, tmp_path / "out")
+    assert cells_of(to_table(plan, outcomes, "letters"), "topk")[2] == "0 of 2"
+    assert "- topk on letters, seed 1: not run" in to_missing(outcomes)
 
 
 def test_files(finished, tmp_path):
@@ -63,6 +65,27 @@ def test_files(finished, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and rows[0]["experts_by_layer"] == "2.500 1.500"
     assert all("launch/train.py --config" in row["command"] for row in rows)
+
+
+def test_a_page_shows_the_tables_between_its_marks(finished, tmp_path):
+    plan, out = finished
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- table: letters -->\n| old |\n<!-- end of table -->\nbelow\n")
+    for _ in range(2):  # what the first report wrote, the next one replaces
+        write_report(plan, out, tmp_path / "report", page)
+        table = to_table(plan, read_outcomes(plan, out), "letters")
+        assert page.read_text() == f"above\n<!-- table: letters -->\n{table}<!-- end of table -->\nbelow\n"
+        assert table in (tmp_path / "report" / "comparison.md").read_text()
+
+
+def test_a_page_without_a_place_for_a_table_is_left_alone(finished, tmp_path):
+    plan, out = finished
+    page = tmp_path / "page.md"
+    page.write_text("<!-- end of table -->\n<!-- table: letters -->\n")
+    with pytest.raises(ConfigError, match="no place for the table of letters"):
+        write_report(plan, out, tmp_path / "report", page)
+    assert page.read_text() == "<!-- end of table -->\n<!-- table: letters -->\n"
+    assert not (tmp_path / "report").exists()
 
 
 def test_density_against_its_target(finished):
