@@ -37,5 +37,9 @@ class CheckpointError(DsmoeError):
     """A checkpoint is missing, incomplete, damaged or belongs to another model."""
 
 
+class ConversionError(DsmoeError):
+    """A model cannot be carried to or from Hugging Face exactly, or the result does not compute the same."""
+
+
 class TrainingError(DsmoeError):
     """Training cannot go on (for example a loss that is not finite)."""
