@@ -160,12 +160,16 @@ def _check_deepspeed(deepspeed: Any, found: _Mistakes) -> None:
 def _check_model(model: ModelConfig, found: _Mistakes) -> None:
     """What no field of the model can know alone."""
     hidden, heads = model.hidden_size, model.num_attention_heads
-    found.check_multiple("model.hidden_size", hidden, "model.num_attention_heads", heads)
     found.check_multiple("model.num_attention_heads", heads, "model.num_query_groups", model.key_value_heads)
-    odd = hidden % heads == 0 and (hidden // heads) % 2
-    if odd and found.none_in("model.hidden_size", "model.num_attention_heads"):
-        size = f"{hidden}, heads of size {hidden // heads}"
-        found.add("model.hidden_size", size, "heads of an even size, for rotary embedding")
+    if model.kv_channels is not None:
+        if model.kv_channels % 2 and found.none_in("model.kv_channels"):
+            found.add("model.kv_channels", model.kv_channels, "an even size, for rotary embedding")
+    else:
+        found.check_multiple("model.hidden_size", hidden, "model.num_attention_heads", heads)
+        odd = hidden % heads == 0 and (hidden // heads) % 2
+        if odd and found.none_in("model.hidden_size", "model.num_attention_heads"):
+            size = f"{hidden}, heads of size {hidden // heads}"
+            found.add("model.hidden_size", size, "heads of an even size, for rotary embedding")
     if not found.none_in("model.moe_layer_freq", "model.num_layers"):
         return
     frequency = model.moe_layer_freq

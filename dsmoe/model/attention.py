@@ -5,6 +5,10 @@ Shapes: S tokens, B sequences, n query heads, g key/value heads, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -13,11 +17,48 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+class KeyValueCache:
+    """Keys and values of the tokens that a model has seen, so that each new token costs one token.
+
+    `with cache.of(model)`: forward passes continue the text that the cache holds, instead of beginning one.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return next(iter(self._layers.values()))[0].size(0) if self._layers else 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values [S, B, g, d] of new tokens; returns those of all tokens."""
+        if layer in self._layers:
+            key, value = (torch.cat(pair) for pair in zip(self._layers[layer], (key, value), strict=True))
+        self._layers[layer] = key, value
+        return key, value
+
+    @contextmanager
+    def of(self, model: nn.Module) -> Iterator[KeyValueCache]:
+        """Let the passes of a model inside the block continue from this cache."""
+        users = [module for module in model.modules() if isinstance(module, CausalAttention | AnyDeviceRotary)]
+        for module in users:
+            module.cache = self
+        try:
+            yield self
+        finally:
+            for module in users:
+                module.cache = None
+
+
 class CausalAttention(nn.Module):
     """Megatron's core-attention slot on torch's scaled_dot_product_attention. Causal, grouped-query, no dropout."""
 
+    cache: KeyValueCache | None = None
+
     def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **kwargs):
         super().__init__()
+        self.layer = layer_number
         self.scale = softmax_scale
 
     def forward(
@@ -27,14 +68,18 @@ class CausalAttention(nn.Module):
 
         attention_mask: None, or bool [B, 1, S, S] in Megatron's sense (True = may not look); causality is added.
         """
+        if self.cache is not None:
+            key, value = self.cache.extend(self.layer, key, value)
+        seen = key.size(0) - query.size(0)  # tokens of the cache, which all of these may look at
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.size(1) != key.size(1)
-        if attention_mask is None:
+        if attention_mask is None and not seen:
             out = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
             )
         else:
-            allowed = (~attention_mask).tril()
+            masked = query.new_zeros(query.size(2), key.size(2)).bool() if attention_mask is None else attention_mask
+            allowed = (~masked).tril(seen)
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=allowed, scale=self.scale, enable_gqa=grouped
             )
@@ -43,6 +88,12 @@ class CausalAttention(nn.Module):
 
 class AnyDeviceRotary(RotaryEmbedding):
     """Rotary angles on DeepSpeed's device; Megatron's version asks for CUDA."""
+
+    cache: KeyValueCache | None = None
+
+    def forward(self, max_seq_len: int, offset: int = 0, **kwargs) -> Tensor:
+        """Angles [max_seq_len, 1, 1, d] from position `offset` on, counted from the end of the cache."""
+        return super().forward(max_seq_len, offset + (self.cache.length if self.cache else 0), **kwargs)
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
         self.inv_freq = self.inv_freq.to(get_accelerator().current_device_name())

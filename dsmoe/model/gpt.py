@@ -49,7 +49,7 @@ class LanguageModel(nn.Module):
         router_class, options = router
         self.config = model
         self.groups = groups
-        self.gpt = _build_gpt(model, router, groups)
+        self.gpt = build_gpt(model, router, groups)
         self.recorder = RoutingRecorder(model.num_experts, groups.dp)
         self.controller = router_class.make_controller(options, sum(model.moe_layers()), model.num_experts)
         for module in self.modules():
@@ -103,7 +103,7 @@ class _GPT(GPTModel):
         return losses.view(logits.size(0), logits.size(1)).t()
 
 
-def _build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
+def build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
     config = _transformer_config(model, groups.ep_size)
     gpt = _GPT(
         config,
@@ -126,9 +126,10 @@ def _transformer_config(model: ModelConfig, expert_parallel: int) -> Transformer
         ffn_hidden_size=model.dense_ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.key_value_heads,
+        kv_channels=model.head_size,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
-        qk_layernorm=model.qk_layernorm,
+        qk_layernorm=bool(model.qk_layernorm),
         gated_linear_unit=True,
         activation_func=F.silu,
         bias_activation_fusion=False,
@@ -160,12 +161,16 @@ def _block_spec(
 def _layer_spec(
     model: ModelConfig, config: TransformerConfig, router, groups: ParallelGroups, is_moe: bool
 ) -> ModuleSpec:
-    spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(qk_layernorm=bool(model.qk_layernorm), normalization="RMSNorm")
     layer = spec.submodules
     layer.self_attention.submodules.core_attention = CausalAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = _Norm
     if model.qk_layernorm:
-        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = _Norm
+        attention = layer.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = _Norm
+        if model.qk_layernorm == "full":
+            attention.q_layernorm = ModuleSpec(AllHeadsNorm, {"heads": model.num_attention_heads})
+            attention.k_layernorm = ModuleSpec(AllHeadsNorm, {"heads": model.key_value_heads})
     if model.recompute == "full":
         spec.module = RecomputedAttentionLayer
     if is_moe:
@@ -189,6 +194,18 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
         ),
     )
+
+
+class AllHeadsNorm(nn.Module):
+    """Megatron's query or key norm slot: one RMSNorm over all heads of a token together, as OLMoE has it."""
+
+    def __init__(self, config, hidden_size: int, heads: int, eps: float = 1e-5, **kwargs):
+        super().__init__()
+        self.norm = rms_norm_class()(heads * hidden_size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, B, heads, d] -> the same shape."""
+        return self.norm(x.flatten(2)).view_as(x)
 
 
 class _Norm:

@@ -22,9 +22,10 @@ def model_size(config: RunConfig) -> ModelSize:
     model = config.model
     router_class = get(config.router.name)
     options = router_class.Options.model_validate(config.router.options)
-    hidden, head = model.hidden_size, model.hidden_size // model.num_attention_heads
+    hidden, head = model.hidden_size, model.head_size
     attention = hidden * head * (2 * model.num_attention_heads + 2 * model.key_value_heads)
-    norms = 2 * hidden + (2 * head if model.qk_layernorm else 0)
+    heads = model.num_attention_heads + model.key_value_heads if model.qk_layernorm == "full" else 2
+    norms = 2 * hidden + (heads * head if model.qk_layernorm else 0)
     rank = router_class.latent_rank(options)
     expert = model.moe_ffn_hidden_size * (2 * hidden + (rank or hidden))
     shared = 3 * hidden * (model.moe_shared_expert_intermediate_size or 0)

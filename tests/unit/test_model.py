@@ -36,6 +36,8 @@ VARIANTS = {
     "dense layers as listed": {"num_layers": 3, "moe_layer_freq": [0, 1, 0], "ffn_hidden_size": 40},
     "shared expert": {"moe_shared_expert_intermediate_size": 24},
     "qk norm": {"qk_layernorm": True},
+    "one qk norm over all heads": {"qk_layernorm": "full"},
+    "heads of another size": {"kv_channels": 12, "qk_layernorm": "full", "num_attention_heads": 6},
     "all of it": {
         "num_layers": 3, "moe_layer_freq": [0, 1, 1], "tie_embeddings": False, "qk_layernorm": True,
         "moe_shared_expert_intermediate_size": 8,
