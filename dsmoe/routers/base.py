@@ -10,6 +10,7 @@ Shapes: T tokens here, E experts, H hidden.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -166,7 +167,9 @@ class Router(megatron_router.Router):
         sequence_T = torch.arange(batch, device=hidden.device).repeat(length)
         self.num_sequences = batch
         self.has_padding = padding_mask is not None
-        real = None if padding_mask is None else (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1)
+        real = None
+        if self.has_padding:
+            real = self.once_a_pass("real", lambda: (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1))
         if real is None:
             routing = self.route(hidden_TH, sequence_T)
         else:
@@ -185,6 +188,13 @@ class Router(megatron_router.Router):
         else:
             routing.probs_TE = self._attach_losses(routing, tokens)
         return routing
+
+    def once_a_pass(self, name: str, make: Callable):
+        """`make()` of the model's first router in this forward pass, for all of them: for what waits for the device."""
+        shared = {} if self.recorder is None else self.recorder.shared
+        if name not in shared:
+            shared[name] = make()
+        return shared[name]
 
     def _attach_losses(self, routing: Routing, tokens: Tensor) -> Tensor:
         """In a stock MoELayer: losses over this rank's tokens, through Megatron's hook."""

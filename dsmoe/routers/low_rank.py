@@ -80,13 +80,16 @@ class LowRankRouter(Router):
         ranks, tokens = self.ep.size(), hidden_TH.size(0)
         sizes = [tokens] * ranks
         if self.has_padding:  # ranks may have dropped different numbers of tokens, and all must know how many
-            counts = torch.empty(ranks, dtype=torch.int64, device=hidden_TH.device)
-            dist.all_gather_into_tensor(counts, counts.new_full((1,), tokens), group=self.ep)
-            sizes = counts.tolist()
+            sizes = self.once_a_pass("sizes", lambda: self._tokens_by_rank(hidden_TH))
         everyone_H = all_gather_rows(hidden_TH, sizes, self.ep)
         score_e = torch.linalg.vector_norm(self._latents(everyone_H), dim=-1)
         back = all_to_all_rows(score_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
         return back.view(ranks, tokens, -1).transpose(0, 1).reshape(tokens, self.num_experts)
+
+    def _tokens_by_rank(self, hidden_TH: Tensor) -> list[int]:
+        counts = torch.empty(self.ep.size(), dtype=torch.int64, device=hidden_TH.device)
+        dist.all_gather_into_tensor(counts, counts.new_full((1,), hidden_TH.size(0)), group=self.ep)
+        return counts.tolist()
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Megatron's contract and, for `VariableMoELayer`, what gives the experts their latents: those of all pairs

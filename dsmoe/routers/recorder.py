@@ -59,12 +59,14 @@ class RoutingRecorder:
         self.num_experts = num_experts
         self.group = group
         self.routers: list = []  # in layer order; routers add themselves
+        self.shared: dict = {}  # what one router of a pass found out for all
         self._passes: list = []
         self._totals: RoutingTotals | None = None
 
     def begin(self) -> None:
         """Start a forward pass; what an interrupted one left is dropped."""
         self._passes = [None] * len(self.routers)
+        self.shared = {}
 
     def record(self, index: int, routing, tokens: Tensor) -> None:
         """Take what router `index` decided for `tokens` (int64 scalar) tokens."""

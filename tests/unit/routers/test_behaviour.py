@@ -6,6 +6,7 @@ import pytest
 import torch
 from harness import ALONE, HIDDEN, Routers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe.routers import available
 from dsmoe.routers.controllers import CutoffController, PIController
@@ -32,6 +33,30 @@ def test_nothing_waits_for_the_device(name, training):
             totals = routers.recorder.take()
             if training and routers.controller is not None:
                 routers.controller.update(totals)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result the host must wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_padding_waits_for_the_device_once_a_pass_and_counts_anew_in_each(name):
+    routers, paddings = Routers(name, {}, 4), (torch.arange(6) >= 4, torch.arange(6) >= 1)
+    hidden = [torch.randn(3, 2, HIDDEN) for _ in routers.layers]
+    for padding in paddings:
+        with Waits() as waits:
+            decided, _ = routers.pass_through(hidden, padding.view(3, 2))
+        assert waits.count == 1
+        assert not any(routes[padding].any() for _, routes in decided)
+        assert routers.recorder.take().tokens == (~padding).sum()
 
 
 @pytest.mark.parametrize("name", OWN)
