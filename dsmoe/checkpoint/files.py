@@ -6,7 +6,8 @@
         state.safetensors               router controllers
     RUN/checkpoints/latest              the name of the folder that was completed last
 
-A save writes into `step_00000100.partial` and renames it when every rank's files are on disk.
+A save writes into `step_00000100.partial` and renames it when every rank's files are on disk. `latest` follows; a job
+that is killed between the two leaves a checkpoint whose serial number is higher than that of the one it names.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Manifest:
     config: dict[str, Any]
     tensors: dict[str, list[int]]  # canonical name -> shape
     files: dict[str, dict[str, Any]]  # file name -> {"bytes", "sha256"}
+    serial: int = 0  # saves of this run folder so far: which checkpoint was written last, whatever its step
+    copied_experts: bool = False  # the run began with experts that were copies of one MLP (an upcycled dense model)
 
     def write(self, folder: Path) -> None:
         content = asdict(self)
@@ -89,7 +92,17 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     complete = complete_checkpoints(run_dir)
     pointer = run_dir / "checkpoints" / "latest"
     latest = pointer.with_name(pointer.read_text().strip()) if pointer.is_file() else None
-    return latest if latest in complete else next(reversed(complete), None)
+    if latest in complete and serial_of(latest) is None:
+        return latest  # damaged: loading it says so, and an older one is not taken in silence
+    return max(complete, key=lambda path: (serial_of(path) or 0, path == latest, step_of(path)), default=None)
+
+
+def serial_of(folder: Path) -> int | None:
+    """The checkpoint's place in the order of saves; None if its manifest cannot be read."""
+    try:
+        return read_manifest(folder).serial
+    except CheckpointError:
+        return None
 
 
 def find_checkpoint(resume: str, run_dir: Path) -> Path | None:

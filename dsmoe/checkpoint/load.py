@@ -7,6 +7,7 @@ the manifest first, each by one rank, and names and shapes against the model, so
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,14 +26,22 @@ from dsmoe.model.names import parameter_pieces
 
 
 class CheckpointReader:
-    """Ranges of canonical tensors, assembled from the files that hold them."""
+    """Ranges of canonical tensors, assembled from the files that hold them.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: a complete checkpoint.
+        names: the files to read from; None: all that the manifest lists.
+
+    Raises:
+        CheckpointError: the manifest or a file cannot be read.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str] | None = None):
         self.folder = folder
         self.manifest = files.read_manifest(folder)
         self._open: dict[str, object] = {}
         self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
-        for name in self.manifest.files:
+        for name in self.manifest.files if names is None else names:
             if name.startswith("rank_"):
                 self._index(name)
         for places in self._places.values():
@@ -40,18 +49,28 @@ class CheckpointReader:
 
     def _index(self, name: str) -> None:
         try:
-            file = self._open[name] = safe_open(self.folder / name, framework="pt")
+            file = safe_open(self.folder / name, framework="pt")
         except Exception as error:
             raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+        found = []
         for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
-            kind, tensor, start = key.rsplit("|", 2)
-            if kind != "rng":
-                first = int(start)
-                numel = file.get_slice(key).get_shape()[0]
-                self._places[kind, tensor].append((first, first + numel, name, key))
+            kind, tensor, start = key.rsplit("|", 2) if key.count("|") >= 2 else ("", "", "")
+            if kind == "rng":
+                continue
+            part = file.get_slice(key)
+            if kind not in KINDS or not start.isdecimal() or part.get_dtype() != "F32" or len(part.get_shape()) != 1:
+                raise CheckpointError(f"{self.folder / name}: {key!r} is not fp32 elements KIND|NAME|START of a tensor")
+            found.append(((kind, tensor), (int(start), int(start) + part.get_shape()[0], name, key)))
+        self._open[name] = file
+        for place, part in found:
+            self._places[place].append(part)
 
     def has(self, kind: str) -> bool:
         return any(place[0] == kind for place in self._places)
+
+    def ranges(self, kind: str) -> dict[str, list[tuple[int, int]]]:
+        """For each tensor of this kind the ranges [low, high) of its elements that files hold, in order."""
+        return {name: [part[:2] for part in parts] for (of, name), parts in self._places.items() if of == kind}
 
     def read(self, kind: str, name: str, low: int, high: int) -> Tensor:
         """fp32 elements [low, high) of the flattened tensor. Raises `CheckpointError` if any is missing."""

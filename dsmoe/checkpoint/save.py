@@ -3,12 +3,18 @@
 Keys in a rank's file are `KIND|NAME|START`: fp32 elements from START on of the flattened tensor with that canonical
 name. Nothing is gathered, so saving needs no memory beyond what a rank holds already, and no layout is stored that a
 loader would have to undo. The folder must be on a file system that all ranks see.
+
+Writing may go on beside training: a rank copies what it owns to host memory, and a thread of its own writes the copy.
+That thread takes part in no collective, so it cannot get between those of training. Making the folder and turning it
+into a checkpoint are collective and stay with the training thread, between two steps.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,35 +31,122 @@ from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
 
 
-def save_checkpoint(engine, config: RunConfig, step: int, samples: int) -> Path:
-    """Write the checkpoint of `step`; collective. Older ones are pruned as `config.checkpoint` says.
+class CheckpointSaver:
+    """The saves of a run, one at a time. With `checkpoint.background`, `save` begins one and `finish` completes it.
+
+    Both are collective and raise `CheckpointError` on every rank if any rank could not write (a full disk, for
+    example); what was complete before stays as it is. Until `finish` returns, a save is no checkpoint.
+
+    Args:
+        step: of the checkpoint that the run goes on from, if any.
+        copied_experts: what the manifest says about the run's beginning.
+
+    Attributes:
+        step: of the last complete checkpoint; None if there is none.
+    """
+
+    def __init__(self, engine, config: RunConfig, step: int | None = None, copied_experts: bool = False):
+        self.engine, self.config, self.copied_experts = engine, config, copied_experts
+        self.step = step
+        self._save: _RankSave | None = None
+
+    def save(self, step: int, samples: int) -> None:
+        """Write the checkpoint of `step`, or begin to. One that is under way is finished first."""
+        self.finish()
+        if self.step == step:
+            return
+        folder = files.folder_of(Path(self.config.logging.run_dir), step)
+        partial = folder.with_name(folder.name + files.PARTIAL)
+        problem = _attempt(lambda: _fresh_folder(partial)) if dist.get_rank() == 0 else None
+        _raise_together(_exchange(problem), partial)
+        self._save = _RankSave(partial, step, samples)
+        self._save.begin(self.engine, self.config.checkpoint.background)
+        if not self.config.checkpoint.background:
+            self.finish()
+
+    @property
+    def done(self) -> bool:
+        """Whether a save is under way of which this rank has written its part, or failed to."""
+        return self._save is not None and not self._save.writing
+
+    def finish(self) -> None:
+        """Wait for every rank's files and make them a checkpoint. Does nothing if no save is under way."""
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        save.wait()
+        reports = _exchange((save.problem, save.written, save.shapes))
+        _raise_together([problem for problem, _, _ in reports], save.partial)
+        parallel = self.config.parallel
+        manifest = Manifest(
+            format=files.FORMAT, step=save.step, samples=save.samples, world_size=dist.get_world_size(),
+            expert_parallel=parallel.expert_parallel, zero_stage=parallel.zero_stage,
+            config=self.config.model_dump(mode="json"),
+            tensors={name: shape for _, _, shapes in reports for name, shape in shapes.items()},
+            files={name: expected for _, written, _ in reports for name, expected in written.items()},
+            copied_experts=self.copied_experts,
+        )  # fmt: skip
+        first = dist.get_rank() == 0
+        problem = _attempt(lambda: _publish(manifest, save.partial, self.config.checkpoint)) if first else None
+        _raise_together(_exchange(problem), save.partial)
+        self.step = save.step
+
+
+def save_checkpoint(engine, config: RunConfig, step: int, samples: int) -> None:
+    """Write the checkpoint of `step` and wait for it; collective. Older ones are pruned as `config.checkpoint` says.
 
     Raises:
-        CheckpointError: on every rank, if any rank could not write (a full disk, for example). What was complete
-            before stays as it is.
+        CheckpointError: as `CheckpointSaver`.
     """
-    run_dir = Path(config.logging.run_dir)
-    folder = files.folder_of(run_dir, step)
-    partial = folder.with_name(folder.name + files.PARTIAL)
-    rank = dist.get_rank()
-    problem = _attempt(lambda: _fresh_folder(partial)) if rank == 0 else None
-    _raise_together(problem, partial)
-    written: dict[str, dict] = {}
-    problem = _attempt(lambda: written.update(_write_rank(engine, partial, rank)))
-    _raise_together(problem, partial)
-    own_pieces = [piece for _, pieces in parameter_pieces(engine.module) for piece in pieces]
-    shapes = _gather({piece.name: list(piece.shape) for piece in own_pieces})
-    manifest = Manifest(
-        format=files.FORMAT, step=step, samples=samples, world_size=dist.get_world_size(),
-        expert_parallel=config.parallel.expert_parallel, zero_stage=config.parallel.zero_stage,
-        config=config.model_dump(mode="json"), tensors=shapes, files=_gather(written),
-    )  # fmt: skip
-    problem = _attempt(lambda: _publish(manifest, partial, folder, config.checkpoint)) if rank == 0 else None
-    _raise_together(problem, partial)
-    return folder
+    saver = CheckpointSaver(engine, config)
+    saver.save(step, samples)
+    saver.finish()
 
 
-def _write_rank(engine, folder: Path, rank: int) -> dict[str, dict]:
+class _RankSave:
+    """One rank's part of one save."""
+
+    def __init__(self, partial: Path, step: int, samples: int):
+        self.partial, self.step, self.samples = partial, step, samples
+        self.shapes: dict[str, list[int]] = {}
+        self.written: dict[str, dict] = {}
+        self.problem: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def begin(self, engine, background: bool) -> None:
+        """Write, or start to; what goes wrong is kept in `problem`."""
+        pieces = [piece for _, pieces in parameter_pieces(engine.module) for piece in pieces]
+        self.shapes = {piece.name: list(piece.shape) for piece in pieces}
+        if not background:
+            self._write(lambda: _owned(engine, copied=False))
+            return
+        try:
+            contents = _owned(engine, copied=True)
+        except (RuntimeError, MemoryError) as error:
+            self.problem = f"no memory for the copy to write from: {error}"
+            return
+        # A daemon: a second Ctrl-C must not wait for the disk. What it leaves half done is no checkpoint.
+        self._thread = threading.Thread(target=self._write, args=(lambda: contents,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def writing(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, contents: Callable[[], dict[str, dict[str, Tensor]]]) -> None:
+        self.problem = _attempt(lambda: self.written.update(_write_files(contents(), self.partial)))
+
+
+def _owned(engine, copied: bool) -> dict[str, dict[str, Tensor]]:
+    """What this rank writes, by file and key, in host memory: views where it lies there already, unless `copied`."""
+
+    def on_host(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", copy=copied).contiguous()
+
     tensors: dict[str, Tensor] = {"rng|cpu|0": torch.get_rng_state()}
     if get_accelerator().device_name() != "cpu":
         tensors["rng|device|0"] = get_accelerator().get_rng_state()
@@ -66,16 +159,22 @@ def _write_rank(engine, folder: Path, rank: int) -> dict[str, dict]:
             high = min(piece.start + piece.numel, fragment.start + fragment.numel)
             for kind, flat in fragment.tensors.items() if low < high else ():
                 own = flat[low - fragment.start : high - fragment.start]
-                tensors[f"{kind}|{piece.name}|{low - piece.start}"] = own.detach().cpu().contiguous()
-    written = {f"rank_{rank:05d}.safetensors": tensors}
+                tensors[f"{kind}|{piece.name}|{low - piece.start}"] = on_host(own)
+    rank = dist.get_rank()
+    contents = {f"rank_{rank:05d}.safetensors": tensors}
     controller = engine.module.controller
     if rank == 0 and controller is not None:
-        written["state.safetensors"] = {name: value.cpu().contiguous() for name, value in controller.state.items()}
-    for name, content in written.items():
+        contents["state.safetensors"] = {name: on_host(value) for name, value in controller.state.items()}
+    return contents
+
+
+def _write_files(contents: dict[str, dict[str, Tensor]], folder: Path) -> dict[str, dict]:
+    """Onto the disk, not only into its cache; size and sha256 of each file."""
+    for name, content in contents.items():
         save_file(content, folder / name)
         with open(folder / name, "rb+") as file:
             os.fsync(file.fileno())
-    return {name: files.checksum(folder / name) for name in written}
+    return {name: files.checksum(folder / name) for name in contents}
 
 
 def _fresh_folder(partial: Path) -> None:
@@ -86,22 +185,31 @@ def _fresh_folder(partial: Path) -> None:
     partial.mkdir()
 
 
-def _publish(manifest: Manifest, partial: Path, folder: Path, keep: CheckpointConfig) -> None:
+def _publish(manifest: Manifest, partial: Path, keep: CheckpointConfig) -> None:
+    folder, run_dir = partial.with_name(partial.name.removesuffix(files.PARTIAL)), partial.parent.parent
+    manifest.serial = 1 + max((files.serial_of(path) or 0 for path in files.complete_checkpoints(run_dir)), default=0)
     manifest.write(partial)
+    doomed = []
     if folder.exists():  # the same step again, after resuming from an older checkpoint
-        shutil.rmtree(folder)
+        doomed.append(_retire(folder))
     os.rename(partial, folder)
     files.sync_folder(folder.parent)
     files.write_atomically(folder.parent / "latest", folder.name.encode())
     # Steps beyond this one are of a run that was begun anew in this folder; this one must outlive them.
-    complete, step = files.complete_checkpoints(folder.parent.parent), files.step_of(folder)
+    complete, step = files.complete_checkpoints(run_dir), files.step_of(folder)
     so_far = [path for path in complete if files.step_of(path) <= step]
     for old in so_far[: -keep.keep_last]:
         if not keep.keep_every or files.step_of(old) % keep.keep_every:
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
-            doomed = old.with_name(old.name + files.PARTIAL)
-            os.rename(old, doomed)
-            shutil.rmtree(doomed)
+            doomed.append(_retire(old))
+    for old in doomed:
+        shutil.rmtree(old)
+
+
+def _retire(folder: Path) -> Path:
+    """Rename it first: a half-deleted folder must not look like a checkpoint."""
+    doomed = folder.with_name(f"{folder.name}.old{files.PARTIAL}")
+    os.rename(folder, doomed)
+    return doomed
 
 
 def _attempt(action) -> str | None:
@@ -113,21 +221,21 @@ def _attempt(action) -> str | None:
     return None
 
 
-def _raise_together(problem: str | None, partial: Path) -> None:
-    problems = _gather({dist.get_rank(): problem} if problem else {})
-    if not problems:
+def _raise_together(problems: list[str | None], partial: Path) -> None:
+    """Raise what any rank has met; `problems` is the same on every rank."""
+    said = "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+    if not said:
         return
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    said = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(problems.items()))
     raise CheckpointError(
         f"the checkpoint {partial.name.removesuffix(files.PARTIAL)} could not be saved ({said}); "
         f"earlier checkpoints in {partial.parent} are untouched"
     )
 
 
-def _gather(own: dict) -> dict:
-    """All ranks' dictionaries in one, on every rank."""
+def _exchange(own) -> list:
+    """Every rank's value, on every rank."""
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
-    return {key: value for part in everyone for key, value in part.items()}
+    return everyone

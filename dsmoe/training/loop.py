@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from dsmoe.checkpoint.save import save_checkpoint
+from dsmoe.checkpoint.save import CheckpointSaver
 from dsmoe.config import RunConfig
-from dsmoe.errors import TrainingError
+from dsmoe.errors import CheckpointError, TrainingError
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.signals import StopRequest
@@ -29,11 +29,12 @@ class Trainer:
         stream: `batch(first, count)` gives the samples [first, first + count) as stacked tensors [count, S].
         held: held-out samples.
         bytes_per_token: of the held-out text, or None.
+        copied_experts: whether the run began with experts that were copies of one MLP.
     """
 
     def __init__(
         self, config: RunConfig, engine, groups: ParallelGroups, stream, held, bytes_per_token: float | None,
-        step: int, samples: int,
+        step: int, samples: int, copied_experts: bool = False,
     ):  # fmt: skip
         self.config, self.engine, self.groups = config, engine, groups
         self.stream, self.held, self.bytes_per_token = stream, held, bytes_per_token
@@ -42,7 +43,7 @@ class Trainer:
         self.micro_batch = config.training.global_batch_size // (groups.dp_size * config.training.gradient_accumulation)
         self.progress = TrainingProgress(config.training.steps, step, active=groups.dp_rank == 0)
         self.metrics = MetricsWriter(Path(config.logging.run_dir), groups.dp_rank, engine.monitor, step)
-        self._saved_step = step if step else None
+        self.saver = CheckpointSaver(engine, config, step or None, copied_experts)
 
     def run(self) -> tuple[bool, dict[str, float]]:
         """Train to the end or until a signal. Returns whether the end was reached, and the last evaluation."""
@@ -61,11 +62,13 @@ class Trainer:
                     self.metrics.write(line)
                 self.progress.update(self.step, line)
                 if asked and not last:
-                    self._save()
+                    self.saver.save(self.step, self.samples)
+                    self.saver.finish()
                     self.progress.say(f"stopped by a signal at step {self.step}; the same command goes on from here")
                     return False, evaluation
                 if last or _due(self.step, self.config.checkpoint.interval):
-                    self._save()
+                    self.saver.save(self.step, self.samples)
+            self.saver.finish()
             if not evaluation:  # resumed with nothing left to do
                 evaluation = self._evaluate()
             if self.step < training.steps:
@@ -84,7 +87,8 @@ class Trainer:
         lr = learning_rate(self.step, training)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        sums = torch.zeros(3, device=self.device)  # language-model loss, router loss, ranks asked to stop
+        # Language-model loss, router loss, ranks asked to stop, ranks that have written their part of a checkpoint.
+        sums = torch.zeros(4, device=self.device)
         for part in range(training.gradient_accumulation):
             batch = self._batch(part)
             loss, parts = self.engine(**batch)
@@ -93,12 +97,15 @@ class Trainer:
             self.engine.backward(loss)
             if part == training.gradient_accumulation - 1:
                 sums[2] += stop.asked
+                sums[3] += self.saver.done
                 # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
-                lm_loss, router_loss, asked = sum_over(self.groups.dp, sums).tolist()
+                lm_loss, router_loss, asked, written = sum_over(self.groups.dp, sums).tolist()
                 self._check_finite(lm_loss + router_loss, "loss", batch)
             self.engine.step()
         self.step += 1
         self.samples += training.global_batch_size
+        if written == self.groups.dp_size:
+            self.saver.finish()
         grad_norm = float(self.engine.get_global_grad_norm())
         self._check_finite(grad_norm, "gradient norm", batch)
         totals = self.engine.module.recorder.take()
@@ -135,10 +142,14 @@ class Trainer:
             return
         name = first_bad_tensor(self.engine.module, batch)
         step = self.step + (what == "loss")  # the optimizer has moved by the time it knows the norm
-        saved = f"the last checkpoint (step {self._saved_step}) is untouched"
+        try:
+            self.saver.finish()  # begun when all was well
+            saved = f"the last checkpoint (step {self.saver.step}) is untouched"
+        except CheckpointError as error:
+            saved = str(error)
         raise TrainingError(
             f"the {what} of step {step} is {value}; first tensor that is not finite: {name}; "
-            f"{saved if self._saved_step else 'no checkpoint was written yet'}"
+            f"{saved if self.saver.step else 'no checkpoint was written yet'}"
         )
 
     def _evaluate(self) -> dict[str, float]:
@@ -146,11 +157,6 @@ class Trainer:
         bits = f"  {found['val_bpb']:.3f} bits per byte" if "val_bpb" in found else ""
         self.progress.say(f"step {self.step}  held-out loss {found['val_loss']:.4f}{bits}")
         return found
-
-    def _save(self) -> None:
-        if self._saved_step != self.step:
-            save_checkpoint(self.engine, self.config, self.step, self.samples)
-            self._saved_step = self.step
 
 
 def _due(step: int, interval: int) -> bool:
