@@ -1,0 +1,129 @@
+"""Architectures of transformers that hold a plain top-k model exactly, with no code of ours.
+
+    host        QK-norm                  gates                          layers
+    qwen3_moe   of each head             renormalised or not            MoE and dense
+    olmoe       over all heads at once   renormalised or not            MoE only
+    mixtral     none                     renormalised                   MoE only
+
+All are softmax top-k over SwiGLU experts without biases or shared experts. What does not fit is refused with every
+reason, since a flag that a reader ignores would give another model in silence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsmoe.config import ModelConfig, RouterConfig, RunConfig
+from dsmoe.errors import CheckpointError
+from dsmoe.routers.topk import TopKOptions
+
+ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+HOSTS = tuple(ARCHITECTURES)
+_QK_NORM = {"qwen3_moe": True, "olmoe": "full", "mixtral": False}
+_QK_NORM_IN_WORDS = {True: "QK-norm of each head", "full": "QK-norm over all heads at once", False: "no QK-norm"}
+
+
+def choose_host(wanted: str, model: ModelConfig, router: RouterConfig) -> str:
+    """The host that holds this model: `wanted`, or for "auto" whichever does.
+
+    Raises:
+        CheckpointError: with every reason why it, or each of them, does not.
+    """
+    reasons = {host: reasons_against(host, model, router) for host in (HOSTS if wanted == "auto" else (wanted,))}
+    fitting = [host for host, found in reasons.items() if not found]
+    if fitting:
+        return fitting[0]
+    lines = [f"  {host}: {'; '.join(found)}" for host, found in reasons.items()]
+    raise CheckpointError(
+        "no architecture of transformers holds this model exactly (--format dsmoe holds every model):\n"
+        + "\n".join(lines)
+    )
+
+
+def reasons_against(host: str, model: ModelConfig, router: RouterConfig) -> list[str]:
+    """Why `host` cannot hold this model; empty if it can."""
+    found = []
+    if router.name != "topk":
+        found.append(f"router.name is {router.name}, it has softmax top-k")
+    elif host == "mixtral" and not _renormalised(router):
+        found.append("gates are not renormalised (router.renormalize, router.softmax), it always renormalises")
+    if model.qk_layernorm != _QK_NORM[host]:
+        found.append(f"model.qk_layernorm is {model.qk_layernorm}, it has {_QK_NORM_IN_WORDS[_QK_NORM[host]]}")
+    if model.moe_shared_expert_intermediate_size:
+        found.append("model.moe_shared_expert_intermediate_size is set, it has no shared expert")
+    if host != "qwen3_moe" and not all(model.moe_layers()):
+        dense = [str(layer) for layer, is_moe in enumerate(model.moe_layers()) if not is_moe]
+        found.append(f"layers {', '.join(dense)} are dense (model.moe_layer_freq), it has MoE layers only")
+    if host == "olmoe" and model.head_size * model.num_attention_heads != model.hidden_size:
+        found.append(f"heads are {model.head_size} wide (model.kv_channels), its heads share out hidden_size")
+    return found
+
+
+def _renormalised(router: RouterConfig) -> bool:
+    options = TopKOptions.model_validate(router.options)
+    return options.renormalize or options.softmax == "after"
+
+
+def host_config(
+    host: str, config: RunConfig, dtype: str, bos_id: int | None = None, eos_id: int | None = None
+) -> dict[str, Any]:
+    """The content of config.json, every flag that changes a number written out.
+
+    Args:
+        host: of `choose_host`.
+        dtype: of the weights, `float32` or `bfloat16`.
+        bos_id, eos_id: token ids, where the tokenizer has them.
+    """
+    from transformers import __version__ as version
+
+    model, options = config.model, TopKOptions.model_validate(config.router.options)
+    content: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[host]],
+        "model_type": host,
+        "dtype": dtype,
+        "transformers_version": version,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.sequence_length,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+        "rope_theta": model.rotary_base,  # for readers before transformers 5
+        "attention_dropout": 0.0,
+        "num_experts_per_tok": options.k,
+        "output_router_logits": False,
+        "router_aux_loss_coef": options.balance_coefficient,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+    }
+    if host == "mixtral":
+        content |= {
+            "intermediate_size": model.moe_ffn_hidden_size,
+            "num_local_experts": model.num_experts,
+            "router_jitter_noise": 0.0,
+            "sliding_window": None,
+        }
+    else:
+        content |= {"num_experts": model.num_experts, "norm_topk_prob": _renormalised(config.router)}
+        content |= {"attention_bias": False}
+    if host == "olmoe":
+        content |= {"intermediate_size": model.moe_ffn_hidden_size, "clip_qkv": None}
+    if host == "qwen3_moe":
+        content |= {
+            "num_local_experts": model.num_experts,
+            "intermediate_size": model.dense_ffn_hidden_size,
+            "moe_intermediate_size": model.moe_ffn_hidden_size,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer, is_moe in enumerate(model.moe_layers()) if not is_moe],
+            "use_sliding_window": False,
+            "sliding_window": None,
+        }
+    return content
