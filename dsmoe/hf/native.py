@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsmoe.config import ModelConfig, RouterConfig, RunConfig
-from dsmoe.errors import CheckpointError
+from dsmoe.errors import ConversionError
 from dsmoe.routers.topk import TopKOptions
 
 ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
@@ -23,18 +23,19 @@ _QK_NORM = {"qwen3_moe": True, "olmoe": "full", "mixtral": False}
 _QK_NORM_IN_WORDS = {True: "QK-norm of each head", "full": "QK-norm over all heads at once", False: "no QK-norm"}
 
 
-def choose_host(wanted: str, model: ModelConfig, router: RouterConfig) -> str:
+def native_host(config: RunConfig, wanted: str) -> str:
     """The host that holds this model: `wanted`, or for "auto" whichever does.
 
     Raises:
-        CheckpointError: with every reason why it, or each of them, does not.
+        ConversionError: with every reason why it, or each of them, does not.
     """
-    reasons = {host: reasons_against(host, model, router) for host in (HOSTS if wanted == "auto" else (wanted,))}
+    hosts = HOSTS if wanted == "auto" else (wanted,)
+    reasons = {host: reasons_against(host, config.model, config.router) for host in hosts}
     fitting = [host for host, found in reasons.items() if not found]
     if fitting:
         return fitting[0]
     lines = [f"  {host}: {'; '.join(found)}" for host, found in reasons.items()]
-    raise CheckpointError(
+    raise ConversionError(
         "no architecture of transformers holds this model exactly (--format dsmoe holds every model):\n"
         + "\n".join(lines)
     )
@@ -64,24 +65,13 @@ def _renormalised(router: RouterConfig) -> bool:
     return options.renormalize or options.softmax == "after"
 
 
-def host_config(
-    host: str, config: RunConfig, dtype: str, bos_id: int | None = None, eos_id: int | None = None
-) -> dict[str, Any]:
-    """The content of config.json, every flag that changes a number written out.
-
-    Args:
-        host: of `choose_host`.
-        dtype: of the weights, `float32` or `bfloat16`.
-        bos_id, eos_id: token ids, where the tokenizer has them.
-    """
-    from transformers import __version__ as version
-
+def native_config(host: str, config: RunConfig) -> dict[str, Any]:
+    """The content of config.json for a host, every flag that changes a number written out; without the weights' dtype,
+    the version of transformers and the ids of special tokens, which the caller knows."""
     model, options = config.model, TopKOptions.model_validate(config.router.options)
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURES[host]],
         "model_type": host,
-        "dtype": dtype,
-        "transformers_version": version,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -97,12 +87,10 @@ def host_config(
         "attention_dropout": 0.0,
         "num_experts_per_tok": options.k,
         "output_router_logits": False,
-        "router_aux_loss_coef": options.balance_coefficient,
+        # One loss over the routes of all layers together there, a sum over layers and a mean over k here.
+        "router_aux_loss_coef": options.balance_coefficient * sum(model.moe_layers()) / options.k,
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
-        "bos_token_id": bos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": None,
     }
     if host == "mixtral":
         content |= {

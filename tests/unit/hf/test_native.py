@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsmoe.config import validate_config
-from dsmoe.errors import CheckpointError
-from dsmoe.hf.native import HOSTS, choose_host, host_config, reasons_against
+from dsmoe.errors import ConversionError
+from dsmoe.hf.native import HOSTS, native_config, native_host, reasons_against
 from dsmoe.hf.shards import ShardWriter
 from dsmoe.hf.table import TABLES, links
 from dsmoe.model.gpt import LanguageModel
@@ -46,7 +46,8 @@ def export(host: str, config, model: LanguageModel, folder) -> None:
         for link in links(TABLES[host], config.model, {name: tensor.shape for name, tensor in tensors.items()}):
             for name, tensor in link.to_theirs([tensors[name] for name in link.ours]).items():
                 writer.add(name, tensor)
-    (folder / "config.json").write_text(json.dumps(host_config(host, config, "float32")))
+    content = native_config(host, config) | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    (folder / "config.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("case", FITTING)
@@ -55,7 +56,7 @@ def test_the_host_gives_the_same_logits_without_code_of_ours(groups, tmp_path, c
 
     host, model, router = FITTING[case]
     config = run_config(model, router)
-    assert choose_host("auto", config.model, config.router) == host
+    assert native_host(config, "auto") == host
     options = get("topk").Options.model_validate(config.router.options)
     ours = LanguageModel(config.model, (get("topk"), options), groups, seed=3).eval()
     with torch.no_grad():
@@ -92,15 +93,15 @@ def test_what_does_not_fit_is_refused_with_every_reason(case):
     host, model, options, name, reasons = REFUSED[case]
     config = run_config(model, options, name)
     assert len(reasons_against(host, config.model, config.router)) == len(reasons)
-    with pytest.raises(CheckpointError) as error:
-        choose_host(host, config.model, config.router)
+    with pytest.raises(ConversionError) as error:
+        native_host(config, host)
     for reason in reasons:
         assert reason in str(error.value)
 
 
 def test_where_nothing_fits_each_host_says_why():
     config = run_config({}, {}, "top_p")
-    with pytest.raises(CheckpointError) as error:
-        choose_host("auto", config.model, config.router)
+    with pytest.raises(ConversionError) as error:
+        native_host(config, "auto")
     for host in HOSTS:
         assert f"{host}: router.name is top_p" in str(error.value)
