@@ -143,8 +143,14 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str]) ->
         ConversionError: the first text whose ids, or whose way back, differ.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
-    exported = AutoTokenizer.from_pretrained(folder)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns that the model beside the tokenizer needs code of its own
+    try:
+        exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    finally:
+        logging.set_verbosity(verbosity)
     pieces = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
     joined = ("".join(pieces[start : start + 64]) for start in range(0, len(pieces), 64))
     compared = {"texts": 0, "tokens": 0}

@@ -21,7 +21,7 @@ class DsmoeConfig(PreTrainedConfig):
         shared_expert_intermediate_size: width of the expert that every token has; None: no such expert.
         expert_rank: width of the latent that scores an expert and enters its gate; 0: experts do not score themselves.
         router: {"name": ..., and every option it was trained with}.
-        qk_norm: RMSNorm of queries and keys, for each head.
+        qk_norm: True: RMSNorm of queries and keys for each head; "full": over all heads together; False: none.
         max_position_embeddings: length of the training sequences.
         initializer_range: standard deviation of new weights.
         experts_backend: "grouped_mm" for one grouped GEMM, "loop" for one expert after another, "auto" for the first
@@ -48,7 +48,7 @@ class DsmoeConfig(PreTrainedConfig):
         shared_expert_intermediate_size: int | None = None,
         expert_rank: int = 0,
         router: dict | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         rms_norm_eps: float = 1e-5,
         rope_parameters: dict | None = None,
         max_position_embeddings: int = 2048,

@@ -66,8 +66,10 @@ class DsmoeAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, groups, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, groups, bias=False)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        full = config.qk_norm == "full"
+        self.q_width, self.k_width = (heads, groups) if full else (self.head_dim, self.head_dim)
+        self.q_norm = nn.RMSNorm(self.q_width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.k_width, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -78,8 +80,8 @@ class DsmoeAttention(nn.Module):
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         shape = (*hidden_BSH.shape[:2], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_BSH).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_BSH).view(shape)).transpose(1, 2)
+        query = self.q_norm(self.q_proj(hidden_BSH).unflatten(-1, (-1, self.q_width))).view(shape).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_BSH).unflatten(-1, (-1, self.k_width))).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_BSH).view(shape).transpose(1, 2)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:

@@ -1,0 +1,150 @@
+"""The model card of an export, README.md: what the model is, what was measured, what it cannot do, how to load it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsmoe.config import RunConfig
+
+# What a router does, in a sentence, and where it was published; a router of another package has its name only.
+ROUTERS = {
+    "topk": ("softmax top-k: every token uses exactly k experts", "2101.03961"),
+    "topk_bias": ("top-k with a balancing bias instead of a loss: every token uses exactly k experts", "2412.19437"),
+    "top_p": ("top-p: a token uses the fewest experts that hold the mass p", "2403.07652"),
+    "dtop_p": ("top-p whose p a controller found: the number of experts varies from token to token", "2512.13996"),
+    "relu": ("ReLU gates: a token uses every expert whose gate is positive, which may be none", "2412.14711"),
+    "expert_threshold": ("each expert takes the tokens above its cutoff; a token may get none", "2603.11535"),
+    "aoe": ("Autonomy-of-Experts: the k experts with the largest norm of their own latent", "2501.13074"),
+    "routing_free": ("each expert decides alone whether it is active, from none to all", "2604.00801"),
+}
+
+
+def write_card(
+    folder: Path, config: RunConfig, report: dict[str, Any], dataset: str | None, metrics: dict[str, Any] | None,
+    license: str | None = None, language: str | None = None,
+) -> None:  # fmt: skip
+    """Write README.md.
+
+    Args:
+        config: of the run.
+        report: content of export_report.json.
+        dataset: name of the training data, where it has one.
+        metrics: the line of metrics.jsonl of the last evaluation up to this checkpoint, if there is one.
+        license, language: as the Hub spells them; left out where not given.
+    """
+    front = {
+        "license": license,
+        "language": language,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "moe", "dsmoe", config.router.name],
+    }
+    front = yaml.safe_dump({key: value for key, value in front.items() if value is not None}, sort_keys=False)
+    sections = (
+        _model(config, report),
+        _data(config, report, dataset),
+        _evaluation(report, metrics),
+        _limits(config, report),
+        _loading(report),
+    )
+    text = f"---\n{front}---\n\n# {report['run']}\n\n" + "\n\n".join(sections) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _model(config: RunConfig, report: dict[str, Any]) -> str:
+    model, held_out, size = config.model, report["held_out"], report["parameters"]
+    what, paper = ROUTERS.get(config.router.name, ("a router of its own", None))
+    cited = f" ([{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
+    options = ", ".join(f"`{key}` {json.dumps(value)}" for key, value in config.router.options.items())
+    layers = sum(model.moe_layers())
+    shared = model.moe_shared_expert_intermediate_size
+    rows = {
+        "parameters": f"{size['total']:,}",
+        "active for a token": f"{size['active_measured']:,} (at the measured experts per token)",
+        "layers": f"{model.num_layers}, {layers} of them with experts",
+        "experts of a layer": f"{model.num_experts}, SwiGLU of width {model.moe_ffn_hidden_size}"
+        + (f", and a shared one of width {shared}" if shared else ""),
+        "experts per token": f"{held_out['experts_per_token']:.2f}, measured on {held_out['tokens']:,} held-out "
+        f"tokens; by layer {', '.join(f'{mean:.2f}' for mean in held_out['experts_per_token_by_layer'])}",
+        "hidden size, heads": f"{model.hidden_size}, {model.num_attention_heads} of size {model.head_size} "
+        f"({model.key_value_heads} for keys and values)",
+        "vocabulary": f"{model.vocab_size:,}",
+        "sequence length": f"{model.sequence_length:,} tokens",
+        "weights": f"{report['dtype']}, {report['weights']['bytes']:,} bytes",
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        "A decoder-only language model with a mixture of experts, trained with dsmoe "
+        f"{report['versions']['dsmoe']}.\n\n"
+        f"Router `{config.router.name}`: {what}{cited}."
+        + (f" Options: {options}." if options else "")
+        + f"\n\n| | |\n|---|---|\n{table}"
+    )
+
+
+def _data(config: RunConfig, report: dict[str, Any], dataset: str | None) -> str:
+    tokens = report["sequences_trained"] * config.model.sequence_length
+    name = f"`{dataset}`" if dataset else "not recorded by name"
+    return (
+        f"## Training\n\nData: {name}. {report['step']:,} optimizer steps, {tokens:,} tokens "
+        f"(repeated ones counted each time), in {config.training.precision}."
+    )
+
+
+def _evaluation(report: dict[str, Any], metrics: dict[str, Any] | None) -> str:
+    held_out = report["held_out"]
+
+    def row(where: str, loss: float, bits: float | None) -> str:
+        return f"| {where} | {loss:.4f} | {'' if bits is None else f'{bits:.4f}'} |"
+
+    rows = [row(f"{held_out['tokens']:,} tokens, at export", held_out["loss"], held_out["bits_per_byte"])]
+    if metrics is not None:
+        rows.append(row(f"by the trainer, at step {metrics['step']}", metrics["val_loss"], metrics.get("val_bpb")))
+    table = "\n".join(rows)
+    return (
+        "## Evaluation\n\nOn text of the same corpus that was held out of training. No other benchmark was run.\n\n"
+        f"| held-out text | loss, nats per token | bits per byte |\n|---|---|---|\n{table}"
+    )
+
+
+def _limits(config: RunConfig, report: dict[str, Any]) -> str:
+    lines = [
+        "It continues text; it was not tuned to follow instructions or to be safe, and repeats what its data holds.",
+        f"It was trained on sequences of {config.model.sequence_length:,} tokens; longer ones are untested.",
+        "No token is added to a text: a document was trained to begin after the end of another one "
+        "(`bos_token` and `eos_token` are the same).",
+    ]
+    if report["architecture"] == "dsmoe":
+        lines += [
+            "Fine-tuning with this code has the language-model loss only: no router losses, no controller.",
+            "Engines that replace experts by a kernel for a fixed number of experts per token cannot run it.",
+        ]
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _loading(report: dict[str, Any]) -> str:
+    own = report["architecture"] == "dsmoe"
+    trust = ", trust_remote_code=True" if own else ""
+    note = (
+        "The code beside the weights is loaded with them, hence `trust_remote_code`; it needs torch and transformers."
+        if own
+        else f"The architecture is transformers' own `{report['architecture']}`."
+    )
+    parity = report["parity"]["fp32"]
+    return (
+        f"## How to load it\n\n{note} Written with transformers {report['versions']['transformers']}.\n\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})\n'
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})\n'
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+        "```\n\n"
+        f"Against the trainer's own model, on {report['parity']['tokens']:,} tokens in fp32: logits within "
+        f"{parity['max_logit_difference']:.1e}, and the same {report['parity']['greedy_tokens']} greedy tokens "
+        "(`export_report.json`)."
+    )
