@@ -8,21 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
-from dsmoe.checkpoint.files import find_checkpoint
-from dsmoe.checkpoint.load import CheckpointReader, load_weights
-from dsmoe.config import validate_config
 from dsmoe.data.tokenizer import Tokenizer
-from dsmoe.errors import CheckpointError, ConfigError
+from dsmoe.errors import ConfigError
 from dsmoe.model.attention import KeyValueCache
 from dsmoe.model.gpt import LanguageModel
-from dsmoe.parallel.groups import create_groups, start_processes
-from dsmoe.routers import get
-from dsmoe.routers.registry import option_classes
+from dsmoe.trained import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,21 +48,9 @@ class Generator:
 
     @classmethod
     def load(cls, path: str) -> Generator:
-        """From a run folder or a checkpoint of it. Raises `CheckpointError` if there is none."""
-        folder = find_checkpoint(path, Path(path))
-        if folder is None:
-            raise CheckpointError(f"{path} is not a run or checkpoint")
-        start_processes()
-        reader = CheckpointReader(folder)
-        config = validate_config(reader.manifest.config, option_classes(), source=str(folder))
-        router = get(config.router.name)
-        options = router.Options.model_validate(config.router.options)
-        model = LanguageModel(config.model, (router, options), create_groups(1), config.training.seed)
-        load_weights(model, reader)
-        device = get_accelerator().current_device_name()
-        if model.controller is not None:
-            model.controller.to(device)
-        return cls(model.to(device), Tokenizer.load(folder.parent.parent / "tokenizer.model"))
+        """From a run folder or a checkpoint of it. Raises `CheckpointError` or `DataError` for what is not there."""
+        trained = TrainedModel.load(path)
+        return cls(trained.model, Tokenizer.load(trained.run_dir))
 
     def stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
         """Pieces of text that continue the prompt, until the end of the document or `sampling.tokens` tokens."""

@@ -102,7 +102,7 @@ def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
     Raises:
         CheckpointError: a damaged or missing file, tensors of another model, another router's controller.
     """
-    _check_files(folder)
+    check_files(folder)
     reader = CheckpointReader(folder)
     _check_model(reader.manifest, engine.module, config)
     has_moments = reader.has("exp_avg")
@@ -135,7 +135,7 @@ def load_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
         model.controller.load(reader.controller_state())
 
 
-def _check_files(folder: Path) -> None:
+def check_files(folder: Path) -> None:
     """Every file against the manifest; the work is shared, the verdict too."""
     listed = sorted(files.read_manifest(folder).files.items())
     share = listed[dist.get_rank() :: dist.get_world_size()]

@@ -1,4 +1,4 @@
-"""Held-out loss of a model in training. Changes nothing: not the weights, not a controller, not the data position."""
+"""Held-out loss of a model. Changes nothing: not the weights, not a controller, not the data position."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
     """Loss per token and per byte over all held-out sequences; collective.
 
     Args:
+        engine: DeepSpeed's engine around a `LanguageModel`; such a model alone; or what has its interface, and `None`
+            for the routing totals where nothing is routed.
         heldout: a `dsmoe.data.dataset.HeldOut`, the same on every rank.
         batch_size: sequences per rank and forward pass.
         bytes_per_token: of the held-out text; None leaves `val_bpb` out.
 
     Returns:
         val_loss (nats per token), val_ppl, val_bpb (bits per byte), val_experts_per_token and the same by MoE layer, a
-        list: val_experts_per_token_by_layer.
+        list: val_experts_per_token_by_layer. The last two are left out where nothing is routed.
     """
     device = get_accelerator().current_device_name()
     count, world, rank = len(heldout), groups.dp_size, groups.dp_rank
     total = torch.zeros((), dtype=torch.float64, device=device)
+    model = getattr(engine, "module", engine)
+    was_training = model.training
     engine.eval()
     try:
         for first in range(0, count, world * batch_size):
@@ -41,12 +45,13 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
             _, parts = engine(tokens, labels, loss_mask=present, padding_mask=padding)
             total += parts["lm"].double() * real / world  # "lm" is this rank's part of the mean over `real` sequences
     finally:
-        engine.train()
-        routing = engine.module.recorder.take()
+        engine.train(was_training)
+        routing = model.recorder.take()
     loss = (sum_over(groups.dp, total) / count).item()
     found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
     if bytes_per_token is not None:
         found["val_bpb"] = loss / math.log(2) / bytes_per_token
-    found["val_experts_per_token"] = routing_metrics(routing, groups.ep_size)["experts_per_token"]
-    found["val_experts_per_token_by_layer"] = experts_per_token_by_layer(routing)
+    if routing is not None:
+        found["val_experts_per_token"] = routing_metrics(routing, groups.ep_size)["experts_per_token"]
+        found["val_experts_per_token_by_layer"] = experts_per_token_by_layer(routing)
     return found
