@@ -31,7 +31,7 @@ def load_config(
         ConfigError: with every mistake found, each naming field, value, expectation and the nearest known name.
     """
     tree = _read_yaml(path)
-    problems = _apply_overrides(tree, overrides)
+    problems = apply_overrides(tree, overrides)
     return validate_config(tree, routers, problems, source=str(path) if path else "configuration")
 
 
@@ -74,7 +74,7 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
     return tree
 
 
-def _apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> list[str]:
+def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> list[str]:
     """Write `section.key=value` into the tree; return what could not be read."""
     problems = []
     # A new router drops the other one's options, so it is named before its own are set, in whatever order they came.

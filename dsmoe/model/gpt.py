@@ -104,7 +104,7 @@ class _GPT(GPTModel):
 
 
 def build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
-    config = _transformer_config(model, groups.ep_size)
+    config = transformer_config(model, groups.ep_size)
     gpt = _GPT(
         config,
         _block_spec(model, config, router, groups),
@@ -119,7 +119,7 @@ def build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
     return gpt
 
 
-def _transformer_config(model: ModelConfig, expert_parallel: int) -> TransformerConfig:
+def transformer_config(model: ModelConfig, expert_parallel: int) -> TransformerConfig:
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

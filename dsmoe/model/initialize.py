@@ -31,11 +31,12 @@ def initialize(model: nn.Module, seed: int, std: float, num_layers: int) -> None
             if len(piece.shape) < 2:
                 continue
             usual = into_residual if piece.name.endswith(INTO_RESIDUAL) else std
-            generator = torch.Generator().manual_seed(_seed_of(seed, piece.name))
             drawn = torch.empty(piece.numel, dtype=torch.float32)
-            drawn.normal_(0.0, getattr(parameter, "init_std", usual), generator=generator)
+            drawn.normal_(0.0, getattr(parameter, "init_std", usual), generator=generator_of(seed, piece.name))
             parameter.data.view(-1)[piece.start : piece.start + piece.numel] = drawn
 
 
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The random generator, on the CPU, of everything that is drawn for the tensor of that canonical name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

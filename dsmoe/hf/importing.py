@@ -1,0 +1,310 @@
+"""A Hugging Face folder as a run: our configuration, its tokenizer and a checkpoint that any layout can train on.
+
+Weights pass through a row of the key table at a time, in memory of one file of the checkpoint and one layer. Nothing in
+the folder is executed or unpickled; an export of dsmoe is checked with this version's code. The run appears when it has
+been held to transformers' own model of the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsmoe.checkpoint.files import write_atomically
+from dsmoe.checkpoint.load import CheckpointReader
+from dsmoe.checkpoint.write import write_weights
+from dsmoe.config import ModelConfig, RunConfig, validate_config
+from dsmoe.config.load import apply_overrides
+from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from dsmoe.errors import ConfigError, ConversionError
+from dsmoe.hf.export import REMOTE, ROUTING_FILE, TRAINING_STATE, routing_file
+from dsmoe.hf.foreign import ForeignModel, read_foreign
+from dsmoe.hf.parity import Sample, check_parity, compare, observe_folder, observe_run, sequences_compared
+from dsmoe.hf.shards import INDEX, ShardReader, new_folder, track
+from dsmoe.hf.table import Link, check_tensors, links, routing_name
+from dsmoe.hf.upcycle import ROUTER, Upcycler, UpcyclingOptions
+from dsmoe.model.skeleton import logical_shapes
+from dsmoe.routers import get
+from dsmoe.routers.controllers import Controller
+from dsmoe.routers.registry import option_classes
+
+REPORT = "import_report.json"
+LEARNING_RATE = 5e-5  # for a model that has been trained; training.lr replaces it
+# What old files hold beside the weights and any reader computes itself.
+DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """How a folder becomes a run.
+
+    Attributes:
+        router: name of the router of an upcycled model; None: `dsmoe.hf.upcycle.ROUTER`.
+        upcycling: of a dense model; None: as it is by default.
+        overrides: `section.key=value` for the run's configuration.
+        check: hold the run to transformers' model, which needs the memory of one whole model.
+    """
+
+    router: str | None = None
+    upcycling: UpcyclingOptions | None = None
+    overrides: tuple[str, ...] = ()
+    check: bool = True
+
+
+def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, Any]:
+    """Make the run. Returns the content of `import_report.json`.
+
+    Raises:
+        DsmoeError: something in the folder is missing, damaged, unused or has no place in dsmoe; options do not fit;
+            the run does not compute what the folder does. No run is left then.
+    """
+    source = Source.open(folder, run, options)
+    with new_folder(run) as place:
+        checkpoint = write_weights(
+            place, source.config, source.shapes, track(source.tensors(), len(source.shapes), "tensors"),
+            None if source.controller is None else source.controller.state,
+            copied_experts=source.upcycler is not None and source.upcycler.options.copies,
+        )  # fmt: skip
+        if source.tokenizer is not None:
+            source.tokenizer.copy_to(place)
+        write_atomically(place / "config.yaml", source.config.to_yaml().encode())
+        report = {
+            "format_version": 1,
+            "architecture": source.foreign.architecture,
+            "router": source.config.router.name,
+            "tensors": len(source.reader.shapes),
+            "tensors_of_the_run": len(source.shapes),
+            "left_out": source.left_out,
+            "upcycling": None if source.upcycler is None else source.upcycler.report(),
+            "parity": _parity(source, checkpoint) if options.check else "not checked",
+        }
+        write_atomically(place / REPORT, json.dumps(report, indent=2).encode())
+    return report
+
+
+@dataclass
+class Source:
+    """A folder that was read up to its weights, and the run that it will be."""
+
+    folder: Path
+    foreign: ForeignModel
+    config: RunConfig
+    tokenizer: Tokenizer | None
+    reader: ShardReader
+    links: list[Link]
+    shapes: dict[str, tuple[int, ...]]  # of the run's tensors
+    controller: Controller | None
+    upcycler: Upcycler | None
+    left_out: list[str] = field(default_factory=list)  # tensors that the folder holds twice, or needlessly
+
+    @classmethod
+    def open(cls, folder: Path, run: Path, options: ImportOptions) -> Source:
+        """Everything that can be refused is refused here, before any weight is read. Raises `DsmoeError`."""
+        if not folder.is_dir():
+            raise ConversionError(f"{folder} is not a folder; download the model first")
+        foreign = read_foreign(folder)
+        tokenizer = _tokenizer(folder, foreign)
+        config = _run_config(foreign, run, options, tokenizer)
+        if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+            raise ConversionError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} ids, more than the model's embedding "
+                f"({config.model.vocab_size}): they do not belong together"
+            )
+        shapes = logical_shapes(config.model, config.router)
+        upcycler, dense = None, shapes
+        if foreign.is_dense:
+            upcycler = Upcycler(config, options.upcycling or UpcyclingOptions())
+            everywhere = ModelConfig.model_validate(
+                foreign.model | {"moe_layer_freq": [0] * foreign.model["num_layers"]}
+            )
+            dense = logical_shapes(everywhere, config.router)
+        reader = ShardReader(folder)
+        plan = links(foreign.rows(reader.shapes), config.model, dense)
+        source = cls(folder, foreign, config, tokenizer, reader, plan, shapes, None, upcycler)
+        source._check_tensors()
+        source.controller = source._controller()
+        return source
+
+    def _check_tensors(self) -> None:
+        """Every tensor of the folder is used, and none is missing; but for those that a reader can do without."""
+        found = dict(self.reader.shapes)
+        expected = {name: shape for link in self.links for name, shape in link.theirs.items()}
+        self.left_out = [name for name in found if DERIVED.fullmatch(name)]
+        if self.config.model.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= found.keys():
+            if not torch.equal(self.reader.read("lm_head.weight"), self.reader.read("model.embed_tokens.weight")):
+                raise ConversionError(
+                    f"{self.folder}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight; "
+                    "which of them holds?"
+                )
+            self.left_out.append("lm_head.weight")
+        for name in self.left_out:
+            del found[name]
+        if self.foreign.architecture == "dsmoe":
+            expected |= {
+                name: tuple(value.shape) for name, value in self._inference_state(_fresh_controller(self.config))
+            }
+        check_tensors(expected, found, str(self.folder))
+
+    def _inference_state(self, controller: Controller | None) -> Iterator[tuple[str, Tensor]]:
+        router = get(self.config.router.name)
+        layers = [layer for layer, is_moe in enumerate(self.config.model.moe_layers()) if is_moe]
+        for place, layer in enumerate(layers):
+            for name, value in router.inference_state(controller, place).items():
+                yield routing_name(layer, name), value.to(torch.float32)
+
+    def _controller(self) -> Controller | None:
+        """As the training left it, for an export of ours; as training begins with it for other models."""
+        controller = _fresh_controller(self.config)
+        if controller is None or self.foreign.architecture != "dsmoe":
+            return controller
+        path = self.folder / TRAINING_STATE
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))["controller"]
+            state = {name: torch.tensor(values, dtype=controller.state[name].dtype) for name, values in saved.items()}
+        except OSError as error:
+            raise ConversionError(
+                f"{path} cannot be read ({error.strerror}): the router's controller goes on from it"
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(f"{path} is damaged, or of another router: {error}") from error
+        controller.load(state)
+        differing = [
+            name for name, value in self._inference_state(controller) if not torch.equal(value, self.reader.read(name))
+        ]
+        if differing:
+            raise ConversionError(f"{path} and the weights do not belong together: {', '.join(differing[:5])} differ")
+        return controller
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The run's tensors, one after another."""
+        for link in self.links:
+            theirs = [self.reader.read(name) for name in link.theirs]
+            odd = [f"{name} {tensor.dtype}" for name, tensor in zip(link.theirs, theirs) if not _is_plain(tensor.dtype)]
+            if odd:
+                raise ConversionError(
+                    f"{self.folder} holds quantized tensors, which have no place here: {', '.join(odd)}"
+                )
+            for name, tensor in link.to_ours(theirs).items():
+                if self.upcycler is None:
+                    yield name, tensor
+                else:
+                    yield from self.upcycler.tensors(name, tensor.float())
+        if self.upcycler is not None:
+            yield from self.upcycler.routers()
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fresh_controller(config: RunConfig) -> Controller | None:
+    router = get(config.router.name)
+    options = router.Options.model_validate(config.router.options)
+    return router.make_controller(options, sum(config.model.moe_layers()), config.model.num_experts)
+
+
+def _tokenizer(folder: Path, foreign: ForeignModel) -> Tokenizer | None:
+    """The folder's; of an export of ours the very file that its data was made with."""
+    own = folder / "tokenizer.model"
+    if foreign.architecture == "dsmoe" and own.is_file():
+        return Tokenizer.load(own)
+    return Tokenizer.load(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def _run_config(foreign: ForeignModel, run: Path, options: ImportOptions, tokenizer: Tokenizer | None) -> RunConfig:
+    """The run's configuration. Raises `ConfigError` or `ConversionError` for options that do not fit the model."""
+    tree: dict[str, Any] = {
+        "model": dict(foreign.model),
+        "router": foreign.router,
+        "training": {"lr": LEARNING_RATE},
+        "logging": {"run_dir": str(run)},
+    }
+    if tokenizer is not None:
+        name = next(name for name in TOKENIZER_FILES if name in tokenizer.files())
+        tree["data"] = {"tokenizer": str(run / name)}
+    if foreign.is_dense:
+        upcycling, width = options.upcycling or UpcyclingOptions(), foreign.model["ffn_hidden_size"]
+        upcycling.check(width)
+        tree["model"] |= {"num_experts": upcycling.num_experts, "moe_ffn_hidden_size": width // upcycling.granularity}
+        tree["router"] = {"name": options.router} if options.router not in (None, ROUTER["name"]) else dict(ROUTER)
+    elif options.upcycling is not None or options.router not in (None, foreign.router["name"]):
+        raise ConversionError(
+            f"{foreign.architecture} is a mixture of experts already: --router and the options of upcycling are for "
+            "dense models"
+        )
+    fixed = dict(tree["model"])
+    problems = apply_overrides(tree, options.overrides)
+    config = validate_config(tree, option_classes(), problems, source="the run's configuration")
+    changed = [
+        f"model.{key}: found {getattr(config.model, key)}, expected {value}, which the folder or other options say"
+        for key, value in fixed.items()
+        if getattr(config.model, key) != value and key not in ("sequence_length", "init_std")
+    ]
+    if not foreign.is_dense and config.router.name != foreign.router["name"]:
+        changed.append(f"router.name: found {config.router.name}, expected {foreign.router['name']} as in the folder")
+    if changed:
+        raise ConfigError(changed, "--set")
+    return config
+
+
+def _parity(source: Source, checkpoint: Path) -> dict[str, Any]:
+    """Hold the run to the folder; where upcycling changes the model, say by how much."""
+    config, reader = source.config, CheckpointReader(checkpoint)
+    length = min(config.model.sequence_length, 256)
+    count = sequences_compared(length, config.model.vocab_size)
+    sample, text = _sample(source.tokenizer, count, length, config.model.vocab_size)
+    with _without_its_code(source) as folder:
+        if source.upcycler is not None and not source.upcycler.keeps_the_function:
+            agreement = compare(observe_run(reader, config, sample), observe_folder(folder, sample, torch.float32))
+            return {
+                "text": text,
+                "tokens": sample.tokens.numel(),
+                "gate": False,
+                "difference_from_dense": asdict(agreement),
+            }
+        report, _ = check_parity(reader, config, folder, sample, torch.float32, lambda name: torch.float32)
+    return {"text": text, "gate": True} | report
+
+
+def _sample(tokenizer: Tokenizer | None, count: int, length: int, vocab_size: int) -> tuple[Sample, str]:
+    """Real text, if there is a tokenizer for it."""
+    if tokenizer is None:
+        tokens = torch.randint(0, vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
+        return Sample(tokens, vocab_size), "random ids, since the folder has no tokenizer"
+    module = Path(argparse.__file__)
+    ids = torch.tensor(tokenizer.encode(module.read_text(encoding="utf-8")))
+    count = max(1, min(count, len(ids) // length))
+    return Sample(ids[: count * length].view(count, -1), tokenizer.vocab_size), f"source of Python's {module.name}"
+
+
+@contextlib.contextmanager
+def _without_its_code(source: Source) -> Iterator[Path]:
+    """A folder with the same weights and configuration, in which only code of transformers and of this package runs."""
+    folder = source.folder.resolve()
+    with tempfile.TemporaryDirectory(prefix="dsmoe-import-") as name:
+        place = Path(name)
+        for path in (*folder.glob("*.safetensors"), folder / INDEX):
+            if path.is_file():
+                (place / path.name).symlink_to(path)
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if source.foreign.architecture == "dsmoe":
+            content["auto_map"] = {
+                "AutoConfig": "configuration_dsmoe.DsmoeConfig",
+                "AutoModelForCausalLM": "modeling_dsmoe.DsmoeForCausalLM",
+            }
+            for file in ("configuration_dsmoe.py", "modeling_dsmoe.py"):
+                shutil.copyfile(REMOTE / file, place / file)
+            shutil.copyfile(routing_file(get(source.config.router.name)), place / ROUTING_FILE)
+        (place / "config.json").write_text(json.dumps(content), encoding="utf-8")
+        yield place
