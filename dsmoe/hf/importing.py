@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from dsmoe.checkpoint.files import write_atomically
-from dsmoe.checkpoint.load import CheckpointReader
 from dsmoe.checkpoint.write import write_weights
 from dsmoe.config import ModelConfig, RunConfig, validate_config
 from dsmoe.config.load import apply_overrides
@@ -260,20 +259,20 @@ def _run_config(foreign: ForeignModel, run: Path, options: ImportOptions, tokeni
 
 def _parity(source: Source, checkpoint: Path) -> dict[str, Any]:
     """Hold the run to the folder; where upcycling changes the model, say by how much."""
-    config, reader = source.config, CheckpointReader(checkpoint)
+    config = source.config
     length = min(config.model.sequence_length, 256)
     count = sequences_compared(length, config.model.vocab_size)
     sample, text = _sample(source.tokenizer, count, length, config.model.vocab_size)
     with _without_its_code(source) as folder:
         if source.upcycler is not None and not source.upcycler.keeps_the_function:
-            agreement = compare(observe_run(reader, config, sample), observe_folder(folder, sample, torch.float32))
+            agreement = compare(observe_run(checkpoint, sample), observe_folder(folder, sample, torch.float32))
             return {
                 "text": text,
                 "tokens": sample.tokens.numel(),
                 "gate": False,
                 "difference_from_dense": asdict(agreement),
             }
-        report, _ = check_parity(reader, config, folder, sample, torch.float32, lambda name: torch.float32)
+        report, _ = check_parity(checkpoint, folder, sample, torch.float32, lambda name: torch.float32)
     return {"text": text, "gate": True} | report
 
 

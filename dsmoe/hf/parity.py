@@ -21,14 +21,11 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dsmoe.checkpoint.load import CheckpointReader, load_weights
-from dsmoe.config import RunConfig
 from dsmoe.errors import ConversionError
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
-from dsmoe.parallel.groups import create_groups, start_processes
-from dsmoe.routers import get
 from dsmoe.routers.base import Router
+from dsmoe.trained import TrainedModel
 
 OBSERVE = Path(__file__).with_name("observe.py")
 MAX_LOGIT_DIFFERENCE = 1e-4  # in fp32
@@ -101,13 +98,12 @@ def compare(ours: Observation, theirs: Observation) -> Agreement:
 
 
 def check_parity(
-    reader: CheckpointReader, config: RunConfig, folder: Path, sample: Sample, dtype: torch.dtype, dtype_of: DtypeOf
+    checkpoint: Path, folder: Path, sample: Sample, dtype: torch.dtype, dtype_of: DtypeOf
 ) -> tuple[dict[str, Any], Observation]:
     """Hold a folder to a checkpoint.
 
     Args:
-        reader: of the checkpoint.
-        config: of its run, `model.vocab_size` set.
+        checkpoint: a complete one.
         folder: what `AutoModelForCausalLM.from_pretrained` is given; its code is run.
         dtype: float32, or bfloat16 to look at the folder in bf16 as well.
         dtype_of: in which dtype the folder holds each tensor.
@@ -118,8 +114,8 @@ def check_parity(
     Raises:
         ConversionError: the folder cannot be loaded, or does not compute the same within the limits.
     """
-    exact = observe_run(reader, config, sample)
-    rounded = exact if dtype == torch.float32 else observe_run(reader, config, sample, dtype_of)
+    exact = observe_run(checkpoint, sample)
+    rounded = exact if dtype == torch.float32 else observe_run(checkpoint, sample, dtype_of)
     agreement = compare(rounded, observe_folder(folder, sample, torch.float32))
     report: dict[str, Any] = {
         "tokens": sample.tokens.numel(),
@@ -146,25 +142,18 @@ def check_parity(
     return report, exact
 
 
-def observe_run(
-    reader: CheckpointReader, config: RunConfig, sample: Sample, dtype_of: DtypeOf | None = None
-) -> Observation:
+def observe_run(checkpoint: Path, sample: Sample, dtype_of: DtypeOf | None = None) -> Observation:
     """Run dsmoe's own model in fp32, its weights first rounded to what `dtype_of` says."""
-    start_processes()
-    router = get(config.router.name)
-    options = router.Options.model_validate(config.router.options)
-    model = LanguageModel(config.model, (router, options), create_groups(1), config.training.seed).eval()
-    load_weights(model, reader)
+    model = TrainedModel.load(checkpoint).model
     for name, tensor in logical_tensors(model) if dtype_of else ():
         tensor.copy_(tensor.to(dtype_of(name)))
-    device = get_accelerator().current_device_name()
-    if model.controller is not None:
-        model.controller.to(device)
-    return _observe(model.to(device), sample, device)
+    return _observe(model, sample)
 
 
 @torch.no_grad()
-def _observe(model: LanguageModel, sample: Sample, device: str) -> Observation:
+def _observe(model: LanguageModel, sample: Sample) -> Observation:
+    device = get_accelerator().current_device_name()
+
     def logits_of(tokens: Tensor) -> Tensor:
         found = model(tokens.to(device)).float()
         model.recorder.take()
