@@ -35,7 +35,7 @@ class ModelConfig(Section):
     norm_epsilon: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
     recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
-    experts_implementation: Literal["grouped_mm", "loop"] = "grouped_mm"  # "loop" is the plain reference
+    experts_implementation: Literal["auto", "grouped_mm", "blocked", "loop"] = "auto"  # auto: blocked on a CPU
 
     def moe_layers(self) -> list[bool]:
         """For each layer, whether it is an MoE layer."""

@@ -1,10 +1,12 @@
-"""Grouped SwiGLU experts: one grouped GEMM for gate and up, one for down, over any number of rows per expert.
+"""SwiGLU experts over any number of rows per expert.
 
 Shapes: e experts on this rank, R rows ordered by expert, H hidden, F expert width, r latent width.
 
-`grouped_linear` is the fast path on `torch.nn.functional.grouped_mm`; `loop_linear` is the reference it is tested
-against. The module subclasses DeepSpeed's AutoEP layer for one reason: DeepSpeed's engine recognises expert modules
-by class alone, and this class is the only one it accepts under ZeRO-3. Nothing of AutoEP's own code runs.
+Three implementations: `grouped_linear`, one `torch.nn.functional.grouped_mm` for gate and up and one for down, for
+accelerators; `dsmoe.moe.blocked`, for CPUs; and `loop_linear`, the plain reference both are tested against.
+
+The module subclasses DeepSpeed's AutoEP layer for one reason: DeepSpeed's engine recognises expert modules by class
+alone, and this class is the only one it accepts under ZeRO-3. Nothing of AutoEP's own code runs.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
+from dsmoe.moe.blocked import swiglu_experts
 from dsmoe.parallel.groups import mark_expert_parameter
 
 
@@ -49,16 +52,17 @@ class GroupedExperts(AutoEPMoELayer):
         num_local_experts: e; expert-parallel rank r holds the experts r * e ... (r + 1) * e - 1.
         config: Megatron's TransformerConfig, for E, H and F.
         pg_collection: its `ep` is the expert-parallel group.
-        implementation: "grouped_mm" or "loop".
+        implementation: "grouped_mm", "blocked" (CPU only), "loop", or "auto": blocked on a CPU, else grouped_mm.
     """
 
     def __init__(
-        self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="grouped_mm", **kwargs
+        self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="auto", **kwargs
     ):
         nn.Module.__init__(self)  # not AutoEP's constructor, which converts a Hugging Face block
         self.num_experts = config.num_moe_experts
         self.num_local_experts = num_local_experts
-        self.linear = grouped_linear if implementation == "grouped_mm" else loop_linear
+        self.implementation = implementation
+        self.linear = loop_linear if implementation == "loop" else grouped_linear
         self._create_weights(num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
         for parameter in self.parameters():
             mark_expert_parameter(parameter, pg_collection.ep, pg_collection.ep.rank() * num_local_experts)
@@ -72,9 +76,17 @@ class GroupedExperts(AutoEPMoELayer):
 
     def forward(self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor) -> tuple[Tensor, None]:
         """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide."""
+        if self._blocked(rows_RH):
+            return self._in_blocks([(rows_RH, self.gate_up_proj)], routes_per_expert_e, probs_R), None
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         gate, up = self.linear(rows_RH, self.gate_up_proj, ends).chunk(2, dim=-1)
         return self._down(gate, up, probs_R, ends), None
+
+    def _blocked(self, rows: Tensor) -> bool:
+        return self.implementation == "blocked" or (self.implementation == "auto" and rows.device.type == "cpu")
+
+    def _in_blocks(self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor) -> Tensor:
+        return swiglu_experts(projections, self.down_proj, probs_R, counts_e.tolist())  # on a CPU nothing waits
 
     def _down(self, gate_RF: Tensor, up_RF: Tensor, probs_R: Tensor, ends_e: Tensor) -> Tensor:
         inner = F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(gate_RF.dtype)
@@ -107,5 +119,8 @@ class LowRankExperts(GroupedExperts):
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         if latents_Rr is None:
             latents_Rr = self.linear(rows_RH, reduce_erH, ends)
+        if self._blocked(rows_RH):
+            projections = [(latents_Rr, self.gate_proj), (rows_RH, self.up_proj)]
+            return self._in_blocks(projections, routes_per_expert_e, probs_R), None
         gate = self.linear(latents_Rr, self.gate_proj, ends)
         return self._down(gate, self.linear(rows_RH, self.up_proj, ends), probs_R, ends), None

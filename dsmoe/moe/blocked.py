@@ -1,0 +1,256 @@
+"""SwiGLU experts on a CPU: a block of rows through all three projections, and every thread with experts of its own.
+
+    h = [x G_i^T, x U_i^T];  inner = p * silu(h_gate) * h_up;  out = inner D_i^T
+
+A grouped GEMM there is one small GEMM after another, each shared by all threads, with passes over all rows in between.
+Here a block of rows stays in the cache from its first GEMM to its last, threads work on different experts, and only
+rows, h and p are kept for the backward pass. `dsmoe.moe.experts.loop_linear` is the reference it is tested against.
+
+Shapes: R rows ordered by expert, e experts, H hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 512  # rows whose activations a core's cache can hold
+
+Task = list[list["Segment"]]  # blocks, one after another, by one thread
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive rows of one expert."""
+
+    expert: int
+    rows: slice
+    part: int = 0  # 0, or which share of an expert that several threads work on
+
+    def within(self, block: list[Segment]) -> slice:
+        """These rows, counted from the first of the block."""
+        first = block[0].rows.start
+        return slice(self.rows.start - first, self.rows.stop - first)
+
+
+def split_work(counts: list[int], threads: int, block: int) -> list[Task]:
+    """Tasks for threads, largest first; a task is a list of blocks, a block segments of together at most `block` rows.
+
+    All rows of an expert are in one task, so that one thread sums its weight gradient; only an expert with more than
+    its share of the rows is split, into parts. An expert without rows has no segment.
+    """
+    total = sum(counts)
+    share = total if threads == 1 else max(block, -(-total // (2 * threads)))
+    tasks: list[Task] = []
+    small: list[Segment] = []  # of experts that share a block
+    start = 0
+    for expert, count in enumerate(counts):
+        stop = start + count
+        if 0 < count < block:
+            if small and stop - small[0].rows.start > block:
+                tasks.append([small])
+                small = []
+            small.append(Segment(expert, slice(start, stop)))
+        elif count:
+            if small:
+                tasks.append([small])
+                small = []
+            for part, low in enumerate(range(start, stop, share)):
+                high = min(low + share, stop)
+                blocks = range(low, high, block)
+                tasks.append([[Segment(expert, slice(at, min(at + block, high)), part)] for at in blocks])
+        start = stop
+    if small:
+        tasks.append([small])
+    return sorted(tasks, key=_rows, reverse=True)
+
+
+def _rows(task: Task) -> int:
+    return task[-1][-1].rows.stop - task[0][0].rows.start
+
+
+@lru_cache(maxsize=1)
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="experts")
+
+
+def _run(work: Callable[[Task], None], tasks: list[Task]) -> None:
+    """All tasks, on as many threads as torch may use; torch itself gets one thread in each of them."""
+    threads = min(torch.get_num_threads(), len(tasks))
+    if threads <= 1:
+        for task in tasks:
+            work(task)
+        return
+    allowed, queue, lock = torch.get_num_threads(), iter(tasks), threading.Lock()
+    grad = torch.is_grad_enabled()
+
+    def drain() -> None:
+        torch.get_num_threads()  # a thread's first call sets its number to the process's
+        torch.set_num_threads(1)
+        with torch.set_grad_enabled(grad):
+            while (task := _next(queue, lock)) is not None:
+                work(task)
+
+    try:
+        others = [_workers(allowed).submit(drain) for _ in range(threads - 1)]
+        drain()
+        for other in others:
+            other.result()
+    finally:
+        torch.set_num_threads(allowed)
+
+
+def _next(queue: Iterator, lock: threading.Lock):
+    with lock:
+        return next(queue, None)
+
+
+@lru_cache(maxsize=1)
+def widens_bfloat16() -> bool:
+    """Whether bf16 GEMMs run faster in fp32 here: a CPU without bf16 instructions emulates them, many times slower."""
+    flags = torch.cpu.get_capabilities()
+    return not any(flags.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 and widens_bfloat16() else dtype
+
+
+def swiglu_experts(
+    projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int]
+) -> Tensor:
+    """Weighted expert outputs [R, H].
+
+    Args:
+        projections: what makes h [R, 2F], gate first: one pair (rows [R, K], weight [e, 2F, K]), or one for the gate
+            and one for up, with weights [e, F, K].
+        down_eHF: down projections.
+        probs_R: fp32 weight of each row.
+        counts: rows of each expert.
+    """
+    flat = [tensor for pair in projections for tensor in pair]
+    return _SwiGLUExperts.apply(counts, probs_R, down_eHF, *flat)
+
+
+class _SwiGLUExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, counts: list[int], probs_R: Tensor, down_eHF: Tensor, *flat: Tensor) -> Tensor:
+        rows, weights = flat[0::2], flat[1::2]
+        dtype, (_, hidden, ffn) = rows[0].dtype, down_eHF.shape
+        wide = _compute_dtype(dtype)
+        h_RF = rows[0].new_empty(len(probs_R), 2 * ffn)
+        out_RH = rows[0].new_empty(len(probs_R), hidden)
+        columns = _columns(weights)
+
+        def work(task: Task) -> None:
+            for block in task:
+                low, high = block[0].rows.start, block[-1].rows.stop
+                h = h_RF[low:high] if wide == dtype else torch.empty(high - low, 2 * ffn, dtype=wide)
+                for source, weight, where in zip(rows, weights, columns, strict=True):
+                    for s in block:
+                        torch.mm(source[s.rows].to(wide), weight[s.expert].t().to(wide), out=h[s.within(block), where])
+                inner = F.silu(h[:, :ffn]).mul_(h[:, ffn:]).mul_(probs_R[low:high, None])
+                out = out_RH[low:high] if wide == dtype else torch.empty(high - low, hidden, dtype=wide)
+                for s in block:
+                    torch.mm(inner[s.within(block)], down_eHF[s.expert].t().to(wide), out=out[s.within(block)])
+                if wide != dtype:
+                    h_RF[low:high] = h
+                    out_RH[low:high] = out
+
+        _run(work, split_work(counts, torch.get_num_threads(), BLOCK))
+        ctx.counts = counts
+        ctx.save_for_backward(h_RF, probs_R, down_eHF, *flat)
+        return out_RH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RH: Tensor):
+        h_RF, probs_R, down_eHF, *flat = ctx.saved_tensors
+        rows, weights = flat[0::2], flat[1::2]
+        dtype, ffn = h_RF.dtype, down_eHF.size(2)
+        wide = _compute_dtype(dtype)
+        grad_probs_R = torch.empty_like(probs_R)
+        grad_rows = [torch.empty_like(source) for source in rows]
+        columns = _columns(weights)
+        tasks = split_work(ctx.counts, torch.get_num_threads(), BLOCK)
+        down = _WeightGradient(down_eHF, ctx.counts, wide)
+        others = [_WeightGradient(weight, ctx.counts, wide) for weight in weights]
+
+        def work(task: Task) -> None:
+            for block in task:
+                low, high = block[0].rows.start, block[-1].rows.stop
+                out_grad = grad_RH[low:high].to(wide)
+                grad_inner = out_grad.new_empty(high - low, ffn)
+                for s in block:
+                    torch.mm(out_grad[s.within(block)], down_eHF[s.expert].to(wide), out=grad_inner[s.within(block)])
+                h, probs = h_RF[low:high].to(wide), probs_R[low:high, None].to(wide)
+                gate, up = h[:, :ffn], h[:, ffn:]
+                silu = F.silu(gate)
+                inner = silu * up
+                grad_probs_R[low:high] = (grad_inner * inner).sum(1)
+                inner.mul_(probs)
+                grad_inner.mul_(probs)
+                grad_h = torch.empty_like(h)
+                torch.mul(grad_inner, silu, out=grad_h[:, ffn:])
+                torch.ops.aten.silu_backward.grad_input(grad_inner.mul_(up), gate, grad_input=grad_h[:, :ffn])
+                for s in block:
+                    down.add(s, out_grad[s.within(block)], inner[s.within(block)])
+                for source, weight, where, to, grad_rows_ in zip(
+                    rows, weights, columns, others, grad_rows, strict=True
+                ):
+                    for s in block:
+                        own = grad_h[s.within(block), where]
+                        to.add(s, own, source[s.rows].to(wide))
+                        if wide == dtype:
+                            torch.mm(own, weight[s.expert], out=grad_rows_[s.rows])
+                        else:
+                            grad_rows_[s.rows] = own @ weight[s.expert].to(wide)
+
+        _run(work, tasks)
+        found = [x for pair in zip(grad_rows, (to.finish() for to in others), strict=True) for x in pair]
+        return None, grad_probs_R, down.finish(), *found
+
+
+def _columns(weights: list[Tensor]) -> list[slice]:
+    """Where each projection writes in h."""
+    width = [weight.size(1) for weight in weights]
+    return [slice(sum(width[:i]), sum(width[: i + 1])) for i in range(len(width))]
+
+
+class _WeightGradient:
+    """Gradient [e, N, K] of a packed weight, summed block by block; each (expert, part) by one thread."""
+
+    def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype):
+        self.result = torch.empty_like(weight)
+        for expert, count in enumerate(counts):
+            if count == 0:
+                self.result[expert].zero_()
+        self.wide = wide
+        self.sums: dict[tuple[int, int], Tensor] = {}
+
+    def add(self, s: Segment, left_NR: Tensor, right_RK: Tensor) -> None:
+        """Add left^T right, of one segment."""
+        key, left = (s.expert, s.part), left_NR.t()
+        if key in self.sums:
+            self.sums[key].addmm_(left, right_RK)
+        elif self.wide == self.result.dtype and s.part == 0:
+            self.sums[key] = torch.mm(left, right_RK, out=self.result[s.expert])
+        else:
+            self.sums[key] = torch.mm(left, right_RK)
+
+    def finish(self) -> Tensor:
+        """The whole gradient, once all threads are done."""
+        for (expert, part), total in sorted(self.sums.items(), reverse=True):
+            if part:
+                self.sums[expert, 0].add_(total)
+            elif self.wide != self.result.dtype:
+                self.result[expert] = total
+        return self.result
