@@ -79,8 +79,12 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    found = [path for path in folder.iterdir() if is_checkpoint_name(path.name) and (path / MANIFEST).is_file()]
     return sorted(found, key=step_of)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    return _STEP.fullmatch(name) is not None
 
 
 def step_of(folder: Path) -> int:

@@ -6,6 +6,7 @@ the manifest first, each by one rank, and names and shapes against the model, so
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,11 +44,10 @@ class CheckpointReader:
         self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for name in self.manifest.files if names is None else names:
             if name.startswith("rank_"):
-                self._index(name)
-        for places in self._places.values():
-            places.sort()
+                self.add(name)
 
-    def _index(self, name: str) -> None:
+    def add(self, name: str) -> None:
+        """Read from this file too. Raises `CheckpointError` if it cannot be read or holds something else."""
         try:
             file = safe_open(self.folder / name, framework="pt")
         except Exception as error:
@@ -63,7 +63,7 @@ class CheckpointReader:
             found.append(((kind, tensor), (int(start), int(start) + part.get_shape()[0], name, key)))
         self._open[name] = file
         for place, part in found:
-            self._places[place].append(part)
+            insort(self._places[place], part)
 
     def has(self, kind: str) -> bool:
         return any(place[0] == kind for place in self._places)
