@@ -84,7 +84,7 @@ class LowRankRouter(Router):
         everyone_H = all_gather_rows(hidden_TH, sizes, self.ep)
         score_e = torch.linalg.vector_norm(self._latents(everyone_H), dim=-1)
         back = all_to_all_rows(score_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
-        return back.view(ranks, tokens, -1).transpose(0, 1).reshape(tokens, self.num_experts)
+        return back.view(ranks, tokens, self.own_experts[1]).transpose(0, 1).reshape(tokens, self.num_experts)
 
     def _tokens_by_rank(self, hidden_TH: Tensor) -> list[int]:
         counts = torch.empty(self.ep.size(), dtype=torch.int64, device=hidden_TH.device)

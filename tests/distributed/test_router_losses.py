@@ -33,6 +33,7 @@ ROUTERS = {
     # Linear in the tokens: its value does not depend on which tokens are counted together.
     "linear": {"name": "relu", "k": 1.0, "lambda_initial": 1e-2, "load_balanced": False},
     "topk": {"name": "topk", "k": 2, "balance_coefficient": 1e-2, "z_coefficient": 1e-3},
+    "aoe": {"name": "aoe", "k": 2, "rank": 8, "placement": "sharded"},  # with padding, ranks score unequal numbers
 }
 
 
@@ -194,6 +195,7 @@ def evaluations(router: str, world: int, expert_parallel: int, stage: int):
 
 EVALUATED = [  # router, ranks, expert parallel, ZeRO stage
     ("relu", 1, 1, 1), ("relu", 2, 2, 1), ("relu", 4, 2, 2), ("topk", 1, 1, 1), ("topk", 2, 1, 3), ("topk", 4, 4, 3),
+    ("aoe", 1, 1, 1), ("aoe", 2, 2, 1),
 ]  # fmt: skip
 
 
