@@ -18,13 +18,14 @@ from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import ConfigError
 from dsmoe.study.compare import read_record, shown
 from dsmoe.study.plan import Cell, Plan
-from dsmoe.study.results import RunResult, read_result
+from dsmoe.study.results import NEAR_TARGET, RunResult, read_result
 
 HEADINGS = (
     "router", "learning rate", "seeds", "steps", "held-out loss", "bits per byte", "loss against {baseline}",
     "experts/token: held-out", "whole training", "MoE compute",
 )  # fmt: skip
-TABLE_BEGIN, TABLE_END = "<!-- table: {corpus} -->\n", "<!-- end of table -->"  # in a page that shows the tables
+DENSITY_HEADINGS = ("router", "seed", "target density", "last third of training", "of its steps within {near}")
+TABLE_BEGIN, TABLE_END = "<!-- {name} -->\n", "<!-- end of table -->"  # in a page that shows the tables
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,25 @@ def read_outcomes(plan: Plan, out: Path) -> list[Outcome]:
 
 
 def write_report(plan: Plan, out: Path, target: Path, page: Path | None = None) -> list[Path]:
-    """Write `comparison.md`, `comparison.csv` and the plots into `target`, and the tables into `page` between its
-    `<!-- table: CORPUS -->` and `<!-- end of table -->`; return what was written.
+    """Write `comparison.md`, `comparison.csv` and the plots into `target`; return what was written.
+
+    Args:
+        page: shows tables too, each between `<!-- NAME -->` and `<!-- end of table -->`. Names are `CORPUS`, for the
+            comparison, and `density on CORPUS`.
 
     Raises:
-        ConfigError: `page` has no place for a table.
+        ConfigError: `page` has a place for none of the tables.
     """
     from dsmoe.study.plots import write_plots  # matplotlib takes a second to import
 
     outcomes = read_outcomes(plan, out)
     tables = {corpus: to_table(plan, outcomes, corpus) for corpus in plan.corpora}
+    densities = {f"density on {corpus}": to_density_table(outcomes, corpus) for corpus in plan.corpora}
+    tables |= {name: table for name, table in densities.items() if table}
     written = [] if page is None else [insert_tables(page, tables)]
     target.mkdir(parents=True, exist_ok=True)
     markdown = target / "comparison.md"
-    sections = [f"### {corpus}\n\n{table}\n" for corpus, table in tables.items()]
+    sections = [f"### {name[0].upper()}{name[1:]}\n\n{table}\n" for name, table in tables.items()]
     markdown.write_text("".join(sections) + to_missing(outcomes), encoding="utf-8")
     csv_file = target / "comparison.csv"
     write_csv(outcomes, csv_file)
@@ -68,16 +74,17 @@ def write_report(plan: Plan, out: Path, target: Path, page: Path | None = None) 
 
 
 def insert_tables(page: Path, tables: dict[str, str]) -> Path:
-    """Replace what `page` shows between the marks of each table; return `page`."""
-    text = page.read_text(encoding="utf-8")
-    for corpus, table in tables.items():
-        begin = TABLE_BEGIN.format(corpus=corpus)
-        before, mark, rest = text.partition(begin)
+    """Replace what `page` shows between the marks of each table that it has a place for; return `page`."""
+    text, found = page.read_text(encoding="utf-8"), False
+    for name, table in tables.items():
+        before, begin, rest = text.partition(TABLE_BEGIN.format(name=name))
         _, end, after = rest.partition(TABLE_END)
-        if not (mark and end):
-            wanted = f"{begin.strip()!r} and, after it, {TABLE_END!r}"
-            raise ConfigError([f"found no place for the table of {corpus}, expected lines {wanted}"], str(page))
-        text = before + begin + table + end + after
+        if begin and end:
+            text, found = before + begin + table + end + after, True
+    if not found:
+        lines = " or ".join(repr(TABLE_BEGIN.format(name=name).strip()) for name in tables)
+        problem = f"found no place for a table, expected a line {lines} and below it {TABLE_END!r}"
+        raise ConfigError([problem], str(page))
     write_atomically(page, text.encode())
     return page
 
@@ -94,6 +101,18 @@ def to_table(plan: Plan, outcomes: list[Outcome], corpus: str) -> str:
     for name in sorted(losses, key=lambda name: mean(losses[name] or [inf])):
         text += f"| {' | '.join(_row(plan, here, name))} |\n"
     return text
+
+
+def to_density_table(outcomes: list[Outcome], corpus: str) -> str:
+    """The Markdown table of all runs of one corpus that aim at a density; empty where none does."""
+    rows = ""
+    for outcome in outcomes:
+        result = outcome.result
+        if outcome.cell.corpus == corpus and result is not None and result.target_density is not None:
+            rows += f"| {outcome.cell.variant} | {outcome.cell.seed} | {result.target_density:g} | "
+            rows += f"{result.last_third_density:.4f} | {result.last_third_near_target:.0%} |\n"
+    headings = " | ".join(DENSITY_HEADINGS).format(near=NEAR_TARGET)
+    return f"| {headings} |\n|{'---|' * len(DENSITY_HEADINGS)}\n{rows}" if rows else ""
 
 
 def to_missing(outcomes: list[Outcome]) -> str:

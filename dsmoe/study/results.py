@@ -34,8 +34,9 @@ class RunResult:
     val_experts_by_layer: list[float] | None
     end_experts: float  # per token, mean over the end of training
     mean_experts: float  # over all of it
+    target_density: float | None  # None where none is aimed at
     last_third_density: float
-    last_third_near_target: float | None  # share of steps; None where no density is aimed at
+    last_third_near_target: float | None  # share of steps; None without a target
     expert_imbalance: float  # max over mean, at the end
     no_expert: float  # share of tokens, at the end
     moe_compute: float
@@ -83,6 +84,7 @@ def read_result(run_dir: Path) -> RunResult:
         val_experts_by_layer=last.get("val_experts_per_token_by_layer"),
         end_experts=mean(line["experts_per_token"] for line in end),
         mean_experts=experts,
+        target_density=target,
         last_third_density=mean(third),
         last_third_near_target=near,
         expert_imbalance=mean(line["expert_imbalance"] for line in end),

@@ -13,7 +13,7 @@ from dsmoe.errors import ConfigError
 from dsmoe.study.compare import run_plan
 from dsmoe.study.plan import Cell, load_plan
 from dsmoe.study.plots import smoothed, stage_bounds
-from dsmoe.study.report import read_outcomes, to_missing, to_table, write_report
+from dsmoe.study.report import read_outcomes, to_density_table, to_missing, to_table, write_report
 from dsmoe.study.results import read_result
 
 
@@ -70,29 +70,33 @@ def test_files(finished, tmp_path):
 def test_a_page_shows_the_tables_between_its_marks(finished, tmp_path):
     plan, out = finished
     page = tmp_path / "page.md"
-    page.write_text("above\n<!-- table: letters -->\n| old |\n<!-- end of table -->\nbelow\n")
+    text = "above\n<!-- letters -->\n{0}<!-- end of table -->\n<!-- density on letters -->\n{1}<!-- end of table -->\n"
+    page.write_text(text.format("| old |\n", ""))
+    outcomes = read_outcomes(plan, out)
+    tables = to_table(plan, outcomes, "letters"), to_density_table(outcomes, "letters")
     for _ in range(2):  # what the first report wrote, the next one replaces
         write_report(plan, out, tmp_path / "report", page)
-        table = to_table(plan, read_outcomes(plan, out), "letters")
-        assert page.read_text() == f"above\n<!-- table: letters -->\n{table}<!-- end of table -->\nbelow\n"
-        assert table in (tmp_path / "report" / "comparison.md").read_text()
+        assert page.read_text() == text.format(*tables)
+    assert all(table in (tmp_path / "report" / "comparison.md").read_text() for table in tables)
 
 
 def test_a_page_without_a_place_for_a_table_is_left_alone(finished, tmp_path):
     plan, out = finished
     page = tmp_path / "page.md"
-    page.write_text("<!-- end of table -->\n<!-- table: letters -->\n")
-    with pytest.raises(ConfigError, match="no place for the table of letters"):
+    page.write_text("<!-- end of table -->\n<!-- letters -->\n")
+    with pytest.raises(ConfigError, match="no place for a table, expected a line '<!-- letters -->' or"):
         write_report(plan, out, tmp_path / "report", page)
-    assert page.read_text() == "<!-- end of table -->\n<!-- table: letters -->\n"
+    assert page.read_text() == "<!-- end of table -->\n<!-- letters -->\n"
     assert not (tmp_path / "report").exists()
 
 
 def test_density_against_its_target(finished):
-    _, out = finished
+    plan, out = finished
     relu, topk = (read_result(Cell(name, "letters", 1).folder(out)) for name in ("relu", "topk"))
     assert relu.last_third_density == 0.5 and relu.last_third_near_target == 1.0
     assert topk.last_third_near_target is None
+    rows = to_density_table(read_outcomes(plan, out), "letters").splitlines()[2:]
+    assert rows == ["| relu | 1 | 0.5 | 0.5000 | 100% |", "| relu | 2 | 0.5 | 0.5000 | 100% |"]
 
 
 def test_stages_of_a_density():
