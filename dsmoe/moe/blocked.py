@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -155,12 +156,10 @@ class _SwiGLUExperts(torch.autograd.Function):
                 low, high = block[0].rows.start, block[-1].rows.stop
                 h = h_RF[low:high] if wide == dtype else torch.empty(high - low, 2 * ffn, dtype=wide)
                 for source, weight, where in zip(rows, weights, columns, strict=True):
-                    for s in block:
-                        torch.mm(source[s.rows].to(wide), weight[s.expert].t().to(wide), out=h[s.within(block), where])
+                    _multiply(source[low:high].to(wide), weight.mT, block, h[:, where])
                 inner = F.silu(h[:, :ffn]).mul_(h[:, ffn:]).mul_(probs_R[low:high, None])
                 out = out_RH[low:high] if wide == dtype else torch.empty(high - low, hidden, dtype=wide)
-                for s in block:
-                    torch.mm(inner[s.within(block)], down_eHF[s.expert].t().to(wide), out=out[s.within(block)])
+                _multiply(inner, down_eHF.mT, block, out)
                 if wide != dtype:
                     h_RF[low:high] = h
                     out_RH[low:high] = out
@@ -189,8 +188,7 @@ class _SwiGLUExperts(torch.autograd.Function):
                 low, high = block[0].rows.start, block[-1].rows.stop
                 out_grad = grad_RH[low:high].to(wide)
                 grad_inner = out_grad.new_empty(high - low, ffn)
-                for s in block:
-                    torch.mm(out_grad[s.within(block)], down_eHF[s.expert].to(wide), out=grad_inner[s.within(block)])
+                _multiply(out_grad, down_eHF, block, grad_inner)
                 h, probs = h_RF[low:high].to(wide), probs_R[low:high, None].to(wide)
                 gate, up = h[:, :ffn], h[:, ffn:]
                 silu = F.silu(gate)
@@ -201,22 +199,34 @@ class _SwiGLUExperts(torch.autograd.Function):
                 grad_h = torch.empty_like(h)
                 torch.mul(grad_inner, silu, out=grad_h[:, ffn:])
                 torch.ops.aten.silu_backward.grad_input(grad_inner.mul_(up), gate, grad_input=grad_h[:, :ffn])
-                for s in block:
-                    down.add(s, out_grad[s.within(block)], inner[s.within(block)])
+                down.add(block, out_grad, inner)
                 for source, weight, where, to, grad_rows_ in zip(
                     rows, weights, columns, others, grad_rows, strict=True
                 ):
-                    for s in block:
-                        own = grad_h[s.within(block), where]
-                        to.add(s, own, source[s.rows].to(wide))
-                        if wide == dtype:
-                            torch.mm(own, weight[s.expert], out=grad_rows_[s.rows])
-                        else:
-                            grad_rows_[s.rows] = own @ weight[s.expert].to(wide)
+                    _multiply(grad_h[:, where], weight, block, grad_rows_[low:high])
+                    to.add(block, grad_h[:, where], source[low:high].to(wide))
 
         _run(work, tasks)
         found = [x for pair in zip(grad_rows, (to.finish() for to in others), strict=True) for x in pair]
         return None, grad_probs_R, down.finish(), *found
+
+
+def _multiply(left_BK: Tensor, weight_eKN: Tensor, block: list[Segment], out_BN: Tensor) -> None:
+    """out = left times each row's expert's matrix, for the rows of a block; in the dtype of `left`."""
+    if len(block) > 4 and weight_eKN.dtype == left_BK.dtype:
+        experts = slice(block[0].expert, block[-1].expert + 1)
+        counts = [0] * (experts.stop - experts.start)
+        for s in block:
+            counts[s.expert - experts.start] = s.rows.stop - s.rows.start
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+        out_BN.copy_(F.grouped_mm(left_BK, weight_eKN[experts], offs=ends))
+        return
+    for s in block:
+        matrix = weight_eKN[s.expert].to(left_BK.dtype)
+        if out_BN.dtype == left_BK.dtype:
+            torch.mm(left_BK[s.within(block)], matrix, out=out_BN[s.within(block)])
+        else:
+            out_BN[s.within(block)] = left_BK[s.within(block)] @ matrix
 
 
 def _columns(weights: list[Tensor]) -> list[slice]:
@@ -230,21 +240,24 @@ class _WeightGradient:
 
     def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype):
         self.result = torch.empty_like(weight)
-        for expert, count in enumerate(counts):
+        self.experts = self.result.unbind(0)
+        for expert, count in zip(self.experts, counts, strict=True):
             if count == 0:
-                self.result[expert].zero_()
+                expert.zero_()
         self.wide = wide
         self.sums: dict[tuple[int, int], Tensor] = {}
 
-    def add(self, s: Segment, left_NR: Tensor, right_RK: Tensor) -> None:
-        """Add left^T right, of one segment."""
-        key, left = (s.expert, s.part), left_NR.t()
-        if key in self.sums:
-            self.sums[key].addmm_(left, right_RK)
-        elif self.wide == self.result.dtype and s.part == 0:
-            self.sums[key] = torch.mm(left, right_RK, out=self.result[s.expert])
-        else:
-            self.sums[key] = torch.mm(left, right_RK)
+    def add(self, block: list[Segment], left_BN: Tensor, right_BK: Tensor) -> None:
+        """Add left^T right of every segment."""
+        sizes = [s.rows.stop - s.rows.start for s in block]
+        for s, left, right in zip(block, left_BN.split(sizes), right_BK.split(sizes), strict=True):
+            key = (s.expert, s.part)
+            if key in self.sums:
+                self.sums[key].addmm_(left.t(), right)
+            elif s.part == 0 and self.wide == self.result.dtype:
+                self.sums[key] = torch.mm(left.t(), right, out=self.experts[s.expert])
+            else:
+                self.sums[key] = torch.mm(left.t(), right)
 
     def finish(self) -> Tensor:
         """The whole gradient, once all threads are done."""
@@ -252,5 +265,5 @@ class _WeightGradient:
             if part:
                 self.sums[expert, 0].add_(total)
             elif self.wide != self.result.dtype:
-                self.result[expert] = total
+                self.experts[expert].copy_(total)
         return self.result
