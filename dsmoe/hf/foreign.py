@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from dsmoe.errors import ConversionError
@@ -67,7 +68,7 @@ def read_foreign(folder: Path) -> ForeignModel:
         refused = _refused(architecture, config, raw)
         if not refused:
             return ForeignModel(architecture, *_translate(architecture, config))
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise ConversionError(f"{path} is damaged: {error}") from error
     raise ConversionError(f"{path}: dsmoe's model cannot express {'; '.join(refused)}")
 

@@ -39,6 +39,7 @@ from dsmoe.routers.controllers import Controller
 from dsmoe.routers.registry import option_classes
 
 REPORT = "import_report.json"
+NOT_CHECKED = "not checked"
 LEARNING_RATE = 5e-5  # for a model that has been trained; training.lr replaces it
 # What old files hold beside the weights and any reader computes itself.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -86,10 +87,34 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, A
             "tensors_of_the_run": len(source.shapes),
             "left_out": source.left_out,
             "upcycling": None if source.upcycler is None else source.upcycler.report(),
-            "parity": _parity(source, checkpoint) if options.check else "not checked",
+            "parity": _parity(source, checkpoint) if options.check else NOT_CHECKED,
         }
         write_atomically(place / REPORT, json.dumps(report, indent=2).encode())
     return report
+
+
+def summary(run: Path, report: dict[str, Any]) -> str:
+    """What an import did, in a few lines."""
+    lines = [f"{run}: {report['tensors']} tensors of {report['architecture']}, router {report['router']}"]
+    if upcycling := report["upcycling"]:
+        lines.append(
+            f"upcycled: {upcycling['experts']} experts a layer, each {upcycling['expert_width']} wide, "
+            f"noise {upcycling['noise']}; routers drawn anew"
+        )
+        if "gate_projection_kept" in upcycling:
+            lines.append(f"gate projections keep {upcycling['gate_projection_kept']:.1%} of their squared norm")
+    parity = report["parity"]
+    if parity == NOT_CHECKED:
+        lines.append("not held to transformers' model (--skip-check)")
+    else:
+        figures = parity["fp32"] if parity["gate"] else parity["difference_from_dense"]
+        what = "logits differ" if parity["gate"] else "not the dense model's function: logits differ"
+        lines.append(
+            f"{what} by up to {figures['max_logit_difference']:.2g} from transformers', top-1 agreement "
+            f"{figures['top1_agreement']:.4f}, KL {figures['kl_divergence']:.2g} nats ({parity['text']})"
+        )
+    lines.append(f"train on: launch/train.py --config {run / 'config.yaml'} data.path=DATASET")
+    return "\n".join(lines)
 
 
 @dataclass
