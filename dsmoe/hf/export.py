@@ -1,0 +1,395 @@
+"""A run as a Hugging Face model: weights, configuration, code, tokenizer, model card, and a report of how exact it is.
+
+Weights pass through a few tensors at a time, in memory of two shards and a layer at most. The folder is written under
+another name and takes its own when everything has been checked: `dsmoe.hf.parity` runs both models on held-out text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmoe import __version__
+from dsmoe.checkpoint import files
+from dsmoe.checkpoint.load import CheckpointReader
+from dsmoe.checkpoint.verify import Verification, verify_checkpoint
+from dsmoe.config import RunConfig, validate_config
+from dsmoe.data.corpus import Corpus, open_corpus
+from dsmoe.data.dataset import heldout
+from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from dsmoe.errors import CheckpointError, ConversionError, DataError
+from dsmoe.hf.card import write_card
+from dsmoe.hf.native import native_config, native_host
+from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared
+from dsmoe.hf.remote.routing_dsmoe import ROUTINGS
+from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, track
+from dsmoe.hf.table import TABLES, Link, check_tensors, links, routing_name
+from dsmoe.hf.tokenizer import check_tokenizer, write_tokenizer
+from dsmoe.model.size import model_size
+from dsmoe.routers import get
+from dsmoe.routers.base import Router
+from dsmoe.routers.registry import option_classes
+
+REPORT = "export_report.json"
+TRAINING_STATE = "training_state.json"
+REMOTE = Path(__file__).with_name("remote")
+ROUTING_FILE = "routing_dsmoe.py"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a run is exported.
+
+    Attributes:
+        format: "dsmoe", any router, with code of its own; the name of a native architecture; "auto", whichever of those
+            holds the model exactly.
+        dtype: of the weights. With format dsmoe, routers stay fp32.
+        max_shard_size: of one weight file, such as "5GB".
+        data: prepared dataset with the held-out text for the checks; None: the run's.
+        license, language: for the model card, as the Hub spells them.
+    """
+
+    format: Literal["dsmoe", "auto", "qwen3_moe", "mixtral", "olmoe"] = "dsmoe"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    max_shard_size: str = "5GB"
+    data: str | None = None
+    license: str | None = None
+    language: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a checkpoint that is whole, and what lies beside it."""
+
+    reader: CheckpointReader
+    verification: Verification
+    config: RunConfig
+    router: type[Router]
+    tokenizer: Tokenizer | None
+    corpus: Corpus
+    run_dir: Path
+
+    @classmethod
+    def open(cls, path: Path, data: str | None) -> Source:
+        """From a run folder or a checkpoint. Raises `DsmoeError` for what is missing, damaged or does not fit."""
+        folder = files.find_checkpoint(str(path), path)
+        verification = verify_checkpoint(folder)
+        if verification.problems:
+            raise CheckpointError(f"{folder} is damaged: {'; '.join(verification.problems)}")
+        reader = CheckpointReader(folder)
+        config = validate_config(reader.manifest.config, option_classes(), source=str(folder))
+        run_dir = folder.parent.parent
+        present = any((run_dir / name).is_file() for name in TOKENIZER_FILES)
+        tokenizer = Tokenizer.load(run_dir) if present else None
+        corpus = _open_text(config, data)
+        if tokenizer is not None and corpus.tokenizer is not None and corpus.tokenizer.sha256 != tokenizer.sha256:
+            raise DataError(f"{data or config.data.path} was made with another tokenizer than the run {run_dir}")
+        corpus.check_vocabulary(config.model.vocab_size)
+        return cls(reader, verification, config, get(config.router.name), tokenizer, corpus, run_dir)
+
+    @property
+    def options(self):
+        """Of the router, validated."""
+        return self.router.Options.model_validate(self.config.router.options)
+
+    def controller(self):
+        """The router's controller as the checkpoint left it, or None."""
+        model = self.config.model
+        controller = self.router.make_controller(self.options, sum(model.moe_layers()), model.num_experts)
+        if controller is not None:
+            controller.load(self.reader.controller_state())
+        return controller
+
+    def read(self, name: str) -> Tensor:
+        """A whole fp32 tensor by its canonical name."""
+        shape = self.reader.manifest.tensors[name]
+        return self.reader.read("weight", name, 0, math.prod(shape)).view(shape)
+
+
+def _open_text(config: RunConfig, data: str | None) -> Corpus:
+    section = config.data.model_copy(update={"path": data, "valid_path": None, "tokenizer": None} if data else {})
+    try:
+        return open_corpus(section)
+    except DataError as error:
+        raise DataError(
+            f"an export is checked on held-out text: {error} (or name a prepared dataset with --data)"
+        ) from (error)
+
+
+class Target:
+    """The architecture that is written: names, configuration, and what else lies in the folder."""
+
+    def __init__(self, source: Source, options: ExportOptions):
+        self.source, self.dtype = source, DTYPES[options.dtype]
+        self.architecture = options.format
+        if options.format != "dsmoe":
+            self.architecture = native_host(source.config, options.format)
+        else:
+            self.routing_file = routing_file(source.router)
+
+    @property
+    def is_native(self) -> bool:
+        return self.architecture != "dsmoe"
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which dtype the tensor of that canonical name is written."""
+        return torch.float32 if not self.is_native and ".mlp.router." in name else self.dtype
+
+    def links(self) -> list[Link]:
+        manifest = self.source.reader.manifest
+        shapes = {name: tuple(shape) for name, shape in manifest.tensors.items()}
+        return links(TABLES[self.architecture], self.source.config.model, shapes)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The controller's state that decides routes, by name in the folder."""
+        if self.is_native:
+            return {}
+        controller, router = self.source.controller(), self.source.router
+        layers = [layer for layer, is_moe in enumerate(self.source.config.model.moe_layers()) if is_moe]
+        return {
+            routing_name(layer, name): tensor.to(torch.float32)
+            for place, layer in enumerate(layers)
+            for name, tensor in router.inference_state(controller, place).items()
+        }
+
+    def config_json(self) -> dict[str, Any]:
+        config, tokenizer = self.source.config, self.source.tokenizer
+        end = tokenizer.eod_id if tokenizer is not None else None
+        common = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "transformers_version": metadata.version("transformers"),
+            # A document follows the end of another one: that token begins a text, too.
+            "bos_token_id": end,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        }
+        if self.is_native:
+            return native_config(self.architecture, config) | common
+        return remote_config(config, self.source.router, self.source.options) | common
+
+    def write_code(self, folder: Path) -> None:
+        if self.is_native:
+            return
+        for name in ("configuration_dsmoe.py", "modeling_dsmoe.py"):
+            shutil.copyfile(REMOTE / name, folder / name)
+        shutil.copyfile(self.routing_file, folder / ROUTING_FILE)
+
+
+def routing_file(router: type[Router]) -> Path:
+    """The stand-alone file with which a router decides in an export. Raises `ConversionError` if it has none."""
+    if router.inference_file is not None:
+        if not Path(router.inference_file).is_file():
+            raise ConversionError(f"router {router.name!r}: its inference_file {router.inference_file} is not there")
+        return Path(router.inference_file)
+    if router.__module__.startswith("dsmoe.") and router.name in ROUTINGS:
+        return REMOTE / ROUTING_FILE
+    raise ConversionError(
+        f"router {router.name!r} ({router.__module__}) cannot be exported: it has no stand-alone file that routes "
+        "without dsmoe. Give its class an attribute `inference_file` with the path of a file that defines "
+        "build_routing(config); docs/routers.md says what that returns"
+    )
+
+
+def remote_config(config: RunConfig, router: type[Router], options) -> dict[str, Any]:
+    """config.json of architecture dsmoe, everything explicit."""
+    model = config.model
+    return {
+        "model_type": "dsmoe",
+        "architectures": ["DsmoeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_dsmoe.DsmoeConfig",
+            "AutoModel": "modeling_dsmoe.DsmoeModel",
+            "AutoModelForCausalLM": "modeling_dsmoe.DsmoeForCausalLM",
+        },
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.dense_ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.head_size,
+        "hidden_act": "silu",
+        "mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in model.moe_layers()],
+        "num_experts": model.num_experts,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "expert_rank": router.latent_rank(options),
+        "router": {"name": config.router.name, **options.model_dump(mode="json")},
+        "router_dtype": "float32",
+        "qk_norm": model.qk_layernorm,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "max_position_embeddings": model.sequence_length,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "experts_backend": "auto",
+    }
+
+
+def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
+    """Write a run, or one of its checkpoints, as a Hugging Face model folder.
+
+    Returns:
+        The content of `export_report.json`.
+
+    Raises:
+        DsmoeError: nothing to export, a damaged checkpoint, a model that the format cannot hold, `out` exists, no
+            held-out text; or the result does not compute what the run does. No folder is left then.
+    """
+    shard_size = parse_size(options.max_shard_size)
+    with new_folder(out) as folder:
+        source = Source.open(path, options.data)
+        target = Target(source, options)
+        plan = target.links()
+        weights = _write_weights(target, plan, folder, shard_size)
+        _write_json(folder / "config.json", target.config_json())
+        _write_json(folder / "generation_config.json", _generation_config(source))
+        _write_json(folder / TRAINING_STATE, _training_state(source))
+        target.write_code(folder)
+        if source.tokenizer is not None:
+            write_tokenizer(source.tokenizer, folder, source.config.model.sequence_length)
+        report = {
+            "format_version": 1,
+            "architecture": target.architecture,
+            "dtype": options.dtype,
+            "run": source.run_dir.resolve().name,
+            "step": source.reader.manifest.step,
+            "sequences_trained": source.reader.manifest.samples,
+            "router": source.config.router.name,
+            "weights": weights,
+            **_check(target, folder),
+            "versions": {"dsmoe": __version__}
+            | {p: metadata.version(p) for p in ("torch", "transformers", "tokenizers")},
+        }
+        described = source.corpus.description
+        dataset = described.name if described is not None and not options.data else None
+        metrics = _last_evaluation(source)
+        write_card(folder, source.config, report, dataset, metrics, options.license, options.language)
+        _write_json(folder / REPORT, report)
+    return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A report in a few lines."""
+    weights, parity, held_out = report["weights"], report["parity"], report["held_out"]
+    fp32, half = parity["fp32"], parity.get("bf16")
+    lines = [
+        f"{report['architecture']}, {weights['parameters']:,} parameters in {weights['tensors']} tensors, "
+        f"{weights['files']} file(s), {report['dtype']}",
+        f"held to the run on {parity['tokens']:,} tokens of held-out text, in fp32: logits within "
+        f"{fp32['max_logit_difference']:.1e}, top-1 {fp32['top1_agreement']:.2%}, KL {fp32['kl_divergence']:.1e} nats, "
+        f"{parity['greedy_tokens']} greedy tokens equal",
+    ]
+    if half is not None:
+        flipped = "none recorded" if half["flipped_routes"] is None else f"{half['flipped_routes']:.2%}"
+        lines.append(
+            f"in bf16 beside fp32: flipped routes {flipped}, top-1 {half['top1_agreement']:.2%}, "
+            f"KL {half['kl_divergence']:.1e} nats"
+        )
+    if report["tokenizer"] is not None:
+        lines.append(f"tokenizer: {report['tokenizer']['tokens']:,} tokens encoded alike and decoded back")
+    lines.append(f"experts per token: {held_out['experts_per_token']:.2f}; held-out loss {held_out['loss']:.4f}")
+    return "\n  ".join(lines)
+
+
+def _write_weights(target: Target, plan: list[Link], folder: Path, shard_size: int) -> dict[str, Any]:
+    """Every tensor into shards, a row of the key table at a time; then the files hold what the plan says."""
+    source, buffers = target.source, target.buffers()
+    expected = {name: shape for link in plan for name, shape in link.theirs.items()}
+    expected |= {name: tuple(tensor.shape) for name, tensor in buffers.items()}
+    with ShardWriter(folder, shard_size) as writer:
+        for link in track(plan, len(plan), "weights"):
+            tensors = [source.read(name) for name in link.ours]
+            dtype = target.dtype_of(link.ours[0])
+            for name, tensor in link.to_theirs(tensors).items():
+                writer.add(name, tensor.to(dtype))
+        for name, tensor in buffers.items():
+            writer.add(name, tensor)
+    check_tensors(expected, ShardReader(folder).shapes, str(folder))
+    return {
+        "tensors_of_the_run": sum(len(link.ours) for link in plan),
+        "tensors": len(expected),
+        "parameters": writer.parameters,
+        "bytes": writer.bytes,
+        "files": len(list(folder.glob("*.safetensors"))),
+        "distinct_experts": source.verification.experts,
+    }
+
+
+def _check(target: Target, folder: Path) -> dict[str, Any]:
+    """The gate, and what held-out text shows of the model."""
+    source = target.source
+    config, tokenizer = source.config, source.tokenizer
+    count = sequences_compared(config.model.sequence_length, config.model.vocab_size)
+    batch = heldout(source.corpus, config.model.sequence_length, count)
+    batch = batch.batch(0, len(batch))
+    vocab_size = tokenizer.vocab_size if tokenizer is not None else config.model.vocab_size
+    sample = Sample(batch["tokens"], vocab_size)
+    found: dict[str, Any] = {"tokenizer": None}
+    if tokenizer is not None:
+        texts = [tokenizer.decode(row) for row in batch["tokens"].tolist()]
+        found["tokenizer"] = check_tokenizer(tokenizer, folder, texts)
+    found["parity"], seen = check_parity(source.reader.folder, folder, sample, target.dtype, target.dtype_of)
+    loss = _loss(seen, batch["labels"])
+    size, bytes_per_token = model_size(config), source.corpus.bytes_per_token
+    by_layer = [] if seen.routes is None else seen.routes.sum(-1).double().mean(-1).tolist()
+    mean = sum(by_layer) / len(by_layer) if by_layer else 0.0
+    unused = (config.model.num_experts - mean) * len(by_layer) * size.expert
+    found["held_out"] = {
+        "tokens": sample.tokens.numel(),
+        "loss": loss,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+        "experts_per_token": mean,
+        "experts_per_token_by_layer": by_layer,
+    }
+    found["parameters"] = {
+        "total": size.total,
+        "active_measured": round(size.total - unused),
+        "active_aim": size.active,
+    }
+    return found
+
+
+def _loss(seen: Observation, labels_BS: Tensor) -> float:
+    """Mean nats per token."""
+    losses = [F.cross_entropy(logits.double(), labels) for logits, labels in zip(seen.logits, labels_BS, strict=True)]
+    return torch.stack(losses).mean().item()
+
+
+def _generation_config(source: Source) -> dict[str, Any]:
+    found: dict[str, Any] = {"transformers_version": metadata.version("transformers")}
+    if source.tokenizer is not None:
+        end, ids = source.tokenizer.eod_id, source.tokenizer.vocab_size
+        found |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        if ids < source.config.model.vocab_size:  # rows that fill the embedding up to a round size; no token has them
+            found["suppress_tokens"] = list(range(ids, source.config.model.vocab_size))
+    return found
+
+
+def _training_state(source: Source) -> dict[str, Any]:
+    """What training goes on from and inference has no use for: averages, integrals and loss coefficients too."""
+    manifest, controller = source.reader.manifest, source.controller()
+    state = {} if controller is None else {name: tensor.tolist() for name, tensor in controller.state.items()}
+    return {"step": manifest.step, "samples": manifest.samples, "router": source.router.name, "controller": state}
+
+
+def _last_evaluation(source: Source) -> dict[str, Any] | None:
+    """The line of metrics.jsonl with the last held-out loss up to this checkpoint."""
+    path, step = source.run_dir / "metrics.jsonl", source.reader.manifest.step
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return next((line for line in reversed(lines) if "val_loss" in line and line["step"] <= step), None)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
