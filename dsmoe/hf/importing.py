@@ -309,7 +309,8 @@ def _sample(tokenizer: Tokenizer | None, count: int, length: int, vocab_size: in
     module = Path(argparse.__file__)
     ids = torch.tensor(tokenizer.encode(module.read_text(encoding="utf-8")))
     count = max(1, min(count, len(ids) // length))
-    return Sample(ids[: count * length].view(count, -1), tokenizer.vocab_size), f"source of Python's {module.name}"
+    # Of all rows: transformers' model, as it is read here, may write ids that the tokenizer does not have.
+    return Sample(ids[: count * length].view(count, -1), vocab_size), f"source of Python's {module.name}"
 
 
 @contextlib.contextmanager
