@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+SEQUENCES_AT_ONCE = 8
+
 
 @torch.no_grad()
 def main(folder: str, source: str, target: str, dtype: str, device: str) -> None:

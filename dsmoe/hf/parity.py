@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsmoe.errors import ConversionError
+from dsmoe.hf import observe
+from dsmoe.hf.observe import SEQUENCES_AT_ONCE
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
 from dsmoe.routers.base import Router
 from dsmoe.trained import TrainedModel
 
-OBSERVE = Path(__file__).with_name("observe.py")
+OBSERVE = Path(observe.__file__)
 MAX_LOGIT_DIFFERENCE = 1e-4  # in fp32
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 16
@@ -160,11 +162,13 @@ def _observe(model: LanguageModel, sample: Sample) -> Observation:
         return found
 
     routes: dict[nn.Module, list[Tensor]] = {module: [] for module in model.modules() if isinstance(module, Router)}
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output: routes[module].append(output[1].cpu()))
-        for module in routes
-    ]
-    logits = torch.cat([logits_of(row).cpu() for row in sample.tokens.split(1)])
+
+    def note(module: nn.Module, inputs, output: tuple[Tensor, ...]) -> None:
+        batch = inputs[0].size(1)
+        routes[module].append(output[1].cpu().unflatten(0, (-1, batch)).transpose(0, 1).flatten(0, 1))
+
+    hooks = [module.register_forward_hook(note) for module in routes]
+    logits = torch.cat([logits_of(part).cpu() for part in sample.tokens.split(SEQUENCES_AT_ONCE)])
     for hook in hooks:
         hook.remove()
     tokens = sample.prompt.unsqueeze(0)
