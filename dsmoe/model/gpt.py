@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -24,6 +25,7 @@ from dsmoe.accelerate import rms_norm_class
 from dsmoe.config import ModelConfig
 from dsmoe.model.attention import AnyDeviceRotary, CausalAttention, RecomputedAttentionLayer
 from dsmoe.model.initialize import initialize
+from dsmoe.model.loss import OutputLayer
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.parallel.collectives import sum_over
@@ -78,29 +80,32 @@ class LanguageModel(nn.Module):
             without gradient: "lm" for the language model's loss, and the router's), or logits [B, S, V].
         """
         self.recorder.begin()
-        output = self.gpt(tokens, None, None, labels=labels, padding_mask=padding_mask)
+        weights = None if labels is None else self._label_weights(labels, loss_mask)
+        output = self.gpt(tokens, None, None, labels=labels, loss_mask=weights, padding_mask=padding_mask)
         router_losses = self.recorder.finish()
         if labels is None:
             return output
-        parts = {"lm": self._mean(output, loss_mask), **router_losses}
+        parts = {"lm": output, **router_losses}
         return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 
-    def _mean(self, loss_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
-        """Mean over the labels that count, of all ranks: a mean per rank would weight labels by padding."""
+    def _label_weights(self, labels_BS: Tensor, mask_BS: Tensor | None) -> Tensor:
+        """fp32 [B, S]: a mean over the labels that count, of all ranks; one per rank would weight labels by padding."""
         if mask_BS is None:
-            return loss_BS.mean()
-        mask_BS = mask_BS.to(loss_BS.dtype)
-        everywhere = sum_over(self.groups.dp, mask_BS.sum().detach())
-        return (loss_BS * mask_BS).sum() * (self.groups.dp_size / everywhere.clamp(min=1))
+            return torch.full(labels_BS.shape, 1 / labels_BS.numel(), device=labels_BS.device)
+        mask_BS = mask_BS.float()
+        everywhere = sum_over(self.groups.dp, mask_BS.sum())
+        return mask_BS * (self.groups.dp_size / everywhere.clamp(min=1))
 
 
 class _GPT(GPTModel):
-    """GPTModel with a cross entropy that needs neither tensor parallelism nor CUDA."""
+    """GPTModel that hands labels to its output layer, which needs no tensor of all logits."""
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [B, S], logits [S, B, V] -> fp32 losses [B, S]."""
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.t().flatten(), reduction="none")
-        return losses.view(logits.size(0), logits.size(1)).t()
+    def _postprocess(self, hidden_states: Tensor, *args, labels: Tensor | None = None, loss_mask=None, **kwargs):
+        """With labels the sum of `loss_mask` times each label's loss, fp32; else logits [B, S, V]."""
+        if labels is None:
+            return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, labels=labels, weights=loss_mask)
 
 
 def build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
@@ -115,7 +120,9 @@ def build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
         rotary_base=model.rotary_base,
         pg_collection=groups.for_megatron(),
     )
-    gpt.rotary_pos_emb.__class__ = AnyDeviceRotary  # GPTModel builds its own; only one method differs
+    # GPTModel builds these two itself; each differs in one method.
+    gpt.rotary_pos_emb.__class__ = AnyDeviceRotary
+    gpt.output_layer.__class__ = OutputLayer
     return gpt
 
 

@@ -1,0 +1,91 @@
+"""Cross entropy over a vocabulary without a [T, V] tensor: logits exist for a few rows at a time.
+
+Shapes: T tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK = {"cpu": 1 << 21}  # logits at a time: a few MiB stay in a CPU's cache
+CHUNK_ELSEWHERE = 1 << 27  # an accelerator wants large GEMMs
+
+
+def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+    """sum_t w_t (logsumexp(W x_t) - (W x_t)[label_t]): an fp32 scalar, differentiable in x and W.
+
+    Args:
+        hidden_TH, weight_VH: x and W, of one dtype; logits and softmax are fp32.
+        labels_T: int64 in [0, V).
+        weights_T: fp32 weight of each label, without gradient.
+    """
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, labels_T, weights_T)
+
+
+def plain_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+    """The same with all logits at once: the reference."""
+    logits_TV = F.linear(hidden_TH, weight_VH).float()
+    return (F.cross_entropy(logits_TV, labels_T, reduction="none") * weights_T).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients while it has the logits, in the forward pass; the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+        tokens, vocabulary = len(hidden_TH), len(weight_VH)
+        chunk = max(1, CHUNK.get(hidden_TH.device.type, CHUNK_ELSEWHERE) // vocabulary)
+        learns = any(ctx.needs_input_grad[:2])
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+        if learns:
+            grad_hidden_TH = torch.empty_like(hidden_TH)
+            grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        for low in range(0, tokens, chunk):
+            rows = slice(low, min(low + chunk, tokens))
+            hidden, labels, weights = hidden_TH[rows], labels_T[rows, None], weights_T[rows, None].float()
+            logits = F.linear(hidden, weight_VH).float()
+            probs = logits.softmax(1)
+            # logsumexp from what is there already: max + log sum exp(x - max), and the largest p is 1 / that sum
+            logsumexp = logits.amax(1, keepdim=True) - probs.amax(1, keepdim=True).log()
+            total += ((logsumexp - logits.gather(1, labels)) * weights).sum()
+            if learns:
+                grad_logits = probs.mul_(weights).scatter_add_(1, labels, -weights).to(hidden.dtype)
+                torch.mm(grad_logits, weight_VH, out=grad_hidden_TH[rows])
+                if grad_logits.dtype == torch.float32:
+                    grad_weight_VH.addmm_(grad_logits.t(), hidden)
+                else:
+                    grad_weight_VH += grad_logits.t() @ hidden
+        if learns:
+            ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
+        return (
+            grad_hidden_TH * grad.to(grad_hidden_TH.dtype),
+            grad_weight_VH * grad.to(grad_weight_VH.dtype),
+            None,
+            None,
+        )
+
+
+class OutputLayer(ColumnParallelLinear):
+    """Megatron's output layer, which gives the loss instead of the logits where it gets labels.
+
+    The loss belongs here, not beside it: ZeRO-3 gathers a weight for the module that owns it.
+    """
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, labels: Tensor | None = None, weights=None, **kwargs
+    ):
+        """input_ [S, B, H]; labels and fp32 weights [B, S]. Returns (logits [S, B, V], None) or the loss, a scalar."""
+        if labels is None:
+            return super().forward(input_, weight, **kwargs)
+        matrix = self.weight if weight is None else weight
+        return linear_cross_entropy(input_.flatten(0, 1), matrix, labels.t().flatten(), weights.t().flatten())
