@@ -18,6 +18,9 @@ from dsmoe.model.gpt import LanguageModel
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
 
+# On a CPU. DeepSpeed's 500M elements are a fresh 2-GB buffer in every step, whose pages the kernel must zero, and each
+# gradient is copied there first; one that is larger than the bucket is reduced where it lies.
+SMALL_BUCKETS = {"reduce_bucket_size": 1 << 19}
 EMBEDDINGS = ("word_embeddings.weight", "output_layer.weight")
 
 
@@ -58,6 +61,7 @@ def deepspeed_json(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "overlap_comm": False,
+            **(SMALL_BUCKETS if deepspeed.get_accelerator().device_name() == "cpu" else {}),
             **settings.get("zero_optimization", {}),
             "stage": config.parallel.zero_stage,
             "reduce_scatter": True,
