@@ -182,6 +182,8 @@ def _fresh_folder(partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     for left in partial.parent.glob(f"step_*{files.PARTIAL}"):
         shutil.rmtree(left)
+    for left in partial.parent.glob(".latest.*"):
+        left.unlink()
     partial.mkdir()
 
 
