@@ -17,6 +17,9 @@ def indexed_dataset() -> ModuleType:
     """`megatron.core.datasets.indexed_dataset`: the .bin/.idx format."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import dsmoe.megatron  # noqa: F401  (first)
+
+        # isort: split
         from megatron.core.datasets import indexed_dataset as module
     return module
 
@@ -25,6 +28,9 @@ def gpt_dataset() -> ModuleType:
     """`megatron.core.datasets.gpt_dataset`: documents to samples of one length."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        import dsmoe.megatron  # noqa: F401  (first)
+
+        # isort: split
         from megatron.core.datasets import gpt_dataset as module
     return module
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,3 +383,10 @@ def test_a_flat_tensor_is_a_key_of_the_optimizers_state():
     assert state["step"].dtype == torch.float32 and state["step"].shape == (), (
         "torch.optim.AdamW keeps its step in another form; dsmoe/checkpoint/fragments.py:create_moments makes one"
     )
+
+
+def test_starting_a_process_does_not_load_a_compiler():
+    """Megatron and DeepSpeed call `torch.compile` at import; `dsmoe/megatron.py` keeps that from costing seconds."""
+    script = "import sys, dsmoe.training.run; print('torch._inductor.lowering' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert said.split()[-1] == "False"
