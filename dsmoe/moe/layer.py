@@ -53,4 +53,4 @@ class VariableMoELayer(MoELayer):
         elif latent:
             more["reduce_erH"] = latent[0]
         out_RH, _ = self.experts(rows_RH, plan.routes_per_expert_e, probs_R, **more)
-        return combine(out_RH, plan, hidden_TH.size(0))
+        return combine(out_RH, plan)

@@ -51,7 +51,7 @@ def through_dispatch(hidden_TH, probs_TE, map_TE, group) -> torch.Tensor:
     first = group.rank() * len(counts)
     blocks = zip(rows_RH.split(counts), probs_R.split(counts), strict=True)
     outs = [expert(first + i, rows) * probs.unsqueeze(1) for i, (rows, probs) in enumerate(blocks)]
-    return combine(torch.cat(outs), plan, len(map_TE))
+    return combine(torch.cat(outs), plan)
 
 
 def gradients(out_TH, hidden_TH, probs_TE):
@@ -144,6 +144,25 @@ def test_several_ranks_are_the_loop(simulated, ranks, density):
     for out_TH, case in zip(found, cases, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(out_TH, loop_reference(*case), rtol=1e-12, atol=1e-12)
+
+
+def test_a_token_travels_once_to_each_rank_it_needs(simulated):
+    """Not once for each of a rank's experts."""
+    group, plans = Ranks(2), [None, None]
+    map_TE = torch.zeros(4, EXPERTS, dtype=torch.bool)
+    map_TE[0, :4] = map_TE[1, 3:5] = map_TE[2, 7] = True  # four experts of rank 0; one of each; one of rank 1; none
+
+    def work(rank: int) -> None:
+        plans[rank] = plan_routes(map_TE, group.group(rank))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for plan in plans:
+        assert plan.travel.rows.send == [2, 2] and plan.travel.routes.send == [5, 2]
+        assert plan.travel.token_M.tolist() == [0, 1, 1, 2]
 
 
 def test_reordering_is_undone_by_its_gradient():
