@@ -35,6 +35,7 @@ class ModelConfig(Section):
     norm_epsilon: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
     recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
+    moe_chunks: int = Field(1, ge=1)  # parts a layer's tokens go to the experts in; with recompute bounds their memory
     experts_implementation: Literal["auto", "grouped_mm", "blocked", "loop"] = "auto"  # auto: blocked on a CPU
 
     def moe_layers(self) -> list[bool]:
@@ -121,7 +122,7 @@ class CheckpointConfig(Section):
     interval: int = Field(100, ge=0)  # optimizer steps; 0: only at the end and on a signal
     keep_last: int = Field(2, ge=1)
     keep_every: int = Field(0, ge=0)  # also keep every checkpoint whose step is a multiple of this; 0: none
-    background: bool = False  # write from a copy in host memory while training goes on
+    background: bool = True  # write beside training, from a copy in host memory (12 bytes per parameter of a rank)
 
 
 class LoggingConfig(Section):

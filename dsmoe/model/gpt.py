@@ -194,7 +194,11 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
     return ModuleSpec(
         module=VariableMoELayer,
         # Megatron passes its groups to a MoELayer only where the class is exactly its own, so they come along here.
-        params={"pg_collection": groups.for_megatron(), "recompute": model.recompute != "none"},
+        params={
+            "pg_collection": groups.for_megatron(),
+            "recompute": model.recompute != "none",
+            "chunks": model.moe_chunks,
+        },
         submodules=MoESubmodules(
             router=partial(router_class, options=options),
             experts=experts,

@@ -2,12 +2,16 @@
 
 route -> plan -> [dispatch -> experts -> combine] -> + shared experts
 
-The part in brackets can be recomputed in the backward pass. Routing and its plan stay outside, so a recompute reuses
-the route that was taken: it cannot flip one, and counts and controllers never see a token twice.
+The part in brackets can be done for some of the tokens at a time, and recomputed in the backward pass. Routing and
+plans stay outside, so a recompute reuses the route that was taken: it cannot flip one, and counts and controllers never
+see a token twice.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -20,12 +24,14 @@ class VariableMoELayer(MoELayer):
 
     Args:
         recompute: redo dispatch, experts and combine in the backward pass instead of keeping their activations.
+        chunks: bring the tokens to the experts in that many parts, one after another. With `recompute`, buffers and
+            activations of one part are all that exists at a time, however many routes a rank receives.
         Others: Megatron-Core's. `submodules.experts` builds `dsmoe.moe.experts.GroupedExperts`.
     """
 
-    def __init__(self, *args, recompute: bool = False, **kwargs):
+    def __init__(self, *args, recompute: bool = False, chunks: int = 1, **kwargs):
         super().__init__(*args, **kwargs)
-        self.recompute = recompute
+        self.recompute, self.chunks = recompute, chunks
         self.token_dispatcher = None  # Megatron's sizes its buffers by top-k; `dsmoe.moe.dispatch` does the work
 
     def forward(self, hidden_states: Tensor, intermediate_tensors=None, padding_mask: Tensor | None = None):
@@ -33,17 +39,28 @@ class VariableMoELayer(MoELayer):
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
         probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
-        plan = plan_routes(map_TE, self.ep_group)
         hidden_TH = hidden_states.flatten(0, 1)
-        if self.recompute and self.training:
-            out_TH = checkpoint(
-                self._routed, hidden_TH, probs_TE, plan, *latent, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            out_TH = self._routed(hidden_TH, probs_TE, plan, *latent)
+        outputs = []
+        for part in self._parts(len(hidden_TH)):
+            plan = plan_routes(map_TE[part], self.ep_group)
+            own = [latent[0][part]] if latent and self.router.sends_latents else latent
+            inputs = (hidden_TH[part], probs_TE[part], plan, *own)
+            if self.recompute and self.training:
+                out_TH = checkpoint(self._routed, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out_TH = self._routed(*inputs)
+            outputs.append(out_TH)
+        out_TH = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         output = out_TH.view_as(hidden_states)
         shared = self.shared_experts_compute(hidden_states)
         return (output if shared is None else output + shared), None
+
+    def _parts(self, tokens: int) -> list[slice]:
+        """The same number of parts on every rank, with tokens in them or not: each part is collective."""
+        if self.chunks == 1:
+            return [slice(None)]
+        bounds = [tokens * i // self.chunks for i in range(self.chunks + 1)]
+        return [slice(*ends) for ends in pairwise(bounds)]
 
     def _routed(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
         rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan)

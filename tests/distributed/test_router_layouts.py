@@ -31,7 +31,10 @@ BASE = {"parallel": {"expert_parallel": 1, "zero_stage": 1}}
 LAYOUTS = {
     "EP 2, ZeRO 2": {"parallel": {"expert_parallel": 2, "zero_stage": 2}},
     "EP 4, ZeRO 3": {"parallel": {"expert_parallel": 4, "zero_stage": 3}},
-    "EP 4, ZeRO 1, recompute": {"parallel": {"expert_parallel": 4, "zero_stage": 1}, "model": {"recompute": "full"}},
+    "EP 4, ZeRO 1, recompute, 3 chunks": {
+        "parallel": {"expert_parallel": 4, "zero_stage": 1},
+        "model": {"recompute": "full", "moe_chunks": 3},
+    },
 }
 BF16 = {"parallel": {"expert_parallel": 2, "zero_stage": 2}, "training": {"precision": "bf16"}}
 # These decide from the tokens of one rank, so the number of ranks is part of the method.

@@ -280,6 +280,19 @@ def test_recompute_changes_no_logit_and_no_gradient(groups, recompute):
     assert [name for name in gradients if not torch.equal(gradients[name], expected_gradients[name])] == []
 
 
+@pytest.mark.parametrize("chunks", [2, 7, 1000])
+def test_tokens_in_parts_give_the_same_loss_and_gradients(groups, chunks):
+    results = []
+    for config in (config_of(), config_of(moe_chunks=chunks), config_of(moe_chunks=chunks, recompute="moe")):
+        model = build(config, groups)
+        loss, _ = model(text(config), text(config, seed=1))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_loss_is_the_cross_entropy_and_the_routers_part_comes_on_top(groups):
     config = config_of()
     model = build(config, groups)
