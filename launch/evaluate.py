@@ -9,6 +9,7 @@ python launch/evaluate.py exported/first --tasks my_task --task-dir tasks
 from __future__ import annotations
 
 import argparse
+import os
 
 from dsmoe.command import quiet_libraries, run
 
@@ -25,7 +26,11 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="to compute in (default: as trained or exported)")
     parser.add_argument("--json", metavar="FILE", help="write the result there, too")
     parser.add_argument("--tasks", metavar="NAME,...", help="of the Language Model Evaluation Harness (lm-eval)")
-    parser.add_argument("--task-dir", metavar="FOLDER", help="with YAML files of your own tasks, and their data")
+    parser.add_argument(
+        "--task-dir",
+        metavar="FOLDER",
+        help="with YAML files of your own tasks, and their data; nothing is downloaded then, unless HF_HUB_OFFLINE=0",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="examples of each task (default: all)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code of the model's folder that is not dsmoe's own"
@@ -33,6 +38,8 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = vars(parser.parse_args())
     quiet_libraries()
+    if arguments["task_dir"]:  # read when the libraries are imported; without it they knock at the Hub for minutes
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from dsmoe.evaluate import EvaluationOptions, evaluate, report
 
     model, target, tasks, _ = (arguments.pop(name) for name in ("model", "json", "tasks", "local_rank"))
