@@ -32,6 +32,7 @@ from dsmoe.hf.foreign import ForeignModel, read_foreign
 from dsmoe.hf.parity import Sample, check_parity, compare, observe_folder, observe_run, sequences_compared
 from dsmoe.hf.shards import INDEX, ShardReader, new_folder, track
 from dsmoe.hf.table import Link, check_tensors, links, routing_name
+from dsmoe.hf.tokenizer import PROBES
 from dsmoe.hf.upcycle import ROUTER, Upcycler, UpcyclingOptions
 from dsmoe.model.skeleton import logical_shapes
 from dsmoe.routers import get
@@ -87,6 +88,7 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, A
             "tensors_of_the_run": len(source.shapes),
             "left_out": source.left_out,
             "upcycling": None if source.upcycler is None else source.upcycler.report(),
+            "tokenizer": None if source.tokenizer is None else _compare_tokenizers(source.tokenizer, folder),
             "parity": _parity(source, checkpoint) if options.check else NOT_CHECKED,
         }
         write_atomically(place / REPORT, json.dumps(report, indent=2).encode())
@@ -280,6 +282,22 @@ def _run_config(foreign: ForeignModel, run: Path, options: ImportOptions, tokeni
     if changed:
         raise ConfigError(changed, "--set")
     return config
+
+
+def _compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """Of texts with code, emoji, CJK, leading spaces and line ends: how many get the ids that transformers gives them,
+    and how many come back. Foreign tokenizers may normalize, so both are told and neither is asked for."""
+    from transformers import AutoTokenizer
+
+    ids = [tokenizer.encode(text) for text in PROBES]
+    found: dict[str, Any] = {"texts": len(PROBES)}
+    found["round_trip"] = sum(tokenizer.decode(own) == text for own, text in zip(ids, PROBES, strict=True))
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        encoded = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in PROBES]
+    except Exception as error:  # transformers raises whatever its parts raise
+        return found | {"same_ids_as_transformers": f"not known: {str(error).splitlines()[0][:200]}"}
+    return found | {"same_ids_as_transformers": sum(own == other for own, other in zip(ids, encoded, strict=True))}
 
 
 def _parity(source: Source, checkpoint: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -93,9 +94,8 @@ class ShardWriter:
         self._names.add(name)
         if self._kept and self._kept_bytes + tensor.nbytes > self.max_shard_size:
             self._write()
-        owned = tensor.detach().cpu().contiguous()
-        if owned.untyped_storage().nbytes() > owned.nbytes:  # a view would keep all of its base in memory
-            owned = owned.clone()
+        # A copy: a view would keep all of its base in memory, and safetensors refuses tensors that share theirs.
+        owned = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         self._kept[name] = owned
         self._kept_bytes += owned.nbytes
         self.parameters += owned.numel()

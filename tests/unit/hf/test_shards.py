@@ -60,6 +60,14 @@ def test_a_view_does_not_keep_its_base(tmp_path):
     assert torch.equal(ShardReader(tmp_path).read("3"), torch.arange(12.0, 16.0))
 
 
+def test_one_tensor_under_two_names(tmp_path):
+    """As the one p of all routers of a model."""
+    p = torch.tensor(0.25)
+    write(tmp_path, {"a": p, "b": p})
+    reader = ShardReader(tmp_path)
+    assert reader.read("a") == reader.read("b") == p
+
+
 def test_a_name_that_comes_twice(tmp_path):
     writer = ShardWriter(tmp_path, 100)
     writer.add("a", torch.zeros(2))
