@@ -8,13 +8,14 @@ rank's experts it goes to: M rows leave, P arrive.
 
 and back the same way: what the experts of a rank made of a row is summed before it travels home, and what comes home is
 summed per token, so a token without experts gets exactly 0. On one rank nothing travels: P is T.
-`plan_routes` decides everything about indices and counts once; what it returns is reused when activations are
-recomputed. Its one host synchronisation fetches all split lists together.
+A plan decides everything about indices and counts once, and is reused when activations are recomputed. Its one host
+synchronisation fetches all split lists together; other work can be queued before the host waits for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,61 +55,89 @@ class RoutePlan:
     group: object  # the EP group
 
 
-def plan_routes(map_TE: Tensor, group) -> RoutePlan:
-    """Turn a routing map into indices and split sizes; collective over the EP group.
+class PlanInProgress:
+    """A plan whose sizes are on their way to the host: `finish` waits for them. Collective over the EP group.
 
     Args:
         map_TE: bool, which token uses which expert.
         group: EP group; its rank r owns the experts r * e ... (r + 1) * e - 1.
     """
-    tokens, experts = map_TE.shape
-    ep = group.size()
-    counts_E = map_TE.sum(0)
-    if ep == 1:
-        (routes,) = counts_E.sum().view(1).tolist()  # the one host sync
-        place_N = _places(map_TE.t(), routes)
+
+    def __init__(self, map_TE: Tensor, group):
+        tokens, experts = map_TE.shape
+        self.map_TE, self.group, self.ep = map_TE, group, group.size()
+        self.reach_TP = map_TE.view(tokens, self.ep, experts // self.ep).any(2)  # which token goes to which rank
+        # For each rank, routes to each of its experts and, last, rows.
+        sent = torch.cat((map_TE.sum(0).view(self.ep, -1), self.reach_TP.sum(0).unsqueeze(1)), dim=1)
+        self.received = all_to_all_counts(sent, group)
+        both = torch.stack((sent, self.received))
+        self.sizes = _HostCopy(torch.stack((both[..., :-1].sum(2), both[..., -1])))
+
+    def finish(self) -> RoutePlan:
+        """The plan. Its sizes are known to the host from here on, so nothing in it asks the device again."""
+        (routes_to, routes_from), (rows_to, rows_from) = self.sizes.tolist()
+        tokens, experts = self.map_TE.shape
+        place_N = _places(self.map_TE, sum(routes_to))
         token_N = place_N % max(tokens, 1)
-        return RoutePlan(tokens, _flat(place_N, token_N, map_TE), token_N, counts_E, None, group)
+        expert_N = place_N // max(tokens, 1)
+        flat_N = token_N * experts + expert_N
+        if self.ep == 1:
+            return RoutePlan(tokens, flat_N, token_N, self.received[0, :-1], None, self.group)
 
-    reach_TP = map_TE.view(tokens, ep, experts // ep).any(2)  # which token goes to which rank
-    sent = torch.cat((counts_E.view(ep, -1), reach_TP.sum(0).unsqueeze(1)), dim=1)
-    received = all_to_all_counts(sent, group)
-    sizes = torch.stack((sent[:, :-1].sum(1), received[:, :-1].sum(1), sent[:, -1], received[:, -1]))
-    routes_to, routes_from, rows_to, rows_from = sizes.tolist()  # the one host sync
-    # The sizes are known by now, so nothing below asks the device again.
-    place_N = _places(map_TE.t(), sum(routes_to))
-    token_N = place_N % max(tokens, 1)
-    # A route names its row by the row's place among those that go to the same rank.
-    row_TP = reach_TP.cumsum(0) - 1
-    owner_N = place_N // max(tokens, 1) // (experts // ep)
-    row_N = row_TP.flatten().index_select(0, token_N * ep + owner_N).to(torch.int32)
-    row_R = all_to_all_rows(row_N, routes_to, routes_from, group)
-    first_P = received[:, -1].cumsum(0) - received[:, -1]
-    row_R = row_R + torch.repeat_interleave(first_P, received[:, :-1].sum(1), output_size=sum(routes_from))
-    expert_order = _by_expert(received[:, :-1], sum(routes_from))
-    source_order = torch.empty_like(expert_order)
-    source_order[expert_order] = torch.arange(sum(routes_from), device=expert_order.device)
-    travel = Travel(
-        token_M=_places(reach_TP.t(), sum(rows_to)) % max(tokens, 1),
-        rows=Splits(rows_to, rows_from),
-        routes=Splits(routes_to, routes_from),
-        expert_order_R=expert_order,
-        source_order_R=source_order,
-        received=sum(rows_from),
-    )
-    row_R = row_R.index_select(0, expert_order)
-    return RoutePlan(tokens, _flat(place_N, token_N, map_TE), row_R, received[:, :-1].sum(0), travel, group)
+        # A route names its row by the row's place among those that go to the same rank.
+        row_TP = self.reach_TP.cumsum(0) - 1
+        own_N = row_TP.flatten().index_select(0, token_N * self.ep + expert_N // (experts // self.ep))
+        row_R = all_to_all_rows(own_N.to(torch.int32), routes_to, routes_from, self.group)
+        counts, rows_P = self.received[:, :-1], self.received[:, -1]
+        row_R = row_R + torch.repeat_interleave(rows_P.cumsum(0) - rows_P, counts.sum(1), output_size=sum(routes_from))
+        expert_order = _by_expert(counts, sum(routes_from))
+        source_order = torch.empty_like(expert_order)
+        source_order[expert_order] = torch.arange(sum(routes_from), device=expert_order.device)
+        travel = Travel(
+            token_M=_places(self.reach_TP, sum(rows_to)) % max(tokens, 1),
+            rows=Splits(rows_to, rows_from),
+            routes=Splits(routes_to, routes_from),
+            expert_order_R=expert_order,
+            source_order_R=source_order,
+            received=sum(rows_from),
+        )
+        return RoutePlan(tokens, flat_N, row_R.index_select(0, expert_order), counts.sum(0), travel, self.group)
 
 
-def _places(map_XT: Tensor, count: int) -> Tensor:
-    """int64 [count], where a bool map is true, in the order of its flattened elements."""
-    return torch.nonzero_static(map_XT.reshape(-1), size=count).squeeze(1)
+def plan_routes(map_TE: Tensor, group) -> RoutePlan:
+    """Turn a routing map into indices and split sizes, at once."""
+    return PlanInProgress(map_TE, group).finish()
 
 
-def _flat(place_N: Tensor, token_N: Tensor, map_TE: Tensor) -> Tensor:
-    """Places in the [E, T] map as places in [T, E]."""
-    tokens, experts = map_TE.shape
-    return token_N * experts + place_N // max(tokens, 1)
+class _HostCopy:
+    """A small tensor on its way to the host: from a GPU through pinned memory on a stream of its own, so that the host
+    waits for these numbers and for nothing that was queued after them."""
+
+    def __init__(self, values: Tensor):
+        self.values, self.arrived = values, None
+        if values.device.type == "cuda":
+            stream = _side_stream(values.device)
+            stream.wait_stream(torch.cuda.current_stream(values.device))
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            with torch.cuda.stream(stream):
+                self.values.copy_(values, non_blocking=True)
+            values.record_stream(stream)
+            self.arrived = stream.record_event()
+
+    def tolist(self) -> list:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _places(map_TX: Tensor, count: int) -> Tensor:
+    """int64 [count]: x * T + t of every true (t, x), ordered by x, then t."""
+    return torch.nonzero_static(map_TX.t().reshape(-1), size=count).squeeze(1)
 
 
 def _by_expert(counts: Tensor, total: int) -> Tensor:

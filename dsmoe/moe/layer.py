@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe.moe.dispatch import RoutePlan, combine, dispatch, dispatch_latents, plan_routes
+from dsmoe.moe.dispatch import PlanInProgress, RoutePlan, combine, dispatch, dispatch_latents
 
 
 class VariableMoELayer(MoELayer):
@@ -40,19 +40,19 @@ class VariableMoELayer(MoELayer):
             padding_mask = padding_mask.transpose(0, 1).bool()
         probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
         hidden_TH = hidden_states.flatten(0, 1)
+        parts = self._parts(len(hidden_TH))
+        plans = [PlanInProgress(map_TE[part], self.ep_group) for part in parts]
+        shared = self.shared_experts_compute(hidden_states)  # runs while the plans' sizes travel to the host
         outputs = []
-        for part in self._parts(len(hidden_TH)):
-            plan = plan_routes(map_TE[part], self.ep_group)
+        for part, started in zip(parts, plans, strict=True):
             own = [latent[0][part]] if latent and self.router.sends_latents else latent
-            inputs = (hidden_TH[part], probs_TE[part], plan, *own)
+            inputs = (hidden_TH[part], probs_TE[part], started.finish(), *own)
             if self.recompute and self.training:
                 out_TH = checkpoint(self._routed, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 out_TH = self._routed(*inputs)
             outputs.append(out_TH)
-        out_TH = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        output = out_TH.view_as(hidden_states)
-        shared = self.shared_experts_compute(hidden_states)
+        output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(hidden_states)
         return (output if shared is None else output + shared), None
 
     def _parts(self, tokens: int) -> list[slice]:

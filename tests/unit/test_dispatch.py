@@ -78,6 +78,14 @@ def test_one_rank_is_the_loop(tokens, density):
         assert_same(through_dispatch(*case, ALONE), loop_reference(*case), case)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("density", DENSITIES)
+def test_one_gpu_is_the_loop(density):
+    hidden_TH, probs_TE, map_TE = (x.detach().cuda() for x in random_case(0, 17, density))
+    case = hidden_TH.requires_grad_(), probs_TE.requires_grad_(), map_TE
+    assert_same(through_dispatch(*case, ALONE), loop_reference(*(x.cpu() for x in case)).cuda(), case)
+
+
 def test_experts_without_tokens_and_one_that_has_all():
     for used in ([0], [7], [2, 3]):
         hidden_TH, probs_TE, map_TE = random_case(0, 9, 1.0)
