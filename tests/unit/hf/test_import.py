@@ -6,9 +6,12 @@ tests/end_to_end/test_import.py but for one case.
 
 from __future__ import annotations
 
+import functools
 import json
+import weakref
 
 import pytest
+import tokenizers
 import torch
 import transformers
 import yaml
@@ -16,12 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from dsmoe.checkpoint.load import CheckpointReader
 from dsmoe.checkpoint.verify import verify_checkpoint
+from dsmoe.checkpoint.write import write_weights
 from dsmoe.config import load_config, validate_config
+from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.errors import CheckpointError, ConfigError, ConversionError, DsmoeError
+from dsmoe.hf import importing
 from dsmoe.hf.export import remote_config
 from dsmoe.hf.importing import REPORT, ImportOptions, import_model
 from dsmoe.hf.native import native_config
-from dsmoe.hf.shards import SINGLE, ShardWriter
+from dsmoe.hf.shards import SINGLE, ShardReader, ShardWriter
 from dsmoe.hf.table import TABLES, links, routing_name
 from dsmoe.hf.upcycle import UpcyclingOptions
 from dsmoe.model.gpt import LanguageModel
@@ -144,6 +150,67 @@ def test_bf16_weights_are_carried_over_bit_for_bit(groups, tmp_path):
     expected = model.state_dict()["model.layers.1.mlp.experts.gate_up_proj"].float()
     for expert in range(4):
         assert torch.equal(trained[f"gpt.decoder.layers.1.mlp.experts.{expert}.gate_up_proj"], expected[expert])
+
+
+def add_tokenizer(folder, words: int) -> None:
+    """A byte-level tokenizer.json of 256 bytes, some words and the end of a text."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=257 + words, special_tokens=["<end>"], initial_alphabet=library.pre_tokenizer.alphabet()
+    )
+    library.train_from_iterator(["the router of the experts"] * 9, trainer)
+    library.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_a_tokenizer_comes_along(groups, tmp_path):
+    config = CONFIGS["olmoe"]()
+    config.vocab_size = 264
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "hf")
+    add_tokenizer(tmp_path / "hf", 4)
+    report = import_model(tmp_path / "hf", tmp_path / "run", UNCHECKED)
+    probes = report["tokenizer"]["texts"]
+    assert probes > 20
+    assert report["tokenizer"] == {"texts": probes, "round_trip": probes, "same_ids_as_transformers": probes}
+    config = load_config(tmp_path / "run" / "config.yaml", routers=option_classes())
+    assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
+    assert Tokenizer.load(tmp_path / "run").sha256 == Tokenizer.load(tmp_path / "hf").sha256
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_of_another_model(groups, tmp_path):
+    saved("olmoe", tmp_path / "hf")  # 64 rows
+    add_tokenizer(tmp_path / "hf", 0)
+    with pytest.raises(ConversionError, match="257 ids, more than the model's embedding .64."):
+        import_model(tmp_path / "hf", tmp_path / "run", UNCHECKED)
+
+
+@pytest.mark.parametrize("original", [True, False], ids=["hub names", "packed"])
+def test_weights_pass_through_a_row_at_a_time(groups, tmp_path, monkeypatch, original):
+    """Two rows of what was read are in memory, this one and the last; files have the size that they may have."""
+    saved("mixtral", tmp_path / "hf", original)
+    alive, most = [0], [0]
+
+    def free(size: int) -> None:
+        alive[0] -= size
+
+    def read(self, name: str):
+        tensor = read_as_is(self, name)
+        alive[0] += tensor.nbytes
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(tensor, free, tensor.nbytes)
+        return tensor
+
+    read_as_is = ShardReader.read
+    monkeypatch.setattr(ShardReader, "read", read)
+    monkeypatch.setattr(importing, "write_weights", functools.partial(write_weights, file_size=20_000))
+    import_model(tmp_path / "hf", tmp_path / "run", UNCHECKED)
+    embedding, gate_up = 64 * 32 * 4, 2 * 16 * 32 * 4  # bytes, of one expert
+    assert 0 < most[0] <= 2 * max(embedding, gate_up * (1 if original else 4))
+    sizes = [path.stat().st_size for path in (tmp_path / "run" / "checkpoints").glob("*/rank_*.safetensors")]
+    assert len(sizes) > 5 and max(sizes) < 20_000 + 5_000  # and a header
 
 
 # Round trips: our model out, and in again.
