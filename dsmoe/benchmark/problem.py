@@ -28,6 +28,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRACES = Path(__file__).with_name("traces")
 
 
+def mistake(line: str) -> ConfigError:
+    """The error for a benchmark that cannot be."""
+    return ConfigError([line], "the benchmark's command line")
+
+
 @dataclass(frozen=True)
 class Problem:
     """`tokens` are those of all `ranks` together. `load`: balanced, real, or PERCENT:EXPERTS such as 30:4."""
@@ -48,14 +53,14 @@ class Problem:
         """Raise `ConfigError` for sizes that cannot be measured."""
         for name in ("experts", "tokens", "hidden", "ffn", "k", "ranks"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: found {getattr(self, name)}, expected at least 1")
+                raise mistake(f"{name}: found {getattr(self, name)}, expected at least 1")
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype: found {self.dtype!r}, expected {' or '.join(DTYPES)}")
+            raise mistake(f"dtype: found {self.dtype!r}, expected {' or '.join(DTYPES)}")
         if self.k > self.experts:
-            raise ConfigError(f"k: found {self.k}, expected at most the number of experts ({self.experts})")
+            raise mistake(f"k: found {self.k}, expected at most the number of experts ({self.experts})")
         for name in ("experts", "tokens"):
             if getattr(self, name) % self.ranks:
-                raise ConfigError(f"{name}: found {getattr(self, name)}, expected a multiple of ranks ({self.ranks})")
+                raise mistake(f"{name}: found {getattr(self, name)}, expected a multiple of ranks ({self.ranks})")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -102,7 +107,7 @@ def parse_skew(text: str) -> tuple[float, int]:
     except ValueError:
         share, experts = -1.0, 0
     if not 0 < share < 1 or experts < 1:
-        raise ConfigError(f"load: found {text!r}, expected balanced, real or PERCENT:EXPERTS such as 30:4")
+        raise mistake(f"load: found {text!r}, expected balanced, real or PERCENT:EXPERTS such as 30:4")
     return share, experts
 
 
@@ -110,12 +115,12 @@ def check_load(problem: Problem) -> None:
     """Raise `ConfigError` where no set of routes has that load."""
     quotas = quotas_of(problem)
     if quotas.max() > problem.tokens:
-        raise ConfigError(
+        raise mistake(
             f"load {problem.load}: one expert would get {quotas.max()} routes, expected at most one for each of the "
             f"{problem.tokens} tokens. Spread the load over more experts"
         )
     if quotas.min() < 0:
-        raise ConfigError(f"load {problem.load}: more hot experts than the {problem.experts} there are")
+        raise mistake(f"load {problem.load}: more hot experts than the {problem.experts} there are")
 
 
 def quotas_of(problem: Problem) -> np.ndarray:
@@ -185,7 +190,7 @@ def routing_map(problem: Problem, variable: bool) -> Tensor:
             other = draw.integers(len(expert_R))
             expert_R[place], expert_R[other] = expert_R[other], expert_R[place]
     else:
-        raise ConfigError(f"load {problem.load}: found no routes of {k} different experts a token with it")
+        raise mistake(f"load {problem.load}: found no routes of {k} different experts a token with it")
     found = torch.zeros(tokens, experts, dtype=torch.bool)
     found[torch.from_numpy(token_R), torch.from_numpy(expert_R)] = True
     return found

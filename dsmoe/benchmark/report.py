@@ -104,9 +104,9 @@ def _layer_table(rows: list[dict]) -> Table:
 
 def _table(first: str, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True, min_width=max(6, len(column)))
     return table
 
 
@@ -128,3 +128,21 @@ def _ratio(row: dict | None) -> str:
     if row is None:
         return ""
     return "[red]error[/]" if "error" in row else f"{row['over_limit']:.2f}"
+
+
+def show_steps(title: str, rows: list[dict], console: Console) -> None:
+    """A table of whole training steps; the share is of what the matrix products alone would allow."""
+    limit = next((row["tokens_per_second"] for row in rows if row["kind"] == "matmuls" and "error" not in row), None)
+    console.print(f"[bold]{title}[/]")
+    table = _table("training step", "tokens/s", "of matmuls", "forward", "backward", "optimizer", "mean k")
+    for row in rows:
+        if "error" in row:
+            continue
+        share = f"{row['tokens_per_second'] / limit:.0%}" if limit else ""
+        stages = [row["stage_seconds"].get(name) for name in ("forward", "backward", "optimizer")]
+        shown = ["" if value is None else f"{1e3 * value:.0f} ms" for value in stages]
+        table.add_row(row["name"], f"{row['tokens_per_second']:.0f}", share, *shown, f"{row['mean_experts']:.2f}")
+    console.print(table)
+    for row in rows:
+        if "error" in row:
+            console.print(f"[red]{row['name']}[/]: {escape(row['error'])}\n")
