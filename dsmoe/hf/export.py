@@ -29,11 +29,11 @@ from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError
 from dsmoe.hf.card import write_card
 from dsmoe.hf.native import native_config, native_host
-from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared
+from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared, tokens_compared
 from dsmoe.hf.remote.routing_dsmoe import ROUTINGS
 from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, track
 from dsmoe.hf.table import TABLES, Link, check_tensors, links, routing_name
-from dsmoe.hf.tokenizer import check_tokenizer, write_tokenizer
+from dsmoe.hf.tokenizer import check_tokenizer, encode_alike, write_tokenizer
 from dsmoe.model.size import model_size
 from dsmoe.routers import get
 from dsmoe.routers.base import Router
@@ -92,7 +92,7 @@ class Source:
         present = any((run_dir / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer.load(run_dir) if present else None
         corpus = _open_text(config, data)
-        if tokenizer is not None and corpus.tokenizer is not None and corpus.tokenizer.sha256 != tokenizer.sha256:
+        if tokenizer is not None and corpus.tokenizer is not None and not encode_alike(tokenizer, corpus.tokenizer):
             raise DataError(f"{data or config.data.path} was made with another tokenizer than the run {run_dir}")
         corpus.check_vocabulary(config.model.vocab_size)
         return cls(reader, verification, config, get(config.router.name), tokenizer, corpus, run_dir)
@@ -331,9 +331,9 @@ def _check(target: Target, folder: Path) -> dict[str, Any]:
     """The gate, and what held-out text shows of the model."""
     source = target.source
     config, tokenizer = source.config, source.tokenizer
-    count = sequences_compared(config.model.sequence_length, config.model.vocab_size)
-    batch = heldout(source.corpus, config.model.sequence_length, count)
-    batch = batch.batch(0, len(batch))
+    length = min(config.model.sequence_length, tokens_compared(config.model.vocab_size))
+    held = heldout(source.corpus, length, sequences_compared(length, config.model.vocab_size))
+    batch = held.batch(0, len(held))
     vocab_size = tokenizer.vocab_size if tokenizer is not None else config.model.vocab_size
     sample = Sample(batch["tokens"], vocab_size)
     found: dict[str, Any] = {"tokenizer": None}

@@ -58,7 +58,12 @@ class Sample:
 
 def sequences_compared(sequence_length: int, vocab_size: int) -> int:
     """How many sequences a `Sample` should have: enough to see something, few enough to keep all logits."""
-    return max(1, min(TOKENS_COMPARED, LOGITS_KEPT // vocab_size) // sequence_length)
+    return max(1, tokens_compared(vocab_size) // sequence_length)
+
+
+def tokens_compared(vocab_size: int) -> int:
+    """How many tokens a `Sample` may have in all."""
+    return max(PROMPT_TOKENS, min(TOKENS_COMPARED, LOGITS_KEPT // vocab_size))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dsmoe.data.tokenizer import TRAINING_OPTIONS, Tokenizer
 from dsmoe.errors import ConversionError
-from dsmoe.hf.tokenizer import PROBES, check_tokenizer, write_tokenizer
+from dsmoe.hf.tokenizer import PROBES, check_tokenizer, encode_alike, write_tokenizer
 
 # Real code, cut into documents, and a little of what code seldom has.
 SOURCE = Path(argparse.__file__).read_text(encoding="utf-8")
@@ -72,6 +72,7 @@ def test_the_export_is_a_tokenizer_of_dsmoe_again(tokenizer, folder):
     """Through tokenizer.json, as an import reads it, and written once more."""
     again = Tokenizer.load(folder)
     assert again.package == "tokenizers" and again.eod_id == tokenizer.eod_id
+    assert encode_alike(again, tokenizer) and encode_alike(tokenizer, tokenizer)
     for text in (*PROBES, *CORPUS[:20]):
         assert again.encode(text) == tokenizer.encode(text)
     write_tokenizer(again, folder, 128)
@@ -103,6 +104,7 @@ def other_model(tmp_path, **options) -> Tokenizer:
 def test_a_model_that_begins_every_text_with_a_space(tmp_path):
     """As those of LLaMA and Mixtral do."""
     tokenizer = other_model(tmp_path, add_dummy_prefix=True)
+    assert not encode_alike(tokenizer, other_model(tmp_path))
     (tmp_path / "out").mkdir()
     write_tokenizer(tokenizer, tmp_path / "out", 128)
     assert check_tokenizer(tokenizer, tmp_path / "out", CORPUS[:20])["texts"] > len(PROBES)
