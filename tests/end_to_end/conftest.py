@@ -1,12 +1,14 @@
-"""A tiny corpus and configuration, prepared once with the real commands, in a folder with a space in its name."""
+"""A tiny corpus and configuration, prepared once with the real commands, in a folder with a space in its name; and two
+runs on it that several tests look at and none changes."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import python, run
+from commands import TRAIN, Result, python, run, torchrun
 
 TOPICS = ("router", "expert", "token", "expert parallel rank", "gradient", "checkpoint", "tokenizer", "controller")
 
@@ -50,3 +52,24 @@ def config(place, corpus) -> Path:
     path = place / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture(scope="session")
+def alone(place, config) -> tuple[Path, Result]:
+    """Six steps in plain Python, one process: no launcher, no MPI library, no C++ compiler."""
+    run_dir = place / "runs" / "alone"
+    bare = {"PATH": str(place / "no programs"), "TORCH_EXTENSIONS_DIR": str(place / "extensions"), "CXX": ""}
+    result = run(python(TRAIN, "--config", str(config), f"logging.run_dir={run_dir}"), environment=bare)
+    assert result.code == 0, result.output
+    assert not (place / "extensions").exists() or not os.listdir(place / "extensions")
+    return run_dir, result
+
+
+@pytest.fixture(scope="session")
+def of_two(place, config) -> Path:
+    """Three of the six steps in two processes that share the experts."""
+    run_dir = place / "runs" / "of two"
+    options = ["training.stop_at=3", "parallel.expert_parallel=2", "parallel.zero_stage=2"]
+    result = run(torchrun(2, TRAIN, "--config", str(config), f"logging.run_dir={run_dir}", *options))
+    assert result.code == 0, result.output
+    return run_dir

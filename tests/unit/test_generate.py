@@ -101,3 +101,13 @@ def test_the_window_slides_by_halves(size):
         assert 0 < length - start <= size and start % max(1, size // 2) == 0
         assert start == 0 if length <= size else length - start > size - max(1, size // 2)
     assert starts == sorted(starts)
+
+
+def test_temperature_zero_ignores_the_seed_and_others_do_not(groups):
+    generator = Generator(build(groups, "topk"), SimpleNamespace(vocab_size=VOCABULARY, eod_id=VOCABULARY))
+
+    def written(temperature: float, seed: int) -> list[int]:
+        return list(generator.ids(text(5), Sampling(tokens=12, temperature=temperature, seed=seed)))
+
+    assert written(0, 1) == written(0, 2)
+    assert written(1.0, 1) == written(1.0, 1) != written(1.0, 2)

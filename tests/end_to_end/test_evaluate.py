@@ -1,0 +1,45 @@
+"""launch/evaluate.py: training's own numbers, whatever reads the weights - one process, two, or transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import metrics, python, run, torchrun
+
+EVALUATE = "launch/evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def expected(of_two) -> dict:
+    """What the last evaluation of training found, on two processes that share the experts."""
+    return {name: value for name, value in metrics(of_two)[-1].items() if name.startswith("val_")}
+
+
+def check(command: list[str], target: Path, expected: dict) -> None:
+    result = run([*command, "--json", str(target)])
+    assert result.code == 0, result.output
+    assert "val_bpb" in result.output and "WARNING" not in result.output
+    found = json.loads(target.read_text())
+    assert {"val_loss", "val_ppl", "val_bpb", "val_experts_per_token_by_layer"} <= expected.keys() <= found.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=2e-6), name
+    assert found["sequences"] == 6 and found["sequence_length"] == 32
+
+
+def test_a_run_in_one_process(of_two, expected, tmp_path):
+    check(python(EVALUATE, str(of_two)), tmp_path / "results" / "run.json", expected)
+
+
+def test_a_checkpoint_in_two_processes(of_two, expected, tmp_path):
+    """In the second round the second process has no sequence left, and takes part all the same."""
+    folder = of_two / "checkpoints" / "step_00000003"
+    check(torchrun(2, EVALUATE, str(folder), "--batch-size", "2"), tmp_path / "run.json", expected)
+
+
+def test_an_export(of_two, expected, corpus, tmp_path):
+    made = run(python("tools/convert_checkpoint.py", "export", str(of_two), str(tmp_path / "export")))
+    assert made.code == 0, made.output
+    options = ["--data", str(corpus), "--sequences", "6"]
+    check(python(EVALUATE, str(tmp_path / "export"), *options), tmp_path / "export.json", expected)
