@@ -157,6 +157,10 @@ def test_a_mistake_names_field_value_and_expectation(tree, expected):
             "model.hidden_size: found 260, expected a multiple of model.num_attention_heads (8)",
         ),
         (
+            {"model": {"hidden_size": 260, "kv_channels": 7}},  # heads need not share out the hidden size
+            "model.kv_channels: found 7, expected an even size, for rotary embedding",
+        ),
+        (
             {"model": {"hidden_size": 24, "num_attention_heads": 8}},
             "model.hidden_size: found 24, heads of size 3, expected heads of an even size, for rotary embedding",
         ),

@@ -19,6 +19,7 @@ from dsmoe.model.attention import CausalAttention
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors, parameter_pieces
 from dsmoe.model.size import model_size
+from dsmoe.model.skeleton import logical_shapes
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 
@@ -86,6 +87,13 @@ def test_model_size_is_that_of_the_built_model(groups, variant, router):
 def used_by(config) -> float:
     options = get(config.router.name).Options.model_validate(config.router.options)
     return options.mean_experts(config.model)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_are_known_without_the_model(groups, variant):
+    config = config_of(**VARIANTS[variant])
+    built = {name: tuple(tensor.shape) for name, tensor in logical_tensors(build(config, groups))}
+    assert logical_shapes(config.model, config.router) == built
 
 
 @pytest.mark.parametrize("variant", ["plain", "all of it"])
