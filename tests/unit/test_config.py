@@ -433,8 +433,6 @@ def test_a_file_that_cannot_be_read(tmp_path):
 # --- what a YAML file or a plugin can bring that nobody expects ------------------------------------------------------
 
 
-
-
 class OptionsWithoutDefault(Section):
     table: str
 
