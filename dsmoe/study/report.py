@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 from dataclasses import asdict, dataclass
-from math import inf
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -90,7 +89,7 @@ def insert_tables(page: Path, tables: dict[str, str]) -> Path:
 
 
 def to_table(plan: Plan, outcomes: list[Outcome], corpus: str) -> str:
-    """The Markdown table of one corpus."""
+    """The Markdown table of one corpus, without the variants of which no run has finished."""
     here = [outcome for outcome in outcomes if outcome.cell.corpus == corpus]
     losses = {
         variant.name: [o.result.val_loss for o in here if o.cell.variant == variant.name and o.result is not None]
@@ -98,15 +97,15 @@ def to_table(plan: Plan, outcomes: list[Outcome], corpus: str) -> str:
     }
     headings = [heading.format(baseline=plan.baseline) for heading in HEADINGS]
     text = f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}\n"
-    for name in sorted(losses, key=lambda name: mean(losses[name] or [inf])):
+    for name in sorted(filter(losses.get, losses), key=lambda name: mean(losses[name])):
         text += f"| {' | '.join(_row(plan, here, name))} |\n"
     return text
 
 
 def to_density_table(outcomes: list[Outcome], corpus: str) -> str:
     """The Markdown table of all runs of one corpus that aim at a density; empty where none does."""
-    rows = ""
-    for outcome in outcomes:
+    rows, places = "", {name: place for place, name in enumerate(dict.fromkeys(o.cell.variant for o in outcomes))}
+    for outcome in sorted(outcomes, key=lambda outcome: places[outcome.cell.variant]):  # a variant's seeds together
         result = outcome.result
         if outcome.cell.corpus == corpus and result is not None and result.target_density is not None:
             rows += f"| {outcome.cell.variant} | {outcome.cell.seed} | {result.target_density:g} | "
@@ -131,8 +130,6 @@ def to_missing(outcomes: list[Outcome]) -> str:
 def _row(plan: Plan, outcomes: list[Outcome], variant: str) -> list[str]:
     found = {outcome.cell.seed: outcome.result for outcome in outcomes if outcome.cell.variant == variant}
     results = {seed: result for seed, result in found.items() if result is not None}
-    if not results:
-        return [variant, "", f"0 of {len(found)}", *["" for _ in HEADINGS[3:]]]
     base = {
         outcome.cell.seed: outcome.result
         for outcome in outcomes

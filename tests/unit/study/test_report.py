@@ -53,7 +53,7 @@ def test_missing_and_failed_runs_are_listed(plan_file, tmp_path):
 def test_nothing_run_yet(plan_file, tmp_path):
     plan = load_plan(plan_file)
     outcomes = read_outcomes(plan, tmp_path / "out")
-    assert cells_of(to_table(plan, outcomes, "letters"), "topk")[2] == "0 of 2"
+    assert len(to_table(plan, outcomes, "letters").splitlines()) == 2  # the headings
     assert "- topk on letters, seed 1: not run" in to_missing(outcomes)
 
 
