@@ -213,7 +213,8 @@ class _SwiGLUExperts(torch.autograd.Function):
 
 def _multiply(left_BK: Tensor, weight_eKN: Tensor, block: list[Segment], out_BN: Tensor) -> None:
     """out = left times each row's expert's matrix, for the rows of a block; in the dtype of `left`."""
-    if len(block) > 4 and weight_eKN.dtype == left_BK.dtype:
+    aligned = all(size * weight_eKN.element_size() % 16 == 0 for size in weight_eKN.shape[1:])
+    if len(block) > 4 and aligned and weight_eKN.dtype == left_BK.dtype:
         experts = slice(block[0].expert, block[-1].expert + 1)
         counts = [0] * (experts.stop - experts.start)
         for s in block:

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
+from dsmoe.errors import ConfigError
 from dsmoe.moe.blocked import swiglu_experts
 from dsmoe.parallel.groups import mark_expert_parameter
 
@@ -43,6 +45,22 @@ def loop_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
     return torch.cat([F.linear(block, weight) for block, weight in zip(blocks, weight_eNK.unbind(0), strict=True)])
 
 
+def _implementation(asked: str, config) -> str:
+    """What "auto" means here. Raises `ConfigError` for widths that `grouped_mm` cannot take."""
+    chosen = asked
+    if asked == "auto":
+        chosen = "blocked" if get_accelerator().device_name() == "cpu" else "grouped_mm"
+    wrong = [
+        f"model.{name}: found {width}, expected a multiple of 8 (grouped_mm wants rows of a multiple of 16 bytes, "
+        f"in bf16 too), or model.experts_implementation=loop"
+        for name, width in (("hidden_size", config.hidden_size), ("moe_ffn_hidden_size", config.moe_ffn_hidden_size))
+        if width % 8
+    ]
+    if chosen == "grouped_mm" and wrong:
+        raise ConfigError(wrong, "the configuration")
+    return chosen
+
+
 class GroupedExperts(AutoEPMoELayer):
     """This rank's experts: `gate_up_proj` [e, 2F, H] (gate first) and `down_proj` [e, H, F], no biases.
 
@@ -53,6 +71,9 @@ class GroupedExperts(AutoEPMoELayer):
         config: Megatron's TransformerConfig, for E, H and F.
         pg_collection: its `ep` is the expert-parallel group.
         implementation: "grouped_mm", "blocked" (CPU only), "loop", or "auto": blocked on a CPU, else grouped_mm.
+
+    Raises:
+        ConfigError: widths that `grouped_mm` cannot take.
     """
 
     def __init__(
@@ -61,8 +82,8 @@ class GroupedExperts(AutoEPMoELayer):
         nn.Module.__init__(self)  # not AutoEP's constructor, which converts a Hugging Face block
         self.num_experts = config.num_moe_experts
         self.num_local_experts = num_local_experts
-        self.implementation = implementation
-        self.linear = loop_linear if implementation == "loop" else grouped_linear
+        self.implementation = _implementation(implementation, config)
+        self.linear = loop_linear if self.implementation == "loop" else grouped_linear
         self._create_weights(num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
         for parameter in self.parameters():
             mark_expert_parameter(parameter, pg_collection.ep, pg_collection.ep.rank() * num_local_experts)
@@ -76,14 +97,11 @@ class GroupedExperts(AutoEPMoELayer):
 
     def forward(self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor) -> tuple[Tensor, None]:
         """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide."""
-        if self._blocked(rows_RH):
+        if self.implementation == "blocked":
             return self._in_blocks([(rows_RH, self.gate_up_proj)], routes_per_expert_e, probs_R), None
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         gate, up = self.linear(rows_RH, self.gate_up_proj, ends).chunk(2, dim=-1)
         return self._down(gate, up, probs_R, ends), None
-
-    def _blocked(self, rows: Tensor) -> bool:
-        return self.implementation == "blocked" or (self.implementation == "auto" and rows.device.type == "cpu")
 
     def _in_blocks(self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor) -> Tensor:
         return swiglu_experts(projections, self.down_proj, probs_R, counts_e.tolist())  # on a CPU nothing waits
@@ -119,7 +137,7 @@ class LowRankExperts(GroupedExperts):
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         if latents_Rr is None:
             latents_Rr = self.linear(rows_RH, reduce_erH, ends)
-        if self._blocked(rows_RH):
+        if self.implementation == "blocked":
             projections = [(latents_Rr, self.gate_proj), (rows_RH, self.up_proj)]
             return self._in_blocks(projections, routes_per_expert_e, probs_R), None
         gate = self.linear(latents_Rr, self.gate_proj, ends)

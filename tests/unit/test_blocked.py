@@ -62,6 +62,18 @@ def test_blocks_are_the_loop(counts, dtype, low_rank, threads):
     assert torch.get_num_threads() == threads
 
 
+def test_widths_that_a_grouped_gemm_refuses():
+    """It wants rows of a multiple of 16 bytes."""
+    counts, generator = [1] * 8, torch.Generator().manual_seed(0)
+    shapes = [(8, HIDDEN), (8, 12, HIDDEN), (8, HIDDEN, 6), (8,)]
+    rows, gate_up, down, probs = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    found = blocked.swiglu_experts([(rows, gate_up)], down, probs, counts)
+    expected = reference(counts, (rows, gate_up), down=down, probs=probs)
+    torch.testing.assert_close(found, expected)
+    here, there = (torch.autograd.grad(out.sum(), (rows, gate_up, down, probs)) for out in (found, expected))
+    torch.testing.assert_close(here, there)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_every_row_is_in_one_task_and_no_thread_shares_a_weight_gradient(counts, threads):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsmoe.errors import ConfigError
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts, grouped_linear, loop_linear
 
 HIDDEN, FFN, RANK = 16, 24, 8
@@ -104,3 +105,9 @@ def assert_same_gradients(found, expected, inputs) -> None:
     for one, other in zip(here, there, strict=True):
         other = torch.zeros_like(one) if other is None else other
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # sums of up to 24 x 16 terms around 10
+
+
+def test_a_width_that_grouped_mm_cannot_take_is_refused_before_work_starts():
+    odd = SimpleNamespace(num_moe_experts=4, hidden_size=HIDDEN, moe_ffn_hidden_size=6)
+    with pytest.raises(ConfigError, match=r"moe_ffn_hidden_size: found 6, expected a multiple of 8"):
+        GroupedExperts(4, odd, pg_collection=SimpleNamespace(ep=ALONE), implementation="grouped_mm")
