@@ -12,7 +12,7 @@ VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test gpu-test gpu-benchmark clean
+.PHONY: help setup quickstart test gpu-test benchmark gpu-benchmark clean
 
 help: ## say what can be made
 	@echo 'make TARGET, where TARGET is one of'
@@ -30,12 +30,13 @@ test: setup ## run the tests (those that need a GPU are skipped without one)
 gpu-test: setup ## run only the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
 
+benchmark: setup ## measure an MoE layer and whole training steps on this machine (an hour or two; ARGS=--quick: minutes)
+	$(VENV_PYTHON) tools/benchmark_moe.py --json runs/benchmark/layer.json $(ARGS)
+	$(VENV_PYTHON) tools/benchmark_moe.py --step --json runs/benchmark/step.json $(ARGS)
+
 gpu-benchmark: setup ## measure an MoE layer on this machine's GPU
-	@if [ -f tools/benchmark_moe.py ]; then \
-	    $(VENV_PYTHON) tools/benchmark_moe.py $(ARGS); \
-	else \
-	    echo 'There is no tools/benchmark_moe.py in this checkout yet, so nothing was measured.'; \
-	fi
+	$(VENV_PYTHON) tools/benchmark_moe.py --require-gpu --tokens 8192 --hidden 2048 --ffn 4096 --experts 8,64 --dtype bf16 \
+	    --ranks 1 --json runs/benchmark/gpu.json $(ARGS)
 
 clean: ## remove .venv and all that was built; data/ and runs/ stay
 	rm -rf .venv build dist .pytest_cache dsmoe.egg-info

@@ -20,6 +20,13 @@ from dsmoe.command import run
 
 def main() -> int:
     arguments = parse()
+    if arguments.require_gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            from dsmoe.benchmark.problem import mistake
+
+            raise mistake("--require-gpu: found no CUDA device, expected one")
 
     from rich.console import Console
 
@@ -47,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", default=256, **number, help="H (default: 256)")
     parser.add_argument("--ffn", default=512, **number, help="F (default: 512)")
     parser.add_argument("--k", default=2, **number, help="mean experts of a token (default: 2)")
+    parser.add_argument("--require-gpu", action="store_true", help="refuse to measure a CPU")
     parser.add_argument("--no-huge-pages", action="store_true", help="leave CPU tensors on small pages")
     layer = parser.add_argument_group("of a layer")
     layer.add_argument("--dtype", type=_words, metavar="D,...", help="default: fp32,bf16")

@@ -44,6 +44,7 @@ def _commit() -> str | None:
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:
     """Numbers that are none become null, so that any JSON reader takes the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".partial")
     unfinished.write_text(json.dumps(_plain(tree), indent=1, allow_nan=False) + "\n")
     unfinished.rename(path)

@@ -302,8 +302,10 @@ KINDS = {"dsmoe": dsmoe_step, "autoep": autoep_step, "transformers": transformer
 
 
 def main() -> None:
+    from dsmoe.benchmark.worker import end_with_parent
     from dsmoe.command import quiet_libraries
 
+    end_with_parent()
     quiet_libraries()
     job, reply = StepJob.load(Path(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w")
 

@@ -31,8 +31,8 @@ def peer_jobs(base: StepJob, ranks: int = 2) -> list[StepJob]:
     return [
         replace(base, name="matmuls alone", kind="matmuls"),
         replace(base, name="transformers grouped_mm", kind="transformers"),
-        replace(base, name=f"DeepSpeed AutoEP, EP={ranks}", kind="autoep", ranks=ranks),
-        replace(base, name=f"dsmoe, EP={ranks}", kind="dsmoe", ranks=ranks),
+        replace(base, name=f"DeepSpeed AutoEP EP={ranks}", kind="autoep", ranks=ranks),
+        replace(base, name=f"dsmoe EP={ranks}", kind="dsmoe", ranks=ranks),
     ]
 
 
@@ -46,9 +46,7 @@ def router_jobs(base: StepJob, ranks: int = 2) -> list[StepJob]:
 
 def growth_jobs(base: StepJob, experts: Iterable[int], ranks: int = 2) -> list[StepJob]:
     """More experts at the same active compute."""
-    return [
-        replace(base, name=f"dsmoe, {count} experts", kind="dsmoe", ranks=ranks, experts=count) for count in experts
-    ]
+    return [replace(base, name=f"dsmoe {count} experts", kind="dsmoe", ranks=ranks, experts=count) for count in experts]
 
 
 class StepProcesses:
@@ -57,7 +55,7 @@ class StepProcesses:
     def __init__(self, job: StepJob, folder: Path, huge_pages: bool = True):
         self.job = job
         self.error: str | None = None
-        description = folder / f"{job.name.replace(' ', '_').replace(',', '')}.json"
+        description = folder / f"{job.name.replace(' ', '_')}.json"
         job.save(description)
         port, threads = free_port(), max(1, cores() // job.ranks)
         self.ranks = []

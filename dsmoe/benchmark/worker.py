@@ -6,7 +6,9 @@ are built, warmed up and then timed in turn; counters and memory come after all 
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import statistics
 import sys
 import traceback
@@ -235,9 +237,16 @@ def _difference(outputs: dict[str, Tensor], name: str) -> float | None:
     return largest([(outputs[name].float() - reference.float()).abs().max().item() / scale])[0]
 
 
+def end_with_parent() -> None:
+    """Have the kernel end this process when the one that started it is gone, however it went (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> None:
     from dsmoe.command import quiet_libraries
 
+    end_with_parent()
     quiet_libraries()
     job = Job.load(Path(sys.argv[1]))
     from dsmoe.benchmark.cases import World
