@@ -86,6 +86,29 @@ def test_every_row_is_in_one_task_and_no_thread_shares_a_weight_gradient(counts,
     assert sum(map(len, keys)) == len(set().union(*keys))
 
 
+def test_gradient_memory_is_used_again_once_nobody_holds_it():
+    memory, like = blocked.GradientMemory(), torch.zeros(4, 8)
+    first = memory.empty_like(like)
+    place, view = first.data_ptr(), first[1].view(2, 4).detach()
+    second = memory.empty_like(like)
+    assert second.data_ptr() != place
+    del first
+    assert memory.empty_like(like).data_ptr() not in (place, second.data_ptr()), "a view holds it"
+    del view
+    again = memory.empty_like(like)
+    assert again.data_ptr() == place and again.shape == like.shape and again.is_contiguous()
+
+
+def test_gradients_accumulate_over_backward_passes():
+    """The gradient of the first pass is memory that the second must not write to."""
+    counts = [9, 0, 8]
+    rows, gate_up, down, probs = tensors(counts, torch.float32, low_rank=False)
+    for _ in range(3):
+        blocked.swiglu_experts([(rows, gate_up)], down, probs, counts).sum().backward()
+    expected = torch.autograd.grad(reference(counts, (rows, gate_up), down=down, probs=probs).sum(), (gate_up, down))
+    torch.testing.assert_close((gate_up.grad, down.grad), tuple(3 * gradient for gradient in expected))
+
+
 def test_an_expert_with_most_rows_is_shared_by_threads():
     assert len(blocked.split_work([1000, 1, 1], threads=2, block=8)) >= 4
     assert len(blocked.split_work([1000], threads=1, block=8)) == 1
