@@ -96,7 +96,11 @@ def measure_layer(arguments: argparse.Namespace, tree: dict, console) -> None:
         for load in loads:
             check_load(job.problem.with_load(load))
     tree["layer"] = []
-    for job in jobs:
+    for number, job in enumerate(jobs, 1):
+        problem = job.problem
+        console.print(
+            f"[dim]{number}/{len(jobs)}: {problem.experts} experts, {problem.dtype}, EP={problem.ranks} ...[/]"
+        )
         rows = run_job(job, huge_pages=not arguments.no_huge_pages)
         tree["layer"] += rows
         show_rows(rows, console)

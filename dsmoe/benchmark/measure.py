@@ -86,7 +86,7 @@ class Timings:
 
 def interleave(
     cases: list[Case], budget: float, least: int = 7, most: int = 50, warm_up: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.perf_counter, patience: float = 20.0,
 ) -> Timings:  # fmt: skip
     """Time all cases round by round, each round starting with another case, so that a machine that drifts or is
     disturbed hurts all of them alike. Every rank must call it with the same cases.
@@ -94,6 +94,7 @@ def interleave(
     Args:
         budget: seconds after which no round begins, once there are `least`.
         warm_up: rounds before the first that counts.
+        patience: seconds in all after which a case that has 3 rounds takes part in no more.
     """
     own: dict[str, list[float]] = {case.name: [] for case in cases}
     order: list[str] = []
@@ -101,8 +102,10 @@ def interleave(
     for number in range(most + warm_up):
         if number >= least + warm_up and largest([clock() - began])[0] > budget:
             break
-        turn = number % max(1, len(cases))
-        for case in cases[turn:] + cases[:turn]:
+        spent = largest([sum(own[case.name]) for case in cases])
+        going = [c for c, seconds in zip(cases, spent, strict=True) if len(own[c.name]) < 3 or seconds < patience]
+        turn = number % max(1, len(going))
+        for case in going[turn:] + going[:turn]:
             case.clear()
             barrier()
             start = clock()
@@ -115,9 +118,7 @@ def interleave(
             if number >= warm_up:
                 own[case.name].append(seconds)
                 order.append(case.name)
-    slowest = largest([value for case in cases for value in own[case.name]])
-    rounds = len(slowest) // max(1, len(cases))
-    found = {case.name: slowest[i * rounds : (i + 1) * rounds] for i, case in enumerate(cases)}
+    found = {case.name: largest(own[case.name]) for case in cases}
     return Timings(found, order)
 
 

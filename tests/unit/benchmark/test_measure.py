@@ -40,6 +40,13 @@ def test_the_budget_ends_the_rounds():
     assert 19 <= len(found.seconds["a"]) <= 21
 
 
+def test_a_very_slow_case_stops_after_three_rounds():
+    clock = [0.0]
+    cases = [sleeping("quick", clock, 1.0), sleeping("slow", clock, 15.0)]
+    found = interleave(cases, budget=0, least=7, warm_up=1, clock=lambda: clock[0])
+    assert (len(found.seconds["quick"]), len(found.seconds["slow"])) == (7, 3)
+
+
 def test_peak_counts_what_is_alive_at_once_and_not_what_was_there():
     size = 32 << 20
     before = torch.ones(size, dtype=torch.uint8)  # noqa: F841  (must not count)
