@@ -82,7 +82,7 @@ def start_processes(timeout_minutes: float = 30) -> None:
             "WORLD_SIZE": "1",
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _free_port(),
+            "MASTER_PORT": free_port(),
         }
         for name, value in alone.items():
             os.environ.setdefault(name, value)
@@ -98,7 +98,7 @@ def start_processes(timeout_minutes: float = 30) -> None:
         ) from error
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
