@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsmoe.benchmark.problem import Problem
 from dsmoe.benchmark.worker import Job
-from dsmoe.parallel.groups import free_port as free_port
+from dsmoe.parallel.groups import free_port
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 

@@ -19,7 +19,7 @@ import psutil
 
 from dsmoe.benchmark.jobs import cores, rank_environment
 from dsmoe.benchmark.step import StepJob
-from dsmoe.parallel.groups import free_port as free_port
+from dsmoe.parallel.groups import free_port
 
 COPIES = (
     6  # of all parameters that training holds: weights, gradients, both moments, the optimizer's copy, working space

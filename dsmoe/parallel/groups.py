@@ -99,6 +99,7 @@ def start_processes(timeout_minutes: float = 30) -> None:
 
 
 def free_port() -> str:
+    """A TCP port of this host that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
