@@ -43,8 +43,6 @@ def config_of(router: str, stage: int, options: dict | None = None, **sections):
     return tiny_config(router=ROUTERS[router] | (options or {}), training=training, parallel=parallel, **sections)
 
 
-
-
 @once
 def one_step_by_coefficient(stage: int) -> dict:
     cases = {

@@ -1,6 +1,6 @@
 """A router outside dsmoe: sigmoid gates over one threshold that moves until k experts per token are active on average.
 
-    s = sigmoid(x W);  gate_e = s_e where s_e > c, else 0;  c += rate * (density - k / E) after each optimizer step
+s = sigmoid(x W);  gate_e = s_e where s_e > c, else 0;  c += rate * (density - k / E) after each optimizer step
 """
 
 import torch
