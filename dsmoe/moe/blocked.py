@@ -256,15 +256,19 @@ class GradientMemory:
         known.append(fresh.untyped_storage())
         return fresh
 
+    def release(self) -> None:
+        """Give everything back."""
+        self._storages.clear()
 
-_gradients = GradientMemory()
+
+gradient_memory = GradientMemory()
 
 
 class _WeightGradient:
     """Gradient [e, N, K] of a packed weight, summed block by block; each (expert, part) by one thread."""
 
     def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype):
-        self.result = _gradients.empty_like(weight)
+        self.result = gradient_memory.empty_like(weight)
         self.experts = self.result.unbind(0)
         for expert, count in zip(self.experts, counts, strict=True):
             if count == 0:
