@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dsmoe.command import run
@@ -133,7 +134,9 @@ def measure_steps(arguments: argparse.Namespace, tree: dict, console) -> None:
         chosen = [job for job in jobs if any(part in job.name.lower() for part in wanted)]
         if not chosen:
             continue
-        rows = run_steps(chosen, arguments.rounds or (3 if quick else 7), huge_pages=not arguments.no_huge_pages)
+        if arguments.no_huge_pages:
+            chosen = [replace(job, huge_pages=False) for job in chosen]
+        rows = run_steps(chosen, arguments.rounds or (3 if quick else 7))
         tree["step"][title] = rows
         show_steps(title, rows, console)
         if arguments.json:

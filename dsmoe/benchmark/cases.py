@@ -20,7 +20,7 @@ from dsmoe.benchmark.measure import Case
 from dsmoe.benchmark.problem import GAIN, Gate, Problem, routing_map
 from dsmoe.config import ModelConfig
 from dsmoe.model.gpt import transformer_config
-from dsmoe.moe import dispatch
+from dsmoe.moe import blocked, dispatch
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.parallel.groups import ParallelGroups
@@ -92,6 +92,50 @@ def limit_cases(world: World) -> list[Case]:
     if problem.dtype == "bf16" and world.device == "cpu":  # a CPU without bf16 instructions is faster in fp32
         cases.append(dense(torch.float32, "dense SwiGLU in fp32"))
     return [*cases, Case("copy", "limit", lambda: [target.copy_(source)], [], [])]
+
+
+def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:
+    """The experts' matrix products alone, as torch does them: for each expert with rows the six of a forward and
+    backward pass, into memory that is there, every thread with experts of its own. No activation, gather or sum: what
+    no layer of these experts can undercut on this torch, however it is written."""
+    layer = build_layer(world, "topk")
+    hidden, _ = inputs
+    layer.router.recorder.begin()
+    with torch.no_grad():
+        probs_TE, map_TE = layer.router(hidden.transpose(0, 1))[:2]
+        plan = dispatch.plan_routes(map_TE, layer.ep_group)
+        rows_RH, _ = dispatch.dispatch(hidden.flatten(0, 1), probs_TE, plan)
+    layer.router.recorder.finish()
+    layer.router.recorder.take()
+    gate_up, down = world.gate_up_proj.detach(), world.down_proj.detach()
+    counts = plan.routes_per_expert_e.tolist()
+    h_RF = rows_RH.new_ones(len(rows_RH), 2 * world.problem.ffn)
+    inner_RF = rows_RH.new_ones(len(rows_RH), world.problem.ffn)
+    grad_inner_RF = torch.empty_like(inner_RF)
+    out_RH, grad_gate_up, grad_down = torch.empty_like(rows_RH), torch.empty_like(gate_up), torch.empty_like(down)
+
+    def forward(task: blocked.Task) -> None:
+        for segment in (segment for block in task for segment in block):
+            rows, expert = segment.rows, segment.expert
+            torch.mm(rows_RH[rows], gate_up[expert].t(), out=h_RF[rows])
+            torch.mm(inner_RF[rows], down[expert].t(), out=out_RH[rows])
+
+    def backward(task: blocked.Task) -> None:
+        for segment in (segment for block in task for segment in block):
+            rows, expert = segment.rows, segment.expert
+            torch.mm(out_RH[rows], down[expert], out=grad_inner_RF[rows])
+            torch.mm(out_RH[rows].t(), inner_RF[rows], out=grad_down[expert])
+            torch.mm(h_RF[rows], gate_up[expert], out=out_RH[rows])
+            torch.mm(h_RF[rows].t(), rows_RH[rows], out=grad_gate_up[expert])
+
+    def products() -> list[Tensor]:
+        with torch.no_grad():
+            tasks = blocked.split_work(counts, torch.get_num_threads(), blocked.BLOCK)
+            blocked.run_tasks(forward, tasks)
+            blocked.run_tasks(backward, tasks)
+        return []
+
+    return Case("experts' products alone", "limit", products, [], [])
 
 
 def router_options(name: str, problem: Problem) -> dict:

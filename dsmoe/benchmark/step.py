@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEARNING_RATE = 1e-8  # so small that routes stay where they were set; the arithmetic of AdamW is the same
@@ -26,7 +27,8 @@ LEARNING_RATE = 1e-8  # so small that routes stay where they were set; the arith
 
 @dataclass(frozen=True)
 class StepJob:
-    """One model. `kind`: dsmoe, autoep, transformers, or matmuls: its matrix products alone."""
+    """One model. `kind`: dsmoe, autoep, transformers, or matmuls (and attention): its matrix products alone.
+    `huge_pages`: whether its CPU tensors lie on huge pages, which dsmoe sees to itself and no peer does."""
 
     name: str
     kind: str
@@ -41,6 +43,7 @@ class StepJob:
     sequence: int = 256
     sequences: int = 16  # over all ranks
     k: int = 2
+    huge_pages: bool = True
 
     def check(self) -> None:
         """Raise `ConfigError` for sizes that cannot be measured."""
@@ -267,7 +270,8 @@ def transformers_step(job: StepJob, rank: int) -> Step:
 
 
 def matmuls_step(job: StepJob, rank: int) -> Step:
-    """The products of all linear layers, forward and both of the backward pass, into memory that is there already.
+    """The products of all linear layers, forward and both of the backward pass, into memory that is there already; and,
+    as a stage of its own, torch's attention, which no model here replaces.
 
     An expert's rows count as if all were one expert's: no layout of the same work multiplies less.
     """
@@ -284,6 +288,9 @@ def matmuls_step(job: StepJob, rank: int) -> Step:
     for rows, inner, outer, times in shapes:
         x, w, y = (torch.randn(shape, device=device) for shape in ((rows, inner), (outer, inner), (rows, outer)))
         work.append((x, w, y, torch.empty_like(x), torch.empty_like(w), torch.empty_like(y), times))
+    heads = (job.sequences, job.heads, job.sequence, job.hidden // job.heads)
+    query, key, value = (torch.randn(heads, device=device, requires_grad=True) for _ in range(3))
+    grad = torch.randn(heads, device=device)
 
     def step() -> dict[str, float]:
         watch = Stopwatch()
@@ -293,12 +300,20 @@ def matmuls_step(job: StepJob, rank: int) -> Step:
                 torch.mm(y, w, out=dx)
                 torch.mm(y.t(), x, out=dw)
         watch.mark("matmuls")
+        if job.kind == "matmuls and attention":
+            for _ in range(job.layers):
+                out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+                torch.autograd.grad(out, (query, key, value), grad)
+            watch.mark("attention")
         return watch.seconds
 
     return step
 
 
-KINDS = {"dsmoe": dsmoe_step, "autoep": autoep_step, "transformers": transformers_step, "matmuls": matmuls_step}
+KINDS = {
+    "dsmoe": dsmoe_step, "autoep": autoep_step, "transformers": transformers_step, "matmuls": matmuls_step,
+    "matmuls and attention": matmuls_step,
+}  # fmt: skip
 
 
 def main() -> None:

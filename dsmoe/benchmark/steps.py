@@ -27,11 +27,17 @@ COPIES = (
 
 
 def peer_jobs(base: StepJob, ranks: int = 2) -> list[StepJob]:
-    """dsmoe beside the same model under AutoEP and in plain transformers, and its matrix products alone."""
-    return [
-        replace(base, name="matmuls alone", kind="matmuls"),
+    """dsmoe beside the same model under AutoEP and in plain transformers, each peer on small pages, as its users get
+    it, and on dsmoe's huge ones; and the model's matrix products alone."""
+    peers = [
         replace(base, name="transformers grouped_mm", kind="transformers"),
         replace(base, name=f"DeepSpeed AutoEP EP={ranks}", kind="autoep", ranks=ranks),
+    ]
+    return [
+        replace(base, name="matmuls alone", kind="matmuls"),
+        replace(base, name="matmuls and attention", kind="matmuls and attention"),
+        *(replace(peer, huge_pages=False) for peer in peers),
+        *(replace(peer, name=f"{peer.name}, huge pages") for peer in peers),
         replace(base, name=f"dsmoe EP={ranks}", kind="dsmoe", ranks=ranks),
     ]
 
@@ -52,7 +58,7 @@ def growth_jobs(base: StepJob, experts: Iterable[int], ranks: int = 2) -> list[S
 class StepProcesses:
     """The ranks of one model, waiting for their turn."""
 
-    def __init__(self, job: StepJob, folder: Path, huge_pages: bool = True):
+    def __init__(self, job: StepJob, folder: Path):
         self.job = job
         self.error: str | None = None
         description = folder / f"{job.name.replace(' ', '_')}.json"
@@ -64,7 +70,7 @@ class StepProcesses:
             with description.with_suffix(f".{rank}.log").open("w") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "dsmoe.benchmark.step", str(description), str(write)], text=True,
-                    env=rank_environment(rank, job.ranks, port, threads, huge_pages), pass_fds=[write],
+                    env=rank_environment(rank, job.ranks, port, threads, job.huge_pages), pass_fds=[write],
                     stdin=subprocess.PIPE, stdout=log, stderr=log,
                 )  # fmt: skip
             os.close(write)
@@ -111,9 +117,7 @@ class StepProcesses:
             replies.close()
 
 
-def run_steps(
-    jobs: list[StepJob], rounds: int = 7, huge_pages: bool = True, deadline: float = 900
-) -> list[dict[str, Any]]:
+def run_steps(jobs: list[StepJob], rounds: int = 7, deadline: float = 900) -> list[dict[str, Any]]:
     """A row for each job: medians over `rounds` turns of tokens per second and seconds by stage; or its error.
 
     A model that would not fit into the free memory beside those before it is not started.
@@ -124,10 +128,10 @@ def run_steps(
         try:
             for job in jobs:
                 need, free = 4 * COPIES * job.parameters(), psutil.virtual_memory().available
-                if job.kind != "matmuls" and need > free:
+                if not job.kind.startswith("matmuls") and need > free:
                     rows[job.name]["error"] = f"needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
                     continue
-                model = StepProcesses(job, Path(folder), huge_pages)
+                model = StepProcesses(job, Path(folder))
                 running.append(model)
                 if model.answers(deadline):
                     model.step(deadline)  # AdamW makes its moments in the first step

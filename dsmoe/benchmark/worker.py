@@ -115,6 +115,12 @@ def measure(job: Job, world) -> list[dict[str, Any]]:
         problem = job.problem.with_load(load)
         inputs = {variable: world.inputs(load, variable) for variable in (False, True)}
         good, outputs = cases.limit_cases(world), {}
+        if world.device == "cpu" and job.problem.dtype == "fp32":
+            found, error = _agreed(partial(cases.products_case, world, inputs[False]))
+            if error:
+                rows.append({"name": "experts' products alone", "kind": "limit", "load": load, "error": error})
+            else:
+                good.append(found)
         for entry in entries:
             found, error = _agreed(partial(_warmed, entry, inputs[entry.variable]))
             if error:
@@ -200,7 +206,7 @@ def time_row(case: Case, seconds: list[float], problem: Problem, limit: dict[str
         "name": case.name, "kind": case.kind, "rounds": len(seconds), "median_ms": 1e3 * middle,
         "fastest_ms": 1e3 * min(seconds), "slowest_ms": 1e3 * max(seconds),
     }  # fmt: skip
-    if case.kind in ("peer", "ours"):
+    if case.kind in ("peer", "ours") or case.name == "experts' products alone":
         row["over_limit"] = middle / limit["seconds"]
         row["flops_per_second"] = problem.expert_flops() / middle
         mean = case.mean_experts()

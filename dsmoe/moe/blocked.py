@@ -83,7 +83,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="experts")
 
 
-def _run(work: Callable[[Task], None], tasks: list[Task]) -> None:
+def run_tasks(work: Callable[[Task], None], tasks: list[Task]) -> None:
     """All tasks, on as many threads as torch may use; torch itself gets one thread in each of them."""
     threads = min(torch.get_num_threads(), len(tasks))
     if threads <= 1:
@@ -164,7 +164,7 @@ class _SwiGLUExperts(torch.autograd.Function):
                     h_RF[low:high] = h
                     out_RH[low:high] = out
 
-        _run(work, split_work(counts, torch.get_num_threads(), BLOCK))
+        run_tasks(work, split_work(counts, torch.get_num_threads(), BLOCK))
         ctx.counts = counts
         ctx.save_for_backward(h_RF, probs_R, down_eHF, *flat)
         return out_RH
@@ -206,7 +206,7 @@ class _SwiGLUExperts(torch.autograd.Function):
                     _multiply(grad_h[:, where], weight, block, grad_rows_[low:high])
                     to.add(block, grad_h[:, where], source[low:high].to(wide))
 
-        _run(work, tasks)
+        run_tasks(work, tasks)
         found = [x for pair in zip(grad_rows, (to.finish() for to in others), strict=True) for x in pair]
         return None, grad_probs_R, down.finish(), *found
 

@@ -23,7 +23,8 @@ def layer(tmp_path_factory):
 def test_layer_on_two_ranks_has_every_row(layer):
     output, found = layer
     routers = {"topk", "topk_bias", "relu", "top_p", "dtop_p", "expert_threshold", "aoe", "routing_free"}
-    names = {"dense SwiGLU", "copy", "DeepSpeed AutoEP", "DeepSpeed MoE", *(f"dsmoe {name}" for name in routers)}
+    names = {"dense SwiGLU", "copy", "experts' products alone", "DeepSpeed AutoEP", "DeepSpeed MoE"}
+    names |= {f"dsmoe {name}" for name in routers}
     names |= {"route", "plan + dispatch", "experts", "combine"}
     names |= {"dsmoe aoe, latents recomputed", "dsmoe routing_free, latents recomputed"}
     assert [row for row in found["layer"] if "error" in row] == []
@@ -55,7 +56,8 @@ def test_steps_of_all_models(tmp_path):
     rows = {row["name"]: row for rows in found.values() for row in rows}
     assert [row for row in rows.values() if "error" in row] == []
     assert set(rows) == {
-        "matmuls alone", "transformers grouped_mm", "DeepSpeed AutoEP EP=2", "dsmoe EP=2", "dsmoe relu",
+        "matmuls alone", "matmuls and attention", "dsmoe EP=2", "dsmoe relu", "transformers grouped_mm",
+        "transformers grouped_mm, huge pages", "DeepSpeed AutoEP EP=2", "DeepSpeed AutoEP EP=2, huge pages",
     }  # fmt: skip
     for row in rows.values():
         assert row["rounds"] == 2 and row["tokens_per_second"] == pytest.approx(64 / row["seconds"])

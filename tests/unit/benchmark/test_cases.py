@@ -90,7 +90,7 @@ def test_rows_of_a_job_are_complete(groups):
     world = World(job.problem, groups, "cpu")
     rows = measure(job, world)
     limits, parts = [case.name for case in limit_cases(world)], ["route", "plan + dispatch", "experts", "combine"]
-    expected = {*limits, *entries_of_names(world, job), *parts}
+    expected = {*limits, "experts' products alone", *entries_of_names(world, job), *parts}
     for load in job.loads:
         assert {row["name"] for row in rows if row["load"] == load} == expected
     assert [row for row in rows if "error" in row] == []
