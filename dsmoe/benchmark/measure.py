@@ -129,7 +129,7 @@ def peak_growth(case: Case) -> int:
 
     On CUDA torch's allocator counts. On a CPU it is the kernel's count of this process's resident pages (VmHWM, reset
     before the run), which sees every thread and library; small blocks are mapped one by one meanwhile, so that what
-    is freed is given back at once, and pages are small, so that what is counted was touched. The smaller of two runs
+    is freed is given back at once, and pages are small, so that what is counted was touched. The smallest of four runs
     counts: a library's first use of a buffer of its own is not the layer's.
     """
     case.clear()
@@ -145,7 +145,7 @@ def peak_growth(case: Case) -> int:
     libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
     try:
         _run_and_drop(case)
-        return min(_resident_growth(case, libc) for _ in range(2))
+        return min(_resident_growth(case, libc) for _ in range(4))
     finally:
         libc.prctl(41, 0, 0, 0, 0)
 

@@ -36,6 +36,7 @@ class ModelConfig(Section):
     init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
     recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
     moe_chunks: int = Field(1, ge=1)  # parts a layer's tokens go to the experts in; with recompute bounds their memory
+    moe_exchange_dtype: Literal["model", "bf16"] = "model"  # of rows between ranks; bf16 halves an fp32 model's traffic
     experts_implementation: Literal["auto", "grouped_mm", "blocked", "loop"] = "auto"  # auto: blocked on a CPU
 
     def moe_layers(self) -> list[bool]:

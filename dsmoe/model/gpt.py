@@ -198,6 +198,7 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
             "pg_collection": groups.for_megatron(),
             "recompute": model.recompute != "none",
             "chunks": model.moe_chunks,
+            "exchange_dtype": {"model": None, "bf16": torch.bfloat16}[model.moe_exchange_dtype],
         },
         submodules=MoESubmodules(
             router=partial(router_class, options=options),

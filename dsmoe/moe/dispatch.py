@@ -166,12 +166,17 @@ class _Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-def dispatch(hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan) -> tuple[Tensor, Tensor]:
-    """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by expert."""
+def dispatch(
+    hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by expert.
+
+    exchange_dtype: of rows and their gradients on the way to other ranks; None: as they are. Weights stay as they are.
+    """
     rows_PH = hidden_TH
     if plan.travel is not None:
         rows_MH = hidden_TH.index_select(0, plan.travel.token_M)
-        rows_PH = all_to_all_rows(rows_MH, plan.travel.rows.send, plan.travel.rows.receive, plan.group)
+        rows_PH = _exchange(rows_MH, plan.travel.rows.send, plan.travel.rows.receive, plan, exchange_dtype)
     return rows_PH.index_select(0, plan.row_R), _send_routes(probs_TE.flatten(), plan)
 
 
@@ -190,13 +195,19 @@ def _send_routes(values: Tensor, plan: RoutePlan) -> Tensor:
     return _Reorder.apply(values_R, plan.travel.expert_order_R, plan.travel.source_order_R)
 
 
-def combine(rows_RH: Tensor, plan: RoutePlan) -> Tensor:
+def combine(rows_RH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
     """Bring weighted expert outputs home and sum them per token: [T, H], exactly 0 where a token has no route."""
     if plan.travel is None:
         return _sum_rows(rows_RH, plan.row_R, plan.tokens)
     rows_PH = _sum_rows(rows_RH, plan.row_R, plan.travel.received)
-    rows_MH = all_to_all_rows(rows_PH, plan.travel.rows.receive, plan.travel.rows.send, plan.group)
+    rows_MH = _exchange(rows_PH, plan.travel.rows.receive, plan.travel.rows.send, plan, exchange_dtype)
     return _sum_rows(rows_MH, plan.travel.token_M, plan.tokens)
+
+
+def _exchange(rows: Tensor, send: list[int], receive: list[int], plan: RoutePlan, dtype: torch.dtype | None) -> Tensor:
+    """All-to-all in `dtype`, in the backward pass too: sums are taken in the rows' own dtype, before and after."""
+    sent = rows if dtype is None else rows.to(dtype)
+    return all_to_all_rows(sent, send, receive, plan.group).to(rows.dtype)
 
 
 def _sum_rows(rows: Tensor, to: Tensor, count: int) -> Tensor:

@@ -26,12 +26,15 @@ class VariableMoELayer(MoELayer):
         recompute: redo dispatch, experts and combine in the backward pass instead of keeping their activations.
         chunks: bring the tokens to the experts in that many parts, one after another. With `recompute`, buffers and
             activations of one part are all that exists at a time, however many routes a rank receives.
+        exchange_dtype: of rows and their gradients while they travel between ranks; None keeps that of the model.
         Others: Megatron-Core's. `submodules.experts` builds `dsmoe.moe.experts.GroupedExperts`.
     """
 
-    def __init__(self, *args, recompute: bool = False, chunks: int = 1, **kwargs):
+    def __init__(
+        self, *args, recompute: bool = False, chunks: int = 1, exchange_dtype: torch.dtype | None = None, **kwargs
+    ):
         super().__init__(*args, **kwargs)
-        self.recompute, self.chunks = recompute, chunks
+        self.recompute, self.chunks, self.exchange_dtype = recompute, chunks, exchange_dtype
         self.token_dispatcher = None  # Megatron's sizes its buffers by top-k; `dsmoe.moe.dispatch` does the work
 
     def forward(self, hidden_states: Tensor, intermediate_tensors=None, padding_mask: Tensor | None = None):
@@ -63,11 +66,11 @@ class VariableMoELayer(MoELayer):
         return [slice(*ends) for ends in pairwise(bounds)]
 
     def _routed(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
-        rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan)
+        rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan, self.exchange_dtype)
         more = {}
         if latent and self.router.sends_latents:
             more["latents_Rr"] = dispatch_latents(latent[0], plan)
         elif latent:
             more["reduce_erH"] = latent[0]
         out_RH, _ = self.experts(rows_RH, plan.routes_per_expert_e, probs_R, **more)
-        return combine(out_RH, plan)
+        return combine(out_RH, plan, self.exchange_dtype)
