@@ -159,7 +159,9 @@ def megatron_case(world: World, name: str, inputs: tuple[Tensor, Tensor], groupe
     )
     layer.to(world.device, problem.torch_dtype)
     layer.router.weight = world.gate_weight
-    if not grouped:
+    if grouped:
+        fill_grouped(layer.experts, world.gate_up_proj.detach(), world.down_proj.detach())
+    else:
         for index, expert in enumerate(layer.experts.local_experts):
             expert.linear_fc1.weight = nn.Parameter(world.gate_up_proj.detach()[index])
             expert.linear_fc2.weight = nn.Parameter(world.down_proj.detach()[index])
@@ -170,6 +172,81 @@ def megatron_case(world: World, name: str, inputs: tuple[Tensor, Tensor], groupe
 
     hidden, grad = inputs
     return Case(name, "peer", forward, [hidden], [grad], list(layer.parameters()))
+
+
+@torch.no_grad()
+def fill_grouped(experts: nn.Module, gate_up: Tensor, down: Tensor) -> None:
+    """Put weights into Megatron's grouped experts: Transformer Engine's, one matrix an expert, or those of the
+    grouped_gemm package, packed with inputs first."""
+    if hasattr(experts, "weight1"):
+        experts.weight1.view(len(gate_up), gate_up.size(2), -1).copy_(gate_up.mT)
+        experts.weight2.view(len(down), down.size(2), -1).copy_(down.mT)
+        return
+    for index in range(len(gate_up)):
+        getattr(experts.linear_fc1, f"weight{index}").copy_(gate_up[index])
+        getattr(experts.linear_fc2, f"weight{index}").copy_(down[index])
+
+
+def megablocks_case(world: World, name: str, inputs: tuple[Tensor, Tensor], implementation: str) -> Case:
+    """MegaBlocks' dropless MoE with GLU experts, `implementation` sparse (its block-sparse kernels) or grouped. Without
+    its balance loss, which it leaves in a global list."""
+    from megablocks.layers.arguments import Arguments
+    from megablocks.layers.dmoe import dMoE
+
+    problem = world.problem
+    bf16 = problem.torch_dtype == torch.bfloat16
+    layer = dMoE(
+        Arguments(
+            hidden_size=problem.hidden, ffn_hidden_size=problem.ffn, moe_num_experts=problem.experts,
+            moe_top_k=problem.k, moe_normalize_expert_weights=1, moe_loss_weight=0.0, mlp_type="glu",
+            mlp_impl=implementation, activation_fn=F.silu, bias=False, return_bias=False, fp16=False, bf16=bf16,
+            device=torch.device(world.device),
+        )
+    )  # fmt: skip
+    mlp = layer.experts.mlp
+    with torch.no_grad():
+        layer.router.layer.weight.copy_(world.gate_weight)
+        packed = megablocks_weights(world.gate_up_proj.detach(), world.down_proj.detach())
+        for parameter, values in zip((mlp.w1, mlp.v1, mlp.w2), packed, strict=True):
+            parameter.copy_(values.view_as(parameter))
+    return _case(name, layer.train(), inputs)
+
+
+def megablocks_weights(gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w1, v1, w2, each [E * F, H]: an expert computes (silu(x w1^T) * x v1^T) w2."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return gate.flatten(0, 1), up.flatten(0, 1), down.mT.flatten(0, 1)
+
+
+class ScatterMoE(nn.Module):
+    """A softmax top-k router before ScatterMoE's experts, which take gates and choices."""
+
+    def __init__(self, experts: nn.Module, gate_weight: nn.Parameter, k: int):
+        super().__init__()
+        self.experts, self.gate_weight, self.k = experts, gate_weight, k
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logit_Tk, expert_Tk = F.linear(hidden.float(), self.gate_weight.float()).flatten(0, 1).topk(self.k, dim=-1)
+        return self.experts(hidden, logit_Tk.softmax(dim=-1).to(hidden.dtype), expert_Tk)
+
+
+def scattermoe_case(world: World, name: str, inputs: tuple[Tensor, Tensor]) -> Case:
+    """ScatterMoE's GLU experts behind a softmax top-k router."""
+    from scattermoe.mlp import GLUMLP
+
+    problem = world.problem
+    experts = GLUMLP(problem.hidden, problem.ffn, problem.experts, problem.k, activation=nn.SiLU())
+    experts.to(world.device, problem.torch_dtype)
+    with torch.no_grad():
+        experts.experts.weight.copy_(scattermoe_weights(world.gate_up_proj.detach()))
+        experts.output_experts.weight.copy_(world.down_proj)
+    return _case(name, ScatterMoE(experts, world.gate_weight, problem.k).train(), inputs)
+
+
+def scattermoe_weights(gate_up: Tensor) -> Tensor:
+    """[E, 2F, H] with the gate, which its GLU takes from the second half, behind the up projection."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return torch.cat((up, gate), dim=1)
 
 
 def _case(name: str, layer: nn.Module, inputs: tuple[Tensor, Tensor]) -> Case:
@@ -196,4 +273,10 @@ def peers(ranks: int, device: str) -> dict[str, Build]:
         }
     if device != "cpu":
         found["Megatron grouped"] = partial(megatron_case, grouped=True)
+        if ranks == 1:
+            found |= {
+                "MegaBlocks sparse": partial(megablocks_case, implementation="sparse"),
+                "MegaBlocks grouped": partial(megablocks_case, implementation="grouped"),
+                "ScatterMoE": scattermoe_case,
+            }
     return found

@@ -231,7 +231,7 @@ def memory_row(case: Case, problem: Problem) -> dict[str, Any]:
     }  # fmt: skip
 
 
-SAME_NUMBERS = ("transformers", "DeepSpeed", "Megatron", "dsmoe topk")
+SAME_NUMBERS = ("transformers", "DeepSpeed", "Megatron", "MegaBlocks", "ScatterMoE", "dsmoe topk")
 
 
 def _difference(outputs: dict[str, Tensor], name: str) -> float | None:
