@@ -7,6 +7,21 @@ import torch
 from torch import Tensor
 
 
+class Traffic:
+    """Bytes of rows that this process has given to other ranks by all-to-all, forward and backward."""
+
+    def __init__(self) -> None:
+        self.sent_bytes = 0
+
+    def take(self) -> int:
+        """Since the last call."""
+        sent, self.sent_bytes = self.sent_bytes, 0
+        return sent
+
+
+traffic = Traffic()
+
+
 class _AllToAllRows(torch.autograd.Function):
     """Variable-split all-to-all; its gradient is the same exchange with the splits swapped."""
 
@@ -23,6 +38,7 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _exchange(rows: Tensor, send: list[int], receive: list[int], group) -> Tensor:
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
+    traffic.sent_bytes += (len(rows) - send[group.rank()]) * rows[:1].numel() * rows.element_size()
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
 

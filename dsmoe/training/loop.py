@@ -12,13 +12,13 @@ from deepspeed.accelerator import get_accelerator
 from dsmoe.checkpoint.save import CheckpointSaver
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError, TrainingError
-from dsmoe.parallel.collectives import sum_over
+from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.signals import StopRequest
 from dsmoe.training.diagnose import first_bad_tensor
 from dsmoe.training.engine import learning_rate
 from dsmoe.training.evaluate import evaluate
-from dsmoe.training.metrics import MetricsWriter, routing_metrics
+from dsmoe.training.metrics import MetricsWriter, peak_memory_bytes, routing_metrics
 from dsmoe.training.progress import TrainingProgress
 
 
@@ -84,11 +84,13 @@ class Trainer:
         """One optimizer step: its metrics, and whether any rank was asked to stop."""
         training = self.config.training
         started = time.perf_counter()
+        traffic.take()  # what an evaluation sent is not the step's
         lr = learning_rate(self.step, training)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        # Language-model loss, router loss, ranks asked to stop, ranks that have written their part of a checkpoint.
-        sums = torch.zeros(4, device=self.device)
+        # Language-model loss, router loss, ranks asked to stop, ranks that have written their part of a checkpoint,
+        # bytes sent, and the memory of each rank. In fp64, which is exact for bytes.
+        sums = torch.zeros(5 + self.groups.dp_size, dtype=torch.float64, device=self.device)
         for part in range(training.gradient_accumulation):
             batch = self._batch(part)
             loss, parts = self.engine(**batch)
@@ -98,8 +100,10 @@ class Trainer:
             if part == training.gradient_accumulation - 1:
                 sums[2] += stop.asked
                 sums[3] += self.saver.done
+                sums[4] += traffic.take()
+                sums[5 + self.groups.dp_rank] += peak_memory_bytes()
                 # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
-                lm_loss, router_loss, asked, written = sum_over(self.groups.dp, sums).tolist()
+                lm_loss, router_loss, asked, written, sent, *memory = sum_over(self.groups.dp, sums).tolist()
                 self._check_finite(lm_loss + router_loss, "loss", batch)
             self.engine.step()
         self.step += 1
@@ -123,6 +127,8 @@ class Trainer:
             "lr": lr,
             "tokens_per_second": training.global_batch_size * self.config.model.sequence_length / seconds,
             **routing_metrics(totals, self.groups.ep_size),
+            "all_to_all_bytes": int(sent),
+            "peak_memory_bytes": int(max(memory)),
             "seconds": seconds,
         }
         if controller is not None:

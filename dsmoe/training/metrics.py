@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def routing_metrics(totals: RoutingTotals, ep_size: int) -> dict[str, float]:
-    """experts_per_token, density, imbalance and no_expert of some routing.
+    """experts_per_token, density, imbalance, no_expert and dead_experts of some routing.
 
     imbalance: max over EP ranks of the routes they receive, over their mean; the mean of that over layers.
     expert_imbalance: the same over experts. no_expert: share of tokens that no expert of a layer took.
+    dead_experts: share of experts that took no token.
     """
     counts_LE = totals.counts_LE.double()
     layers = counts_LE.size(0)
@@ -75,15 +77,23 @@ def routing_metrics(totals: RoutingTotals, ep_size: int) -> dict[str, float]:
             _max_over_mean(counts_LE.view(layers, ep_size, -1).sum(-1)),
             _max_over_mean(counts_LE),
             totals.without_expert_L.double().sum() / (tokens * layers),
+            (counts_LE == 0).double().mean(),
         )
     )
-    names = ("experts_per_token", "density", "imbalance", "expert_imbalance", "no_expert")
+    names = ("experts_per_token", "density", "imbalance", "expert_imbalance", "no_expert", "dead_experts")
     return dict(zip(names, values.tolist(), strict=True))
 
 
 def experts_per_token_by_layer(totals: RoutingTotals) -> list[float]:
     """Mean active experts of a token in each MoE layer, first layer first."""
     return (totals.counts_LE.sum(1).double() / totals.tokens.double().clamp(min=1)).tolist()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has had: torch's on a GPU, resident pages elsewhere."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _max_over_mean(load_LN: torch.Tensor) -> torch.Tensor:

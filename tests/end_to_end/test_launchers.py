@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from commands import TRAIN, beside_python, deepspeed, metrics, python, run
 
 KEYS = {
     "step", "tokens", "loss", "router_loss", "grad_norm", "lr", "tokens_per_second", "experts_per_token", "density",
-    "imbalance", "seconds", "lambda",
+    "imbalance", "seconds", "lambda", "dead_experts", "all_to_all_bytes", "peak_memory_bytes",
 }  # fmt: skip
 BOTH = ["parallel.expert_parallel=2", "parallel.zero_stage=2"]
 
@@ -49,6 +50,15 @@ def test_launcher(launcher, place, config, alone):
 
 def test_torchrun(of_two, alone):
     check_three_steps(of_two, alone[0])
+
+
+def test_what_two_ranks_send_each_other_is_counted_for_every_step(of_two, alone):
+    """A row crosses at most twice in each direction: at most all tokens of both layers, in fp32."""
+    config = yaml.safe_load((of_two / "config.yaml").read_text())["model"]
+    most = 4 * config["num_layers"] * 4 * 32 * (config["hidden_size"] + 2 * config["num_experts"]) * 4
+    for line, of_one in zip(metrics(of_two), metrics(alone[0]), strict=False):
+        assert 0 < line["all_to_all_bytes"] <= most and of_one["all_to_all_bytes"] == 0
+        assert 1e7 < line["peak_memory_bytes"] < 4e9
 
 
 def check_three_steps(run_dir, reference_dir) -> None:

@@ -24,6 +24,7 @@ def test_routing_numbers_of_two_layers():
     assert found["imbalance"] == (4 / 4 + 2 / 2) / 2  # both ranks of both layers receive the same
     assert found["expert_imbalance"] == (4 / 2 + 1 / 1) / 2
     assert found["no_expert"] == 1 / (4 * 2)
+    assert found["dead_experts"] == 1 / 8
     assert experts_per_token_by_layer(totals) == [2.0, 1.0]
 
 
