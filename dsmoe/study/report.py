@@ -15,9 +15,9 @@ from statistics import mean, stdev
 
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import ConfigError
-from dsmoe.study.compare import read_record, shown
 from dsmoe.study.plan import Cell, Plan
 from dsmoe.study.results import NEAR_TARGET, RunResult, read_result
+from dsmoe.study.runner import read_record, shown
 
 HEADINGS = (
     "router", "learning rate", "seeds", "steps", "held-out loss", "bits per byte", "loss against {baseline}",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsmoe.study import compare
+from dsmoe.study import runner
 
 MODEL = {
     "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "sequence_length": 16, "vocab_size": 64,
@@ -50,8 +50,8 @@ with open(run_dir + "/metrics.jsonl", "w") as file:
 @pytest.fixture
 def plan_file(tmp_path: Path, monkeypatch) -> Path:
     """A plan of topk, relu and a topk that matches relu's compute; two seeds, one corpus."""
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(compare, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(TRAINING)

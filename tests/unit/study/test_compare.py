@@ -13,9 +13,10 @@ from plan_files import edit
 from rich.console import Console
 
 from dsmoe.errors import ConfigError, TrainingError
-from dsmoe.study.compare import read_record, run_plan
+from dsmoe.study.compare import run_plan
 from dsmoe.study.plan import Cell, load_plan
 from dsmoe.study.results import read_result, run_config
+from dsmoe.study.runner import read_record
 
 
 @pytest.fixture
