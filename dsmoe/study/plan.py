@@ -52,7 +52,7 @@ class Plan(Section):
     def problems(self) -> list[str]:
         """What does not fit together."""
         names, found = [variant.name for variant in self.variants], []
-        if len(set(names)) < len(names) or len({_slug(name) for name in names}) < len(names):
+        if len(set(names)) < len(names) or len({slug(name) for name in names}) < len(names):
             found.append(f"variants: found the names {names}, expected each to be different")
         if self.baseline not in names:
             found.append(f"baseline: found {self.baseline!r}, expected one of {names}")
@@ -90,7 +90,7 @@ class Cell:
     seed: int
 
     def folder(self, out: Path) -> Path:
-        return out / _slug(self.corpus) / _slug(self.variant) / f"seed-{self.seed}"
+        return out / slug(self.corpus) / slug(self.variant) / f"seed-{self.seed}"
 
     def __str__(self) -> str:
         return f"{self.variant} on {self.corpus}, seed {self.seed}"
@@ -139,5 +139,6 @@ def cell_config(plan: Plan, cell: Cell, out: Path, steps: int | None = None) -> 
     return load_config(plan.variant(cell.variant).config, overrides, option_classes())
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as a folder is called."""
     return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in name).split())

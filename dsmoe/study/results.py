@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from dsmoe.config import RunConfig, load_config
-from dsmoe.model.size import model_size
+from dsmoe.model.size import ModelSize, model_size
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.metrics import FILE, read_lines
@@ -97,10 +97,15 @@ def read_result(run_dir: Path) -> RunResult:
 
 def moe_compute(config: RunConfig, experts_per_token: float) -> float:
     """Multiplications per token in all MoE layers. `experts_per_token` may be an array."""
-    if config.model.vocab_size is None:  # not settled before a run; the embedding plays no part here
-        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2})})
-    layers, expert = sum(config.model.moe_layers()), model_size(config).expert
+    layers, expert = sum(config.model.moe_layers()), sized(config).expert
     return layers * (router_parameters(config) + experts_per_token * expert)
+
+
+def sized(config: RunConfig) -> ModelSize:
+    """The model's size, before a run too, when the vocabulary is not settled; then without the embedding's rows."""
+    if config.model.vocab_size is None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 2})})
+    return model_size(config)
 
 
 def router_parameters(config: RunConfig) -> int:

@@ -1,0 +1,51 @@
+#!/usr/bin/env python
+"""Scaling studies: train a grid of router x experts x granularity x seed at equal active compute, and report on it.
+
+    python tools/scaling_study.py run configs/studies/relu_over_experts.yaml --out runs/studies/relu --parallel 2
+    python tools/scaling_study.py report runs/studies/relu --target docs/results/scaling
+
+Ctrl-C stops after a checkpoint; the same command goes on where it was. How a study is written: docs/studies.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dsmoe.command import run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("run", help="train what is not finished yet")
+    train.add_argument("study", metavar="STUDY.yaml")
+    train.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the study's runs")
+    train.add_argument("--parallel", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    train.add_argument("--retry", action="store_true", help="also run again what failed")
+    report = commands.add_parser("report", help="write one HTML page, one Markdown file, and a CSV for each picture")
+    report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of studies that were run")
+    report.add_argument("--target", type=Path, metavar="DIR", help="where it goes (default: report/ in the first DIR)")
+    report.add_argument("--limits", type=Path, metavar="PAGE.md", help="a page that shows the limits, between marks")
+    arguments = parser.parse_args()
+    if arguments.command == "report":
+        from dsmoe.study.scaling_report import write_report
+
+        target = arguments.target or arguments.folders[0] / "report"
+        for path in write_report(arguments.folders, target, arguments.limits):
+            print(path)
+        return 0
+    if arguments.parallel < 1:
+        parser.error(f"--parallel: found {arguments.parallel}, expected at least 1")
+    from dsmoe.study.grid import load_study
+    from dsmoe.study.scaling import run_study
+
+    study = load_study(arguments.study)
+    failed = run_study(study, arguments.out, arguments.parallel, arguments.retry)
+    if failed:
+        print(f"{failed} of {len(study.cells())} cells failed; their errors are in {arguments.out}/*/*/*/cell.json")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(main)
