@@ -132,6 +132,7 @@ class LoggingConfig(Section):
     run_dir: str = "runs/run"
     interval: int = Field(1, ge=1)  # optimizer steps between lines of metrics.jsonl
     tensorboard: bool = True
+    trace: int = Field(0, ge=0)  # optimizer steps between files that say which experts every token used; 0: none
 
 
 SECTIONS: dict[str, type[BaseModel]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from dsmoe.training.engine import learning_rate
 from dsmoe.training.evaluate import evaluate
 from dsmoe.training.metrics import MetricsWriter, peak_memory_bytes, routing_metrics
 from dsmoe.training.progress import TrainingProgress
+from dsmoe.training.trace import StepTracer
 
 
 class Trainer:
@@ -81,7 +83,17 @@ class Trainer:
         return self.samples * self.config.model.sequence_length
 
     def _one_step(self, stop: StopRequest) -> tuple[dict, bool]:
-        """One optimizer step: its metrics, and whether any rank was asked to stop."""
+        """One optimizer step: its metrics, and whether any rank was asked to stop. Its routes, where they are due."""
+        with ExitStack() as until_done:
+            tracer = None
+            if _due(self.step + 1, self.config.logging.trace):
+                tracer = until_done.enter_context(StepTracer(self.engine.module.recorder.routers))
+            line, asked = self._forward_backward_update(stop, tracer)
+        if tracer is not None:
+            tracer.write(Path(self.config.logging.run_dir), self.step, self.groups)
+        return line, asked
+
+    def _forward_backward_update(self, stop: StopRequest, tracer: StepTracer | None) -> tuple[dict, bool]:
         training = self.config.training
         started = time.perf_counter()
         traffic.take()  # what an evaluation sent is not the step's
@@ -93,6 +105,8 @@ class Trainer:
         sums = torch.zeros(5 + self.groups.dp_size, dtype=torch.float64, device=self.device)
         for part in range(training.gradient_accumulation):
             batch = self._batch(part)
+            if tracer is not None:
+                tracer.batch(batch["tokens"])
             loss, parts = self.engine(**batch)
             sums[0] += parts["lm"]
             sums[1] += loss.detach() - parts["lm"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import yaml
 from commands import TRAIN, beside_python, deepspeed, metrics, python, run
+
+from dsmoe.training.trace import path_of, read_trace
 
 KEYS = {
     "step", "tokens", "loss", "router_loss", "grad_norm", "lr", "tokens_per_second", "experts_per_token", "density",
@@ -59,6 +62,21 @@ def test_what_two_ranks_send_each_other_is_counted_for_every_step(of_two, alone)
     for line, of_one in zip(metrics(of_two), metrics(alone[0]), strict=False):
         assert 0 < line["all_to_all_bytes"] <= most and of_one["all_to_all_bytes"] == 0
         assert 1e7 < line["peak_memory_bytes"] < 4e9
+
+
+def test_recorded_routes_do_not_depend_on_the_layout_and_replay_elsewhere(of_two, alone):
+    of_one, of_both = (read_trace(path_of(folder, 3)) for folder in (alone[0], of_two))
+    assert (of_one.step, of_one.sequence_length, of_one.num_experts, len(of_one.layers)) == (3, 32, 4, 2)
+    assert np.array_equal(of_one.tokens_T, of_both.tokens_T) and len(of_one.tokens_T) == 4 * 32
+    for layer in range(2):
+        assert (of_one.map_TE(layer) != of_both.map_TE(layer)).mean() < 2e-3  # a score at the threshold may flip
+    line = metrics(alone[0])[2]
+    assert of_one.counts_LE().sum() / (2 * 4 * 32) == pytest.approx(line["experts_per_token"], rel=1e-6)
+    result = run(python("tools/plan.py", "replay", str(alone[0]), "--ep", "1,2,4", "--hidden", "32"))
+    assert result.code == 0, result.output
+    assert all(word in result.output for word in ("forced balance", "contiguous", "replicated", "128 tokens"))
+    refused = run(python("tools/plan.py", "replay", str(alone[0]), "--ep", "3"))
+    assert refused.code == 2 and "found 3" in refused.output and "Traceback" not in refused.output
 
 
 def check_three_steps(run_dir, reference_dir) -> None:

@@ -1,0 +1,1 @@
+"""What a run would cost elsewhere, from what it did here."""
