@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 512  # rows whose activations a core's cache can hold
+FEW = 8  # experts of a block that are multiplied one by one; of more, a loop in Python costs more than a copy
 
 Task = list[list["Segment"]]  # blocks, one after another, by one thread
 
@@ -214,7 +215,7 @@ class _SwiGLUExperts(torch.autograd.Function):
 def _multiply(left_BK: Tensor, weight_eKN: Tensor, block: list[Segment], out_BN: Tensor) -> None:
     """out = left times each row's expert's matrix, for the rows of a block; in the dtype of `left`."""
     aligned = all(size * weight_eKN.element_size() % 16 == 0 for size in weight_eKN.shape[1:])
-    if len(block) > 4 and aligned and weight_eKN.dtype == left_BK.dtype:
+    if len(block) > FEW and aligned and weight_eKN.dtype == left_BK.dtype:
         experts = slice(block[0].expert, block[-1].expert + 1)
         counts = [0] * (experts.stop - experts.start)
         for s in block:
@@ -270,6 +271,7 @@ class _WeightGradient:
     def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype):
         self.result = gradient_memory.empty_like(weight)
         self.experts = self.result.unbind(0)
+        self.ends = list(accumulate(counts))
         for expert, count in zip(self.experts, counts, strict=True):
             if count == 0:
                 expert.zero_()
@@ -287,6 +289,8 @@ class _WeightGradient:
                 self.sums[key] = torch.mm(left.t(), right, out=self.experts[s.expert])
             else:
                 self.sums[key] = torch.mm(left.t(), right)
+            if self.wide != self.result.dtype and s.part == 0 and s.rows.stop == self.ends[s.expert]:
+                self.experts[s.expert].copy_(self.sums.pop(key))  # whole: no need to keep it wide
 
     def finish(self) -> Tensor:
         """The whole gradient, once all threads are done."""
