@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,8 @@ def _problems(study: Study) -> list[str]:
         found += [f"arms.{arm.name}: axis {axis!r} has no values" for axis, values in axes.items() if not values]
         if study.x not in (None, MEASURED, *axes):
             found.append(f"x: found {study.x!r}, expected {MEASURED} or an axis of arm {arm.name}: {sorted(axes)}")
+    if study.probe and find_spec("dsmoe.study.probe") is None:
+        found.append("probe: found true, but this installation has no dsmoe.study.probe; expected false")
     for limit in study.limits:
         if limit not in LIMITS:
             found.append(f"limits: found {limit!r}, expected some of {', '.join(LIMITS)}")

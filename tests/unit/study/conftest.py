@@ -34,8 +34,8 @@ with open(run_dir + "/metrics.jsonl", "w") as file:
     for step in range(1, steps + 1):
         experts = 4.0 if adaptive and step <= steps // 2 else 2.0
         line = {"step": step, "tokens": step * 64, "loss": 5 - step / steps - seed / 10, "router_loss": 0.01,
-                "tokens_per_second": 100.0, "experts_per_token": experts, "density": experts / 4, "no_expert": 0.0,
-                "expert_imbalance": 1.5}
+                "tokens_per_second": 100.0, "seconds": 0.5, "experts_per_token": experts, "density": experts / 4,
+                "no_expert": 0.0, "expert_imbalance": 1.5}
         if adaptive:
             line["lambda"] = 1e-4 * 1.1 ** step
         if step == steps:
@@ -48,13 +48,18 @@ with open(run_dir + "/metrics.jsonl", "w") as file:
 
 
 @pytest.fixture
-def plan_file(tmp_path: Path, monkeypatch) -> Path:
-    """A plan of topk, relu and a topk that matches relu's compute; two seeds, one corpus."""
+def invented(tmp_path: Path, monkeypatch) -> None:
+    """Runs are the script above."""
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "train.py").write_text(TRAINING)
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path, invented) -> Path:
+    """A plan of topk, relu and a topk that matches relu's compute; two seeds, one corpus."""
     for name in ("topk", "relu"):
         router = {"name": name, "k": 2}
         config = {"model": MODEL, "router": router, "training": {"steps": 20, "global_batch_size": 4, "lr": 0.001}}
@@ -71,4 +76,27 @@ def plan_file(tmp_path: Path, monkeypatch) -> Path:
     }
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan))
+    return path
+
+
+@pytest.fixture
+def study_file(tmp_path: Path, invented) -> Path:
+    """A study of topk and relu over 4, 8, 16 and 32 experts, with two seeds."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"model": MODEL, "router": {"name": "topk", "k": 1}}))
+    study = {
+        "title": "More experts",
+        "question": "Do more experts help?",
+        "config": str(tmp_path / "base.yaml"),
+        "set": {"training.steps": 24, "training.global_batch_size": 4},
+        "seeds": [1, 2],
+        "compute": {"experts": 2, "width": 16},
+        "x": "model.num_experts",
+        "axes": {"model.num_experts": [4, 8, 16, 32]},
+        "arms": [{"name": "topk", "set": {"router.name": "topk"}}, {"name": "relu", "set": {"router.name": "relu"}}],
+        "law": True,
+        "limits": ["memory", "imbalance"],
+        "published": [{"source": "A paper, a table", "quantity": "loss", "values": {"topk": {4: 2.0, 8: 1.9}}}],
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
     return path

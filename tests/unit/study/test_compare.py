@@ -96,6 +96,9 @@ def test_interrupted_it_stops_its_runs_and_later_goes_on(plan_file, tmp_path, qu
     plan, out = load_plan(plan_file), tmp_path / "out"
 
     def interrupt():
+        first = [cell for cell in plan.cells() if cell.seed == 1]
+        while {(read_record(cell, out) or {}).get("status") for cell in first} != {"done"}:
+            time.sleep(0.05)
         while not (Cell("topk", "letters", 14).folder(out) / "metrics.jsonl").exists():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
