@@ -90,6 +90,7 @@ class Study(Section):
     arms: list[Arm] = Field(min_length=1)
     probe: bool = False  # read every trained model with dsmoe.study.probe
     law: bool = False  # fit loss = a + b x^-c
+    quality: bool = True  # False: too short to say anything of losses, which are left out
     timed: bool = False  # seconds are of a quiet machine and may be compared
     limits: list[str] = []  # of dsmoe.study.limits, which this study speaks to
     watts_per_core: float = Field(4.0, gt=0)  # for modelled energy
@@ -127,8 +128,11 @@ class Cell:
         return f"{self.arm}{point}, seed {self.seed}"
 
 
-def load_study(path: str | Path) -> Study:
-    """Read and check a study, the configuration of each of its runs included.
+def load_study(path: str | Path, to_run: bool = True) -> Study:
+    """Read and check a study.
+
+    Args:
+        to_run: also check the configuration of each of its runs, and whether they can run on this machine.
 
     Raises:
         ConfigError: with every mistake of the study, or every mistake of all its runs.
@@ -142,7 +146,7 @@ def load_study(path: str | Path) -> Study:
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
         raise ConfigError(problems, str(path)) from error
-    if problems := _problems(study) or _cell_problems(study):
+    if to_run and (problems := _problems(study) or _cell_problems(study)):
         raise ConfigError(problems, str(path))
     return study
 

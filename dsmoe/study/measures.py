@@ -137,6 +137,8 @@ def measure(study: Study, cell: Cell, folder: Path, record: dict) -> Measured:
         values["all_to_all"] = median(line["all_to_all_bytes"] for line in end) / tokens
     if not study.timed:
         values = {name: value for name, value in values.items() if not MEASURES[name].timed}
+    if not study.quality:
+        values = {name: value for name, value in values.items() if name not in ("val_loss", "spikes")}
     x = result.val_experts if study.x == MEASURED else dict(cell.point).get(study.x)
     return Measured(cell, config, lines, values, result.val_experts_by_layer, x)
 

@@ -52,7 +52,8 @@ def draw_pictures(results: StudyResults) -> Iterator[Picture]:
     if not results.found:
         return
     with plt.rc_context(STYLE):
-        for draw in (_loss_over_x, _published, _over_flops, _over_time, _costs, _density, _layers):
+        of_losses = (_loss_over_x, _published, _over_flops, _over_time) if results.study.quality else ()
+        for draw in (*of_losses, _costs, _density, _layers):
             picture = draw(results)
             if picture is not None:
                 yield picture

@@ -45,7 +45,7 @@ def run_study(study: Study, out: Path, parallel: int, retry: bool = False, conso
 
 def read_study(out: Path) -> Study:
     """The study that was run in a folder. Raises `ConfigError`."""
-    return load_study(out / COPY)
+    return load_study(out / COPY, to_run=False)
 
 
 class ScalingStudy(Runner):

@@ -133,7 +133,7 @@ def _laws(results: StudyResults) -> Table:
 def _beside(results: StudyResults) -> list[Table]:
     """Published values, with ours next to them."""
     tables = []
-    for published in results.study.published:
+    for published in results.study.published if results.study.quality else ():
         arms = list(published.values)
         ours = {
             arm: {mean(o.x for o in group): mean(o.values["val_loss"] for o in group) for group in groups.values()}

@@ -72,6 +72,17 @@ def test_report(finished, tmp_path):
     assert "no: its interval" in markdown  # invented losses do not depend on E
 
 
+def test_a_study_of_cost_alone_shows_no_losses(study_file, tmp_path):
+    edit(study_file, lambda tree: tree.update(seeds=[1], quality=False, timed=True, law=False))
+    out = tmp_path / "cost"
+    run_study(load_study(study_file), out, 4, console=QUIET)
+    written = {path.name for path in write_report([out], tmp_path / "report")}
+    assert "costs.svg" in written and not any(name.startswith(("loss", "published")) for name in written)
+    assert {row["quantity"] for row in rows_of(tmp_path / "report" / "cost" / "costs.csv")} >= {"step_seconds"}
+    header = (tmp_path / "report" / "report.md").read_text()
+    assert "held-out loss" not in header and "step time" in header
+
+
 def test_a_report_says_what_is_missing(study_file, tmp_path):
     edit(study_file, lambda tree: tree.update(seeds=[1, 13]))
     study, out = load_study(study_file), tmp_path / "more"
@@ -95,6 +106,13 @@ def test_the_page_of_limits_gets_its_tables(finished, tmp_path):
     page.write_text("<!-- imbalance -->\n<!-- end of table -->\n<!-- latency -->\nkept\n<!-- end of table -->\n")
     write_report([out], tmp_path / "report", page)
     assert "| More experts | relu | num_experts 32 | 2 | 1.50 |" in page.read_text() and "kept" in page.read_text()
+
+
+def test_a_report_needs_nothing_that_a_run_needs(finished, tmp_path, monkeypatch):
+    _, out = finished
+    (tmp_path / "base.yaml").unlink()
+    monkeypatch.setattr("dsmoe.study.grid.memory_there", lambda: 0.0)
+    assert write_report([out], tmp_path / "report")
 
 
 def test_a_report_needs_a_study(tmp_path):
