@@ -9,7 +9,6 @@ while the others go on; one that was cut off continues from its last checkpoint.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shlex
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from dsmoe.checkpoint.files import write_atomically
@@ -45,7 +45,7 @@ class Launch:
 
     Attributes:
         command: what comes after the Python that runs this process.
-        config: of the run; its fingerprint tells whether a folder holds this cell or another one.
+        config: of the run; it tells whether a folder holds this cell or another one.
         ranks: processes that the command starts.
         then: a command that reads the finished run, or None. Its failure is kept beside a result that stays good.
         made: the file that `then` leaves in the cell's folder.
@@ -157,7 +157,7 @@ class Runner(ABC):
             record = read_record(cell, self.out)
             if record is None or record["status"] == "failed":
                 continue
-            if record["config"] != fingerprint(self.planned(cell, record).config):
+            if not same_run(record["config"], self.planned(cell, record).config):
                 folder = cell.folder(self.out)
                 problems.append(f"{folder} was run with another configuration; use a new folder, or delete this one")
         if problems:
@@ -186,7 +186,7 @@ class Runner(ABC):
             return
         record = {
             "command": launch.command,
-            "config": fingerprint(launch.config),
+            "config": launch.config.model_dump(mode="json"),
             "ranks": launch.ranks,
             **launch.notes,
         }
@@ -285,8 +285,17 @@ class Runner(ABC):
             run.process.wait()
 
 
-def fingerprint(config: RunConfig) -> str:
-    return hashlib.sha256(config.to_yaml().encode()).hexdigest()[:16]
+def same_run(recorded: dict, config: RunConfig) -> bool:
+    """Whether a cell's recorded configuration trains what `config` does.
+
+    A key that came into dsmoe later counts as its default, so that an upgrade does not end a study. What is logged, and
+    where, makes no other run of it.
+    """
+    try:
+        before = RunConfig.model_validate(recorded)
+    except ValidationError:
+        return False
+    return before.model_dump(exclude={"logging"}) == config.model_dump(exclude={"logging"})
 
 
 def read_record(cell, out: Path) -> dict | None:

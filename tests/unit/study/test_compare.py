@@ -16,7 +16,7 @@ from dsmoe.errors import ConfigError, TrainingError
 from dsmoe.study.compare import run_plan
 from dsmoe.study.plan import Cell, load_plan
 from dsmoe.study.results import read_result, run_config
-from dsmoe.study.runner import read_record
+from dsmoe.study.runner import RECORD, read_record
 
 
 @pytest.fixture
@@ -87,6 +87,21 @@ def test_another_plan_does_not_mix_with_results(plan_file, tmp_path, quiet):
     out = tmp_path / "out"
     run_plan(load_plan(plan_file), out, 2, console=quiet)
     edit(plan_file, lambda tree: tree.update(overrides=["training.lr=0.1"]))
+    with pytest.raises(ConfigError, match="another configuration"):
+        run_plan(load_plan(plan_file), out, 2, console=quiet)
+
+
+def test_a_key_of_a_later_version_and_what_is_logged_make_no_other_run(plan_file, tmp_path, quiet):
+    out = tmp_path / "out"
+    run_plan(load_plan(plan_file), out, 2, console=quiet)
+    file = Cell("topk", "letters", 1).folder(out) / RECORD
+    record = json.loads(file.read_text())
+    del record["config"]["training"]["decay_embeddings"]  # as if it had not been there yet
+    file.write_text(json.dumps(record))
+    edit(plan_file, lambda tree: tree.update(overrides=[*tree.get("overrides", []), "logging.interval=3"]))
+    run_plan(load_plan(plan_file), out, 2, console=quiet)
+    record["config"]["training"]["decay_embeddings"] = True
+    file.write_text(json.dumps(record))
     with pytest.raises(ConfigError, match="another configuration"):
         run_plan(load_plan(plan_file), out, 2, console=quiet)
 
