@@ -4,6 +4,7 @@
         manifest.json                   step, samples, model, tensors, and size and sha256 of every file, its own too
         rank_00000.safetensors          what rank 0 of the saving job owned
         state.safetensors               router controllers
+        idle_experts.safetensors        for how many steps each expert has had no token, if that is watched
     RUN/checkpoints/latest              the name of the folder that was completed last
 
 A save writes into `step_00000100.partial` and renames it when every rank's files are on disk. `latest` follows; a job
@@ -25,6 +26,8 @@ from dsmoe.errors import CheckpointError
 FORMAT = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+CONTROLLER = "state.safetensors"
+IDLE_EXPERTS = "idle_experts.safetensors"
 _STEP = re.compile(r"step_(\d{8,})")
 
 

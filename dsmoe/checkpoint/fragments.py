@@ -23,6 +23,12 @@ class Fragment:
     start: int
     numel: int
     tensors: dict[str, Tensor]  # kind -> flat view; without moments before the first step
+    flat: Tensor  # what the inner AdamW steps on
+    offset: int  # of the fragment in it
+
+    def gradient(self) -> Tensor | None:
+        """A flat fp32 view of the gradient, which exists while the inner AdamW is about to use it."""
+        return None if self.flat.grad is None else self.flat.grad.narrow(0, self.offset, self.numel)
 
 
 def owned_fragment(parameter, engine) -> Fragment | None:
@@ -35,7 +41,8 @@ def owned_fragment(parameter, engine) -> Fragment | None:
     # Not mapping.optim_fragment: DeepSpeed links it after the first group's first step and misses all other groups.
     flat = flat_master_weights(engine.optimizer)[mapping.param_group_index]
     place, source = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Fragment(place.start, place.numel, _views(engine.optimizer, flat, source.start, source.numel))
+    tensors = _views(engine.optimizer, flat, source.start, source.numel)
+    return Fragment(place.start, place.numel, tensors, flat, source.start)
 
 
 def _zero3_fragment(parameter, optimizer) -> Fragment | None:
@@ -45,7 +52,7 @@ def _zero3_fragment(parameter, optimizer) -> Fragment | None:
     if numel <= 0:
         return None
     flat = optimizer.fp32_partitioned_groups_flat[group]
-    return Fragment(start, numel, _views(optimizer, flat, offset, numel))
+    return Fragment(start, numel, _views(optimizer, flat, offset, numel), flat, offset)
 
 
 def _views(optimizer, flat: Tensor, offset: int, numel: int) -> dict[str, Tensor]:

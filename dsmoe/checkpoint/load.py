@@ -92,8 +92,14 @@ class CheckpointReader:
         return {} if file is None else {k: file.get_tensor(k) for k in file.keys() if k.startswith("rng|")}  # noqa: SIM118
 
     def controller_state(self) -> dict[str, Tensor]:
-        path = self.folder / "state.safetensors"
-        return load_file(path) if path.name in self.manifest.files else {}
+        return self._state(files.CONTROLLER)
+
+    def idle_steps(self) -> Tensor | None:
+        """int64 [L, E], of a run that revives idle experts."""
+        return self._state(files.IDLE_EXPERTS).get("idle_steps")
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / name) if name in self.manifest.files else {}
 
 
 def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
@@ -122,6 +128,8 @@ def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
     controller = engine.module.controller
     if controller is not None:
         controller.load(reader.controller_state())
+    if engine.module.revival is not None:
+        engine.module.revival.load(reader.idle_steps())
     _restore_random_state(reader)
     return reader.manifest
 

@@ -164,7 +164,9 @@ def _owned(engine, copied: bool) -> dict[str, dict[str, Tensor]]:
     contents = {f"rank_{rank:05d}.safetensors": tensors}
     controller = engine.module.controller
     if rank == 0 and controller is not None:
-        contents["state.safetensors"] = {name: on_host(value) for name, value in controller.state.items()}
+        contents[files.CONTROLLER] = {name: on_host(value) for name, value in controller.state.items()}
+    if rank == 0 and engine.module.revival is not None:
+        contents[files.IDLE_EXPERTS] = {"idle_steps": on_host(engine.module.revival.idle_LE)}
     return contents
 
 

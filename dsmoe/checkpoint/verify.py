@@ -197,16 +197,18 @@ def _state_problems(folder: Path, manifest: Manifest, config: RunConfig, state: 
     options = router.Options.model_validate(config.router.options)
     controller = router.make_controller(options, sum(config.model.moe_layers()), config.model.num_experts)
     expected = {} if controller is None else {name: tuple(value.shape) for name, value in controller.state.items()}
-    if expected or "state.safetensors" in manifest.files:
+    if expected or files.CONTROLLER in manifest.files:
         try:
-            with safe_open(folder / "state.safetensors", framework="pt") as file:
+            with safe_open(folder / files.CONTROLLER, framework="pt") as file:
                 values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
         except Exception as error:
             problems.append(f"the controller of router {router.name!r} has no state that can be read: {error}")
         else:
             state.update((name, tuple(value.shape)) for name, value in values.items())
             if state != expected:
-                problems.append(f"the controller of router {router.name!r} holds {expected}, state.safetensors {state}")
+                problems.append(
+                    f"the controller of router {router.name!r} holds {expected}, {files.CONTROLLER} {state}"
+                )
             odd = [name for name, value in values.items() if not torch.isfinite(value).all()]
             problems += [f"the controller's {name} is not finite" for name in odd]
     if manifest.step:

@@ -70,7 +70,7 @@ def write_weights(
     ranks = len(written)
     if controller is not None:
         state = {name: value.detach().cpu().contiguous() for name, value in controller.items()}
-        _write(folder, "state.safetensors", state, written)
+        _write(folder, files.CONTROLLER, state, written)
     files.Manifest(
         format=files.FORMAT, step=0, samples=0, world_size=ranks, expert_parallel=1,
         zero_stage=config.parallel.zero_stage, config=config.model_dump(mode="json"),

@@ -107,6 +107,8 @@ class TrainingConfig(Section):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     clip_grad: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
+    expert_lr: Literal["uniform", "load"] = "uniform"  # load: an expert's updates by the root of its share of routes
+    revive_idle_experts: int = Field(0, ge=0)  # steps without a token before an expert begins anew; 0: never
     eval_interval: int = Field(50, ge=0)  # optimizer steps between evaluations; 0: only at the end
     eval_sequences: int = Field(64, ge=1)  # held-out sequences per evaluation
     seed: int = Field(1234, ge=0)
@@ -132,6 +134,8 @@ class LoggingConfig(Section):
     run_dir: str = "runs/run"
     interval: int = Field(1, ge=1)  # optimizer steps between lines of metrics.jsonl
     tensorboard: bool = True
+    timings: bool = False  # also write, for each step, the seconds of its parts (rank 0)
+    experts: int = Field(0, ge=0)  # optimizer steps between lines of experts.jsonl: routes and gradients; 0: none
     trace: int = Field(0, ge=0)  # optimizer steps between files that say which experts every token used; 0: none
 
 

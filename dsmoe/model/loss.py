@@ -11,6 +11,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsmoe.clock import REST, clock
+
 CHUNK = {"cpu": 1 << 21}  # logits at a time: a few MiB stay in a CPU's cache
 CHUNK_ELSEWHERE = 1 << 27  # an accelerator wants large GEMMs
 
@@ -88,4 +90,6 @@ class OutputLayer(ColumnParallelLinear):
         if labels is None:
             return super().forward(input_, weight, **kwargs)
         matrix = self.weight if weight is None else weight
-        return linear_cross_entropy(input_.flatten(0, 1), matrix, labels.t().flatten(), weights.t().flatten())
+        (hidden_TH,) = clock.boundary(REST, "loss", input_.flatten(0, 1))
+        loss = linear_cross_entropy(hidden_TH, matrix, labels.t().flatten(), weights.t().flatten())
+        return clock.boundary("loss", REST, loss)[0]

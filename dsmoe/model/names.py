@@ -23,13 +23,18 @@ class Piece:
     numel: int
 
 
+def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of all of it: ZeRO-3 leaves an empty tensor in place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_pieces(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:
     """Every parameter with the logical tensors it holds, in a fixed order; shared parameters come once.
 
     A parameter [e, ...] with an attribute `first_expert` holds one tensor for each of e experts.
     """
     for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in place
+        shape = logical_shape(parameter)
         first = getattr(parameter, "first_expert", None)
         if first is None:
             yield parameter, [Piece(name, shape, 0, math.prod(shape))]

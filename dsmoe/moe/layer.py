@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dsmoe.clock import REST, clock
 from dsmoe.moe.dispatch import PlanInProgress, RoutePlan, combine, dispatch, dispatch_latents
 
 
@@ -41,11 +42,13 @@ class VariableMoELayer(MoELayer):
         """hidden_states [S, B, H]; padding_mask [B, S], True = padding. Returns (output [S, B, H], None)."""
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
+        (hidden_states,) = clock.boundary(REST, "routing", hidden_states)
         probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
+        probs_TE, *latent = clock.boundary("routing", "dispatch", probs_TE, *latent)
         hidden_TH = hidden_states.flatten(0, 1)
         parts = self._parts(len(hidden_TH))
         plans = [PlanInProgress(map_TE[part], self.ep_group) for part in parts]
-        shared = self.shared_experts_compute(hidden_states)  # runs while the plans' sizes travel to the host
+        shared = self._shared_experts(hidden_states)  # run while the plans' sizes travel to the host
         outputs = []
         for part, started in zip(parts, plans, strict=True):
             own = [latent[0][part]] if latent and self.router.sends_latents else latent
@@ -56,7 +59,15 @@ class VariableMoELayer(MoELayer):
                 out_TH = self._routed(*inputs)
             outputs.append(out_TH)
         output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(hidden_states)
-        return (output if shared is None else output + shared), None
+        (output,) = clock.boundary("combine", REST, output if shared is None else output + shared)
+        return output, None
+
+    def _shared_experts(self, hidden_states: Tensor) -> Tensor | None:
+        if not self.use_shared_expert:
+            return None
+        (hidden_states,) = clock.boundary("dispatch", "shared experts", hidden_states)
+        output = self.shared_experts_compute(hidden_states)
+        return clock.boundary("shared experts", "dispatch", output)[0]
 
     def _parts(self, tokens: int) -> list[slice]:
         """The same number of parts on every rank, with tokens in them or not: each part is collective."""
@@ -72,5 +83,7 @@ class VariableMoELayer(MoELayer):
             more["latents_Rr"] = dispatch_latents(latent[0], plan)
         elif latent:
             more["reduce_erH"] = latent[0]
+        rows_RH, probs_R = clock.boundary("dispatch", "experts", rows_RH, probs_R)
         out_RH, _ = self.experts(rows_RH, plan.routes_per_expert_e, probs_R, **more)
+        (out_RH,) = clock.boundary("experts", "combine", out_RH)
         return combine(out_RH, plan, self.exchange_dtype)

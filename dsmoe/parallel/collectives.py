@@ -6,6 +6,8 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
+from dsmoe.clock import clock
+
 
 class Traffic:
     """Bytes of rows that this process has given to other ranks by all-to-all, forward and backward."""
@@ -39,7 +41,8 @@ class _AllToAllRows(torch.autograd.Function):
 def _exchange(rows: Tensor, send: list[int], receive: list[int], group) -> Tensor:
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
     traffic.sent_bytes += (len(rows) - send[group.rank()]) * rows[:1].numel() * rows.element_size()
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    with clock.within("exchange"):
+        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received
 
 

@@ -17,6 +17,7 @@ from dsmoe.config import RunConfig, TrainingConfig
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
+from dsmoe.training.revival import Revival
 
 # On a CPU. DeepSpeed's 500M elements are a fresh 2-GB buffer in every step, whose pages the kernel must zero, and each
 # gradient is copied there first; one that is larger than the bucket is reduced where it lies.
@@ -46,6 +47,8 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(config, groups.dp_size))
+    if training.revive_idle_experts:
+        model.revival = Revival(engine, groups, training.revive_idle_experts, training.seed)
     return engine
 
 

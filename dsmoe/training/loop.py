@@ -11,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dsmoe.checkpoint.save import CheckpointSaver
+from dsmoe.clock import clock
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError, TrainingError
 from dsmoe.parallel.collectives import sum_over, traffic
@@ -19,6 +20,7 @@ from dsmoe.signals import StopRequest
 from dsmoe.training.diagnose import first_bad_tensor
 from dsmoe.training.engine import learning_rate
 from dsmoe.training.evaluate import evaluate
+from dsmoe.training.experts import ExpertLines, LoadScaledUpdates
 from dsmoe.training.metrics import MetricsWriter, peak_memory_bytes, routing_metrics
 from dsmoe.training.progress import TrainingProgress
 from dsmoe.training.trace import StepTracer
@@ -45,6 +47,8 @@ class Trainer:
         self.micro_batch = config.training.global_batch_size // (groups.dp_size * config.training.gradient_accumulation)
         self.progress = TrainingProgress(config.training.steps, step, active=groups.dp_rank == 0)
         self.metrics = MetricsWriter(Path(config.logging.run_dir), groups.dp_rank, engine.monitor, step)
+        self.expert_lines = ExpertLines(config, engine, groups, step)
+        self.scaled_updates = LoadScaledUpdates(engine) if config.training.expert_lr == "load" else None
         self.saver = CheckpointSaver(engine, config, step or None, copied_experts)
 
     def run(self) -> tuple[bool, dict[str, float]]:
@@ -76,6 +80,7 @@ class Trainer:
             if self.step < training.steps:
                 self.progress.say(f"stopped at step {self.step} (training.stop_at); without it the run goes on")
         self.metrics.close()
+        self.expert_lines.close()
         return self.step == training.steps, evaluation
 
     @property
@@ -96,6 +101,8 @@ class Trainer:
     def _forward_backward_update(self, stop: StopRequest, tracer: StepTracer | None) -> tuple[dict, bool]:
         training = self.config.training
         started = time.perf_counter()
+        if self.config.logging.timings:
+            clock.start()
         traffic.take()  # what an evaluation sent is not the step's
         lr = learning_rate(self.step, training)
         for group in self.engine.optimizer.param_groups:
@@ -119,17 +126,24 @@ class Trainer:
                 # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
                 lm_loss, router_loss, asked, written, sent, *memory = sum_over(self.groups.dp, sums).tolist()
                 self._check_finite(lm_loss + router_loss, "loss", batch)
-            self.engine.step()
+                totals = self.engine.module.recorder.take()
+                self.expert_lines.begin(self.step + 1)
+                if self.scaled_updates is not None:
+                    self.scaled_updates.follow(totals)
+            with clock.within("optimizer"):
+                self.engine.step()
         self.step += 1
         self.samples += training.global_batch_size
         if written == self.groups.dp_size:
             self.saver.finish()
         grad_norm = float(self.engine.get_global_grad_norm())
         self._check_finite(grad_norm, "gradient norm", batch)
-        totals = self.engine.module.recorder.take()
-        controller = self.engine.module.controller
+        controller, revival = self.engine.module.controller, self.engine.module.revival
         if controller is not None:
             controller.update(totals)
+        revived = {} if revival is None else {"revived_experts": revival.update(totals, self.step)}
+        self.expert_lines.end(self.step, self.tokens, totals)
+        parts = {"seconds_by_part": clock.stop()} if self.config.logging.timings else {}
         seconds = time.perf_counter() - started
         summed = self.groups.dp_size * training.gradient_accumulation  # forward passes behind the two sums
         line = {
@@ -144,6 +158,8 @@ class Trainer:
             "all_to_all_bytes": int(sent),
             "peak_memory_bytes": int(max(memory)),
             "seconds": seconds,
+            **parts,
+            **revived,
         }
         if controller is not None:
             line |= {name: value.item() for name, value in controller.metrics().items()}

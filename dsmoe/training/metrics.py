@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +16,53 @@ from dsmoe.routers.recorder import RoutingTotals
 FILE = "metrics.jsonl"
 
 
-class MetricsWriter:
-    """Appends to RUN/metrics.jsonl on rank 0; on other ranks it does nothing.
+class LineWriter:
+    """Appends JSON lines with a `step` to a file, on rank 0; on other ranks it does nothing.
 
     Args:
-        monitor: DeepSpeed's (TensorBoard, W&B, CSV), or None.
         first_step: a resumed run goes on after this step; lines of later steps, which are done again, are dropped.
     """
 
-    def __init__(self, run_dir: Path, rank: int, monitor=None, first_step: int = 0):
-        self.monitor = monitor
+    def __init__(self, path: Path, rank: int, first_step: int = 0):
         self._file = None
         if rank == 0:
-            path = run_dir / FILE
             if path.exists():
                 kept = [line for line in read_lines(path) if line["step"] <= first_step]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in `close`)
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line; `step` and `tokens` say where the run is, all other numbers, lists apart, go to the monitor too."""
-        if self._file is None:
-            return
-        self._file.write(json.dumps({name: _short(value) for name, value in line.items()}) + "\n")
-        self._file.flush()
-        if self.monitor is not None and self.monitor.enabled:
-            names = [name for name in line if name not in ("step", "tokens") and not isinstance(line[name], list)]
-            self.monitor.write_events([(f"dsmoe/{name}", float(line[name]), line["step"]) for name in names])
+        if self._file is not None:
+            self._file.write(json.dumps({name: _short(value) for name, value in line.items()}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class MetricsWriter(LineWriter):
+    """RUN/metrics.jsonl, and DeepSpeed's monitor (TensorBoard, W&B, CSV) if there is one."""
+
+    def __init__(self, run_dir: Path, rank: int, monitor=None, first_step: int = 0):
+        super().__init__(run_dir / FILE, rank, first_step)
+        self.monitor = monitor
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line; `step` and `tokens` say where the run is, all other numbers, lists apart, go to the monitor too."""
+        super().write(line)
+        if self._file is not None and self.monitor is not None and self.monitor.enabled:
+            values = {name: value for name, value in _scalars(line) if name not in ("step", "tokens")}
+            self.monitor.write_events([(f"dsmoe/{name}", float(value), line["step"]) for name, value in values.items()])
+
+
+def _scalars(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{part}", number) for part, number in value.items())
+        elif not isinstance(value, list):
+            yield name, value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -105,4 +121,6 @@ def _max_over_mean(load_LN: torch.Tensor) -> torch.Tensor:
 def _short(value: Any) -> Any:
     if isinstance(value, list):
         return [_short(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _short(entry) for name, entry in value.items()}
     return float(f"{value:.8g}") if isinstance(value, float) else value

@@ -42,8 +42,11 @@ def batch_of(config: RunConfig, step: int, part: int) -> tuple[torch.Tensor, tor
     return own[:, :-1].contiguous(), own[:, 1:].contiguous()
 
 
-def run_steps(engine, config: RunConfig, first: int, last: int, batches=batch_of) -> list[dict]:
-    """Optimizer steps [first, last) on `batches(config, step, part)`; what each gave, the same on every rank."""
+def run_steps(
+    engine, config: RunConfig, first: int, last: int, batches=batch_of, before_update=lambda totals: None
+) -> list[dict]:
+    """Optimizer steps [first, last) on `batches(config, step, part)`; what each gave, the same on every rank.
+    `before_update` gets the routing totals of a step before its optimizer moves."""
     history = []
     for step in range(first, last):
         for group in engine.optimizer.param_groups:
@@ -54,13 +57,16 @@ def run_steps(engine, config: RunConfig, first: int, last: int, batches=batch_of
             engine.backward(total)
             routers = sum((part for name, part in parts.items() if name != "lm"), torch.zeros(()))
             losses += torch.stack((parts["lm"], routers)) / config.training.gradient_accumulation
+            if part == config.training.gradient_accumulation - 1:
+                totals = engine.module.recorder.take()
+                before_update(totals)
             engine.step()
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
-        totals = engine.module.recorder.take()
-        controller = engine.module.controller
+        controller, revival = engine.module.controller, engine.module.revival
         if controller is not None:
             controller.update(totals)
+        revived = None if revival is None else revival.update(totals, step + 1)
         history.append(
             {
                 "loss": losses[0].item(),
@@ -68,6 +74,7 @@ def run_steps(engine, config: RunConfig, first: int, last: int, batches=batch_of
                 "grad_norm": float(engine.get_global_grad_norm()),
                 "density": totals.density().item(),
                 "counts": totals.counts_LE,
+                "revived": revived,
                 "state": {} if controller is None else {n: v.clone() for n, v in controller.state.items()},
             }
         )

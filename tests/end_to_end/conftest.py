@@ -47,7 +47,9 @@ def config(place, corpus) -> Path:
         "data": {"path": str(corpus)},
         "training": {"steps": 6, "global_batch_size": 4, "warmup_steps": 1, "eval_interval": 3, "eval_sequences": 6},
         "checkpoint": {"interval": 3},
-        "logging": {"run_dir": str(place / "runs" / "unnamed"), "tensorboard": False, "trace": 3},
+        "logging": {
+            "run_dir": str(place / "runs" / "unnamed"), "tensorboard": False, "trace": 3, "experts": 3, "timings": True,
+        },
     }  # fmt: skip
     path = place / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))

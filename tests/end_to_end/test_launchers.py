@@ -7,6 +7,7 @@ import pytest
 import yaml
 from commands import TRAIN, beside_python, deepspeed, metrics, python, run
 
+from dsmoe.training.metrics import read_lines
 from dsmoe.training.trace import path_of, read_trace
 
 KEYS = {
@@ -77,6 +78,22 @@ def test_recorded_routes_do_not_depend_on_the_layout_and_replay_elsewhere(of_two
     assert all(word in result.output for word in ("forced balance", "contiguous", "replicated", "128 tokens"))
     refused = run(python("tools/plan.py", "replay", str(alone[0]), "--ep", "3"))
     assert refused.code == 2 and "found 3" in refused.output and "Traceback" not in refused.output
+
+
+def test_a_steps_time_is_taken_apart_and_each_expert_has_its_line(of_two, alone):
+    common = {"rest", "routing", "dispatch", "experts", "combine", "loss", "optimizer"}
+    for folder, parts in ((alone[0], common), (of_two, common | {"exchange"})):
+        for line in metrics(folder):
+            assert line["seconds_by_part"].keys() == parts
+            assert sum(line["seconds_by_part"].values()) == pytest.approx(line["seconds"], rel=0.05)
+        trace = read_trace(path_of(folder, 3))
+        by_expert = read_lines(folder / "experts.jsonl")[0]
+        assert (by_expert["step"], by_expert["tokens"]) == (3, 3 * 4 * 32)
+        assert by_expert["counts"] == trace.counts_LE().tolist()
+        norms, trained = np.array(by_expert["grad_norm"]), trace.counts_LE() > 0
+        assert (norms[trained] > 0).all() and (norms[~trained] == 0).all()
+        # Together with all other gradients they make the norm of all, as it is after clipping.
+        assert np.sqrt((norms**2).sum()) <= min(1.0, metrics(folder)[2]["grad_norm"]) * (1 + 1e-5)
 
 
 def check_three_steps(run_dir, reference_dir) -> None:

@@ -121,7 +121,10 @@ def test_what_deepspeed_understands_is_passed_on():
         ({"trainin": {}}, "trainin: unknown section (did you mean 'training'?)"),
         ({"zzz": {}}, f"zzz: unknown section (known: {', '.join(sorted([*SECTIONS, 'deepspeed']))})"),
         ({"model": {"num_layer": 2}}, "model.num_layer: unknown key (did you mean 'num_layers'?)"),
-        ({"logging": {"zzz": 1}}, "logging.zzz: unknown key (known: interval, run_dir, tensorboard, trace)"),
+        (
+            {"logging": {"zzz": 1}},
+            "logging.zzz: unknown key (known: experts, interval, run_dir, tensorboard, timings, trace)",
+        ),
         # wrong types: nothing is converted silently
         ({"model": {"hidden_size": "256"}}, "model.hidden_size: found '256', expected a valid integer"),
         ({"model": {"num_layers": 2.0}}, "model.num_layers: found 2.0, expected a valid integer"),
