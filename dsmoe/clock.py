@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-REST = "rest"  # attention, norms, embeddings, data, gradient reduction
+REST = "rest"  # projections around attention, dense MLPs, norms, embeddings, data, gradient reduction
 
 
 class StepClock:

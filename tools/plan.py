@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""Replay the routes of a real step on other numbers of expert-parallel ranks: load, traffic, buffers.
+"""What a run will need and how fast it will be, before it is started; the fastest way to lay it out; and recorded
+routes replayed on other numbers of ranks.
 
-    python launch/train.py --config configs/quickstart.yaml logging.trace=50
-    python tools/plan.py replay runs/quickstart --ep 2,4,8 --hidden 256
+    python tools/plan.py calibrate --out here.yaml
+    python tools/plan.py plan --config configs/quickstart.yaml --hardware here.yaml model.vocab_size=2048
+    python tools/plan.py plan --config big.yaml --hardware configs/hardware/h100.yaml --nodes 128 --search
+    python tools/plan.py replay RUN --ep 8,16,32 --hardware configs/hardware/h100.yaml
 
-What is counted, and how: dsmoe/planner/replay.py.
+What is counted, what is not, and how far off it was: docs/planning.md.
 """
 
 from __future__ import annotations
@@ -22,50 +25,214 @@ BYTES = {"fp32": 4, "bf16": 2}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    replay = commands.add_parser("replay", help="load and traffic of a recorded step on other numbers of ranks")
-    replay.add_argument("trace", type=Path, metavar="TRACE", help="a .npz of logging.trace, or the run's folder")
-    replay.add_argument("--ep", required=True, type=_integers, metavar="N,...", help="expert-parallel sizes")
-    replay.add_argument("--hidden", type=int, default=4096, metavar="H", help="width of a row (default: 4096)")
-    replay.add_argument("--dtype", choices=BYTES, default="bf16", help="of a row on its way (default: bf16)")
-    replay.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    _add_plan(commands.add_parser("plan", help="memory, time, traffic, energy and money of a run"))
+    _add_calibrate(commands.add_parser("calibrate", help="measure this machine and write its hardware file"))
+    _add_validate(commands.add_parser("validate", help="hold predictions for this machine to real runs"))
+    _add_replay(commands.add_parser("replay", help="a recorded step on other numbers of ranks"))
     arguments = parser.parse_args()
+    arguments.run(arguments)
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, metavar="YAML", help="of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="configuration keys, such as model.vocab_size=32000"
+    )
+    parser.add_argument(
+        "--hardware", required=True, type=Path, metavar="YAML", help="configs/hardware/*.yaml, or your own"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="equal nodes (default: 1)")
+    parser.add_argument("--search", action="store_true", help="the fastest layouts that fit, instead of the given one")
+    parser.add_argument("--tokens", type=float, metavar="T", help="of the whole run (default: those of training.steps)")
+    parser.add_argument("--experts-per-token", type=float, metavar="K", help="default: what the router aims at")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument(
+        "--imbalance", type=float, default=1.0, metavar="X", help="load of the busiest rank over the mean"
+    )
+    load.add_argument("--skew", metavar="P:N", help="P %% of all routes on N experts, for example 30:4")
+    load.add_argument("--trace", type=Path, metavar="RUN", help="imbalance as in a run with logging.trace")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.set_defaults(run=plan)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from dsmoe.config import load_config
+    from dsmoe.errors import ConfigError
+    from dsmoe.planner.hardware import load_hardware
+    from dsmoe.planner.layout import Layout, problems
+    from dsmoe.planner.load import even, of_skew, recorded
+    from dsmoe.planner.predict import predict
+    from dsmoe.planner.search import search
+    from dsmoe.planner.show import show_plan, show_search
+    from dsmoe.routers.registry import option_classes
+
+    config = load_config(arguments.config, arguments.overrides, option_classes())
+    hardware = load_hardware(arguments.hardware)
+    ranks = arguments.nodes * hardware.devices_per_node
+    found = problems(config, ranks, hardware)
+    found += [f"--nodes: found {arguments.nodes}, expected at least 1"] if arguments.nodes < 1 else []
+    found += [f"--imbalance: found {arguments.imbalance}, expected at least 1"] if arguments.imbalance < 1 else []
+    if arguments.search:  # these are what it looks for
+        found = [line for line in found if not line.startswith(("parallel.", "training.global"))]
+        batch = config.training.global_batch_size
+        if ranks > 0 and batch % ranks:
+            found.append(f"training.global_batch_size: found {batch}, expected a multiple of the {ranks} ranks")
+    if found:
+        raise ConfigError(found, "the plan")
+    if arguments.skew:
+        load = of_skew(arguments.skew, config.model.num_experts)
+    else:
+        load = recorded(arguments.trace, config.model.num_experts) if arguments.trace else even(arguments.imbalance)
+    results = search(config, hardware, ranks, load, arguments.experts_per_token)
+    tokens = (
+        arguments.tokens or config.training.steps * config.training.global_batch_size * config.model.sequence_length
+    )
+    if arguments.search:
+        show_search(_console(), results, tokens)
+        _write(arguments.json, [one.as_json(tokens) for one in (*results.fitting, *results.too_large)])
+        return
+    layout = Layout(config, hardware, ranks, load(config.parallel.expert_parallel), arguments.experts_per_token)
+    one = predict(layout)
+    show_plan(_console(), one, results, tokens)
+    _write(arguments.json, one.as_json(tokens))
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="YAML", help="the hardware file to write")
+    _add_devices(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the runs measured, too")
+    parser.set_defaults(run=calibrate)
+
+
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, metavar="N", help="devices of this node (default: its GPUs, or its cores)")
+    parser.add_argument(
+        "--scale", type=int, default=1, metavar="X", help="widths of the runs' models, times 128 (GPUs: 8)"
+    )
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    import yaml
 
     from dsmoe.checkpoint.files import write_atomically
+    from dsmoe.planner.calibrate import calibrate as calibrated
+
+    console = _console()
+    hardware, runs = calibrated(_ranks(arguments), arguments.scale, lambda text: console.print(f"measuring {text}"))
+    written = hardware.model_dump(exclude_none=True, exclude_defaults=True)
+    write_atomically(arguments.out, yaml.safe_dump(written, sort_keys=False).encode())
+    _write(arguments.json, [asdict(one) for one in runs])
+    console.print(f"wrote {arguments.out}: {hardware.name}, {hardware.devices_per_node} devices")
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hardware", required=True, type=Path, metavar="YAML", help="what `calibrate` wrote here")
+    _add_devices(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.set_defaults(run=validate)
+
+
+def validate(arguments: argparse.Namespace) -> None:
+    from dsmoe.planner.hardware import load_hardware
+    from dsmoe.planner.validate import table
+    from dsmoe.planner.validate import validate as validated
+
+    console, hardware = _console(), load_hardware(arguments.hardware)
+    found = validated(
+        hardware, arguments.ranks or hardware.devices_per_node, arguments.scale,
+        lambda text: console.print(f"measuring {text}"),
+    )  # fmt: skip
+    console.print(table(found))
+    _write(arguments.json, [one.as_json() for one in found])
+
+
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="a .npz of logging.trace, or the run's folder")
+    parser.add_argument("--ep", required=True, type=_integers, metavar="N,...", help="expert-parallel sizes")
+    parser.add_argument("--skew", metavar="P:N", help="instead of the recorded load: P %% of the routes on N experts")
+    parser.add_argument("--hidden", type=int, default=4096, metavar="H", help="width of a row (default: 4096)")
+    parser.add_argument("--ffn", type=int, metavar="F", help="width of an expert (default: H / 2)")
+    parser.add_argument("--dtype", choices=BYTES, default="bf16", help="of a row on its way (default: bf16)")
+    parser.add_argument("--hardware", type=Path, metavar="YAML", help="adds seconds, and bytes between nodes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.set_defaults(run=replay)
+
+
+def replay(arguments: argparse.Namespace) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from dsmoe.planner.hardware import load_hardware
+    from dsmoe.planner.replay import Cost, cost_of, skewed
     from dsmoe.planner.replay import replay as replayed
     from dsmoe.training.trace import read_trace
 
     trace = read_trace(arguments.trace)
-    rows = replayed(trace, arguments.ep)
-    console = Console(highlight=False)
+    trace = skewed(trace, arguments.skew) if arguments.skew else trace
+    hardware = load_hardware(arguments.hardware) if arguments.hardware else None
+    rows = replayed(trace, arguments.ep, hardware.devices_per_node if hardware else None)
+    console = _console()
     routes = trace.counts_LE().sum() / len(trace.layers) / len(trace.tokens_T)
     console.print(
         f"[bold]step {trace.step}[/]: {len(trace.tokens_T)} tokens, {len(trace.layers)} MoE layers of "
         f"{trace.num_experts} experts, {routes:.2f} experts a token"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("EP", "placement", "load", "worst", "rows", "sent MB", "by route"):
+    columns = ["EP", "placement", "load", "worst", "rows", "MiB", "sent MB", "by route"]
+    columns += ["between nodes", "experts ms", "exchange ms"] if hardware else []
+    for column in columns:
         table.add_column(column, justify="left" if column == "placement" else "right", no_wrap=True)
-    for row in rows:
-        sent = row.sent_bytes(arguments.hidden, BYTES[arguments.dtype])
+    shape = arguments.hidden, arguments.ffn or arguments.hidden // 2, arguments.dtype
+    costs: list[Cost] = [cost_of(row, *shape, hardware) for row in rows]
+    for row, cost in zip(rows, costs, strict=True):
         more = f"{row.sent_routes / row.sent_rows:.2f} x" if row.sent_rows else ""
-        table.add_row(
+        cells = [
             str(row.ranks), row.placement, f"{row.load:.2f}", f"{row.worst_load:.2f}", str(row.received_rows),
-            f"{sent / 1e6:.2f}", more,
-        )  # fmt: skip
+            f"{cost.buffer_bytes / 2**20:.2f}", f"{cost.sent_bytes / 1e6:.2f}", more,
+        ]  # fmt: skip
+        if hardware:
+            cells += [
+                f"{cost.between_share:.0%}",
+                f"{cost.expert_seconds * 1e3:.3f}",
+                f"{cost.exchange_seconds * 1e3:.3f}",
+            ]
+        table.add_row(*cells)
     console.print(table)
     console.print(
         "[dim]load: routes of the busiest rank over the mean; mean of layers, and worst\n"
-        "rows: what the busiest rank takes in at once\n"
+        "rows, MiB: what the busiest rank takes in at once, and its rows by expert with their activations\n"
         "sent MB: by a rank in a layer and step, forward and backward\n"
-        "by route: as many times more, were a token sent to each of its experts[/]"
+        "by route: as many times more, were a token sent to each of its experts"
+        + (
+            "\nms: of the busiest rank in a layer, forward and backward; between nodes: share of what is sent"
+            if hardware
+            else ""
+        )
+        + "[/]"
     )
-    if arguments.json:
-        content = {"step": trace.step, "tokens": len(trace.tokens_T), "rows": [asdict(row) for row in rows]}
-        write_atomically(arguments.json, (json.dumps(content, indent=1) + "\n").encode())
+    content = {"step": trace.step, "tokens": len(trace.tokens_T)}
+    _write(arguments.json, {**content, "rows": [{**asdict(r), **asdict(c)} for r, c in zip(rows, costs, strict=True)]})
+
+
+def _ranks(arguments: argparse.Namespace) -> int:
+    import os
+
+    import torch
+
+    return arguments.ranks or torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _write(path: Path | None, content) -> None:
+    from dsmoe.checkpoint.files import write_atomically
+
+    if path is not None:
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _integers(text: str) -> list[int]:

@@ -16,6 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dsmoe.clock import REST, clock
+
 
 class KeyValueCache:
     """Keys and values of the tokens that a model has seen, so that each new token costs one token.
@@ -71,6 +73,7 @@ class CausalAttention(nn.Module):
         if self.cache is not None:
             key, value = self.cache.extend(self.layer, key, value)
         seen = key.size(0) - query.size(0)  # tokens of the cache, which all of these may look at
+        query, key, value = clock.boundary(REST, "attention", query, key, value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.size(1) != key.size(1)
         if attention_mask is None and not seen:
@@ -83,6 +86,7 @@ class CausalAttention(nn.Module):
             out = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=allowed, scale=self.scale, enable_gqa=grouped
             )
+        (out,) = clock.boundary("attention", REST, out)
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -49,6 +49,10 @@ class RouterOptions(Section):
         """Experts per token these options aim at, for counting active parameters."""
         raise NotImplementedError
 
+    def first_experts(self, model: ModelConfig) -> float:
+        """Experts per token in the first steps, for counting memory: more than later where density is steered."""
+        return self.mean_experts(model)
+
 
 @dataclass
 class Routing:

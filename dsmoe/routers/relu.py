@@ -38,6 +38,9 @@ class ReLUOptions(RouterOptions):
     def mean_experts(self, model):
         return self.k
 
+    def first_experts(self, model):
+        return model.num_experts / 2  # where a random gate is above 0
+
 
 @register("relu")
 class ReLURouter(Router):

@@ -58,6 +58,9 @@ class RoutingFreeOptions(LowRankOptions):
     def mean_experts(self, model):
         return self.target_density * model.num_experts
 
+    def first_experts(self, model):
+        return model.num_experts  # nearly: scores start above the threshold
+
 
 @register("routing_free")
 class RoutingFree(LowRankRouter):

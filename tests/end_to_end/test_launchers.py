@@ -81,7 +81,7 @@ def test_recorded_routes_do_not_depend_on_the_layout_and_replay_elsewhere(of_two
 
 
 def test_a_steps_time_is_taken_apart_and_each_expert_has_its_line(of_two, alone):
-    common = {"rest", "routing", "dispatch", "experts", "combine", "loss", "optimizer"}
+    common = {"rest", "attention", "routing", "dispatch", "experts", "combine", "loss", "optimizer"}
     for folder, parts in ((alone[0], common), (of_two, common | {"exchange"})):
         for line in metrics(folder):
             assert line["seconds_by_part"].keys() == parts

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsmoe.errors import ConfigError
-from dsmoe.planner.replay import PLACEMENTS, destinations, replay
+from dsmoe.planner.replay import PLACEMENTS, cost_of, destinations, replay
 from dsmoe.training.trace import trace_of
 
 T, E = 64, 16
@@ -46,7 +46,7 @@ def test_where_dsmoe_puts_experts_is_counted_as_by_hand(trace):
     assert found.load == pytest.approx(np.mean(loads)) and found.worst_load == pytest.approx(max(loads))
     assert found.sent_rows == np.mean(rows) < found.sent_routes == np.mean(routes)
     assert found.received_rows == max(received)
-    assert found.sent_bytes(hidden=8, element_bytes=2) == found.sent_rows * 4 * 8 * 2
+    assert cost_of(found, 8, 4, "bf16").sent_bytes == found.sent_rows * 4 * 8 * 2
 
 
 @pytest.mark.parametrize("place", PLACEMENTS)

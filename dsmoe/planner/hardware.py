@@ -1,0 +1,90 @@
+"""What a machine can do, read from a YAML file: devices, what each reaches in each part of a step, networks, costs.
+
+    name: two cores
+    devices_per_node: 2
+    cpu: true                      ranks compute on the host
+    memory_gib: 12                 of a device, for one rank
+    process_gib: 0.4               of it that a rank takes before there is a model
+    state_overhead: 1.2            bytes held for each byte of weights, gradients and optimizer state
+    activation_overhead: 1.5       the same for activations and buffers
+    peak_tflops: {fp32: 0.17}      matrix products; for utilisation (MFU) alone
+    speeds:                        parts of a step as the clock names them; `default` is for those without a line
+      default: {tflops: {fp32: 0.15}, gb_s: 10}
+      experts: {tflops: {fp32: 0.15}, gb_s: 8, weights_gb_s: 6, call_us: 60}
+    within_node: {gb_s: 2, call_us: 150}
+    between_nodes: {gb_s: 1, call_us: 300}
+    watts: 8                       of a device at work, its share of the node included
+    price_per_hour: 0.1            of a device
+
+A part takes flops / tflops + activation bytes / gb_s + weight bytes / weights_gb_s + calls x call_us + step_us:
+nothing overlaps, as in dsmoe. `python tools/plan.py calibrate` writes such a file for the machine at hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from dsmoe.config import Section
+from dsmoe.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Speed(Section):
+    """What a device reaches in one part of a step. A rate that is missing counts as infinite."""
+
+    tflops: dict[Precision, float] = {}  # 1e12 multiplications and additions a second
+    gb_s: float | None = Field(None, gt=0)  # of activations, 1e9 bytes a second
+    weights_gb_s: float | None = Field(None, gt=0)  # of weights, gradients and optimizer state
+    call_us: float = Field(0.0, ge=0)  # microseconds for each call, whatever its size
+    step_us: float = Field(0.0, ge=0)  # microseconds once in a step
+
+
+class Link(Section):
+    """A network, as one rank sees it in one direction."""
+
+    gb_s: float = Field(gt=0)
+    call_us: float = Field(0.0, ge=0)  # of one collective with no bytes in it
+
+
+class Hardware(Section):
+    """A cluster of equal nodes."""
+
+    name: str
+    source: str = ""  # where the numbers come from
+    devices_per_node: int = Field(ge=1)
+    memory_gib: float = Field(gt=0)
+    process_gib: float = Field(0.0, ge=0)
+    state_overhead: float = Field(1.0, ge=1)
+    activation_overhead: float = Field(1.0, ge=1)
+    cpu: bool = False  # ranks compute on the host
+    peak_tflops: dict[Precision, float]
+    speeds: dict[str, Speed]
+    within_node: Link
+    between_nodes: Link | None = None  # None: there is one node
+    watts: float | None = Field(None, gt=0)
+    price_per_hour: float | None = Field(None, gt=0)
+    currency: str = "USD"
+
+    def speed(self, part: str) -> Speed:
+        return self.speeds.get(part) or self.speeds["default"]
+
+
+def load_hardware(path: str | Path) -> Hardware:
+    """Read and check. Raises `ConfigError` with every mistake."""
+    try:
+        hardware = Hardware.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError([f"cannot read the file: {error.strerror or error}"], str(path)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
+        raise ConfigError(problems, str(path)) from error
+    if "default" not in hardware.speeds:
+        raise ConfigError(["speeds.default: expected a speed for parts without a line of their own"], str(path))
+    return hardware

@@ -1,0 +1,132 @@
+"""Bytes that a rank holds at the worst moment of a step, by what they are for.
+
+States follow from the way DeepSpeed keeps them: the weights the model computes with, an fp32 master copy, two moments,
+gradients as the backward pass leaves them, and a flat copy of the rank's own gradients for the optimizer. Activations
+are what a backward pass needs again, layer by layer, and what the busiest rank holds while one layer is at work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from dsmoe.planner.layout import Layout
+
+MASTER, MOMENTS = 4, 8  # fp32
+REDUCED = 4  # of the flat gradient that the optimizer reads, fp32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    process: float  # interpreter, libraries, device context
+    weights: float
+    gradients: float
+    optimizer: float  # master weights and moments
+    update: float  # flat gradients and what the norm is computed in, while the optimizer runs
+    activations: float  # kept for the backward pass
+    dispatch: float  # rows and buffers of the layer at work, on the busiest rank
+    logits: float  # of the vocabulary loss, a part of the rows at a time, and its weight gradient
+    overheads: tuple[float, float]  # bytes held for each byte of state, and of what comes and goes
+
+    @property
+    def state(self) -> float:
+        """Weights, gradients, optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def transient(self) -> float:
+        """At the worst moment: the backward pass, when activations are there, or the update, when they are not."""
+        return max(self.update, self.activations + self.dispatch + self.logits)
+
+    @property
+    def total(self) -> float:
+        return self.process + self.overheads[0] * self.state + self.overheads[1] * self.transient
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they are for, overheads apart."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "overheads"}
+
+
+def memory(layout: Layout) -> Memory:
+    """Of the busiest rank."""
+    stage, element = layout.config.parallel.zero_stage, layout.element
+    local = layout.dense_parameters + layout.expert_parameters
+    owned = layout.owned_parameters
+    largest = largest_parameter(layout)
+    accumulated = 4 if layout.element == 2 else element  # bf16 gradients are summed in fp32
+    return Memory(
+        process=layout.hardware.process_gib * 2**30,
+        weights=element * (owned + 2 * layer_parameters(layout) if stage == 3 else local),
+        gradients=accumulated * (local if stage == 1 else owned + layer_parameters(layout)),
+        optimizer=owned * (MASTER + MOMENTS),
+        update=owned * REDUCED + largest * 8,  # DeepSpeed takes norms in fp64
+        activations=kept(layout),
+        dispatch=at_work(layout),
+        logits=logits(layout),
+        overheads=(layout.hardware.state_overhead, layout.hardware.activation_overhead),
+    )
+
+
+def layer_parameters(layout: Layout) -> float:
+    """Of the largest layer on one rank: what ZeRO 3 gathers at a time."""
+    return layout.dense_parameters / layout.model.num_layers + layout.expert_parameters / max(1, layout.moe_layers)
+
+
+def largest_parameter(layout: Layout) -> float:
+    """Elements of a rank's largest tensor under the optimizer."""
+    model = layout.model
+    experts = layout.local_experts * 2 * model.moe_ffn_hidden_size * model.hidden_size / layout.replicas
+    return max(experts if layout.moe_layers else 0.0, model.vocab_size * model.hidden_size / layout.ranks)
+
+
+def kept(layout: Layout) -> float:
+    """Activations of all layers, of one micro-step."""
+    model, tokens = layout.model, layout.tokens
+    heads = model.num_attention_heads * model.head_size
+    groups = model.key_value_heads * model.head_size
+    # The norm's input and output, queries and keys before and after rotation, values, what attention gives, the
+    # residual.
+    attention = tokens * (4 * model.hidden_size + 3 * heads + 3 * groups) * layout.element
+    inputs = tokens * model.hidden_size * layout.element
+    found = 0.0
+    for is_moe in model.moe_layers():
+        own = moe_activations(layout) if is_moe else 3 * tokens * model.dense_ffn_hidden_size * layout.element
+        if model.recompute == "full":
+            found += 2 * inputs + (routing(layout) if is_moe else own)
+        else:
+            found += attention + (routing(layout) if is_moe and model.recompute == "moe" else own)
+    return found
+
+
+def routing(layout: Layout) -> float:
+    """What a layer's routing keeps: fp32 scores and weights, the map, and the plan's indices."""
+    model = layout.model
+    scores = layout.tokens * model.num_experts * (4 * 3 + 2)
+    latents = layout.tokens * model.num_experts * layout.latent * (4 + layout.element)
+    return scores + latents + layout.routes * 8 * 4
+
+
+def moe_activations(layout: Layout) -> float:
+    """Kept of one MoE layer: routing, rows by expert, gate and up, and what a shared expert keeps."""
+    model = layout.model
+    rows = layout.routes * (model.hidden_size + 2 * model.moe_ffn_hidden_size + layout.latent) * layout.element
+    shared = layout.tokens * 3 * (model.moe_shared_expert_intermediate_size or 0) * layout.element
+    return routing(layout) + rows + shared
+
+
+def at_work(layout: Layout) -> float:
+    """Beside what is kept, while a layer is in its backward pass: gradients of its rows, and, recomputed, the rows."""
+    model = layout.model
+    parts = model.moe_chunks if model.recompute != "none" else 1
+    rows = layout.routes / parts * 2 * model.hidden_size * layout.element
+    travelling = layout.tokens * layout.reach() / parts * 2 * model.hidden_size * layout.element
+    again = moe_activations(layout) / parts if model.recompute != "none" else 0.0
+    return rows + travelling + again + 3 * layout.tokens * model.hidden_size * layout.element
+
+
+def logits(layout: Layout) -> float:
+    """A few MiB of logits on a CPU, 2^27 elsewhere, in fp32 with their softmax; the gradient of the output matrix."""
+    model = layout.model
+    chunk = min(layout.tokens * model.vocab_size, 2**21 if layout.hardware.cpu else 2**27)
+    return 3 * 4 * chunk + model.vocab_size * model.hidden_size * (4 + layout.element)

@@ -1,0 +1,122 @@
+"""Hold predictions to real runs that no coefficient was fitted to: memory, seconds of a step, bytes between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from rich import box
+from rich.table import Table
+
+from dsmoe.planner.calibrate import VOCABULARY, layout_of, with_precision
+from dsmoe.planner.hardware import Hardware
+from dsmoe.planner.measure import Case, MeasuredRun, measure
+from dsmoe.planner.predict import Prediction, predict
+
+MEMORY_BAR, SECONDS_BAR, BYTES_BAR = 0.10, 0.20, 0.05  # relative errors
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run and what was predicted for it."""
+
+    run: MeasuredRun
+    prediction: Prediction
+
+    @property
+    def seconds_error(self) -> float:
+        """Relative, as the others: above 0 where too much was predicted."""
+        return self.prediction.step_seconds / self.run.seconds - 1
+
+    @property
+    def memory_error(self) -> float:
+        return self.prediction.memory.total / self.run.peak_memory - 1
+
+    @property
+    def bytes_error(self) -> float | None:
+        if not self.run.all_to_all:
+            return None
+        return self.prediction.flows["exchange"].bytes * self.run.case.ranks / self.run.all_to_all - 1
+
+    def as_json(self) -> dict:
+        return {
+            **asdict(self.run),
+            "predicted": {
+                "seconds": self.prediction.step_seconds,
+                "seconds_by_part": self.prediction.seconds,
+                "peak_memory": self.prediction.memory.total,
+                "all_to_all": self.prediction.flows["exchange"].bytes * self.run.case.ranks,
+            },
+            "errors": {"seconds": self.seconds_error, "memory": self.memory_error, "all_to_all": self.bytes_error},
+        }
+
+
+def cases(ranks: int, scale: int = 1) -> list[Case]:
+    """Other shapes, routers, ZeRO stages and layouts than those of the calibration."""
+    hidden, ffn = "model.hidden_size", "model.moe_ffn_hidden_size"
+    count, batch, length = "model.num_experts", "training.global_batch_size", "model.sequence_length"
+    zero, again = "parallel.zero_stage", "model.recompute"
+    base = {
+        "model.num_layers": 3, "model.num_attention_heads": 4, hidden: 192 * scale, length: 192, count: 16,
+        ffn: 192 * scale, "router.name": "topk", "router.k": 2, batch: 6 * ranks,
+    }  # fmt: skip
+    spread = {"parallel.expert_parallel": ranks}
+    relu = {"router.name": "relu", "router.k": 2, "router.lambda_initial": 1e-4}
+    varied = {
+        "replicated": {},
+        "replicated, ZeRO 2": {zero: 2, count: 24},
+        "replicated, ZeRO 3": {zero: 3, count: 12},
+        "replicated, 4 experts a token": {"router.k": 4, count: 64, ffn: 96 * scale},
+        "replicated, relu": {**relu, "model.num_layers": 2},
+        "spread": spread,
+        "spread, 32 experts, wide": {**spread, count: 32, ffn: 384 * scale, batch: 4 * ranks},
+        "spread, 192 experts": {**spread, count: 192, ffn: 96 * scale, "model.num_layers": 2},
+        "spread, ZeRO 2, accumulated": {**spread, zero: 2, "training.gradient_accumulation": 3},
+        "spread, ZeRO 3": {**spread, zero: 3, count: 24},
+        "spread, experts recomputed": {**spread, again: "moe", batch: 12 * ranks},
+        "spread, all recomputed": {**spread, again: "full", length: 384},
+        "spread, top-p": {**spread, "router.name": "top_p", "router.k": ..., "router.p": 0.4},
+        "spread, relu": {**spread, **relu, count: 32},
+        "spread, shared expert": {**spread, "model.moe_shared_expert_intermediate_size": 192 * scale},
+        "spread, every second layer": {**spread, "model.moe_layer_freq": 2, "model.num_layers": 4},
+    }
+    found = [{name: value for name, value in {**base, **keys}.items() if value is not ...} for keys in varied.values()]
+    cases_ = [Case(name, ranks, keys) for name, keys in zip(varied, found, strict=True)]
+    return cases_ if ranks > 1 else [case for case in cases_ if "spread" not in case.name]
+
+
+def validate(
+    hardware: Hardware, ranks: int, scale: int = 1, say: Callable[[str], None] = lambda text: None
+) -> list[Checked]:
+    """Run every case and predict it. Raises `TrainingError` where a run fails."""
+    (precision,) = hardware.peak_tflops
+    found = []
+    for case in cases(ranks, scale):
+        say(f"a run: {case.name}, {ranks} rank{'s' if ranks > 1 else ''}")
+        run = measure(with_precision(case, precision), VOCABULARY)
+        found.append(Checked(run, predict(layout_of(run, hardware))))
+    return found
+
+
+def table(found: list[Checked]) -> Table:
+    """One row a run: measured, predicted, error; those beyond a bar in red."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("run", no_wrap=True)
+    for column in ("step", "predicted", "", "memory", "predicted", "", "sent", "predicted", ""):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for one in found:
+        run, prediction = one.run, one.prediction
+        cells = [run.case.name]
+        cells += [f"{run.seconds * 1e3:.0f} ms", f"{prediction.step_seconds * 1e3:.0f} ms"]
+        cells += [_error(one.seconds_error, SECONDS_BAR)]
+        cells += [f"{run.peak_memory / 2**20:.0f} MiB", f"{prediction.memory.total / 2**20:.0f} MiB"]
+        cells += [_error(one.memory_error, MEMORY_BAR)]
+        if one.bytes_error is not None:
+            sent = prediction.flows["exchange"].bytes * run.case.ranks
+            cells += [f"{run.all_to_all / 1e6:.2f} MB", f"{sent / 1e6:.2f} MB", _error(one.bytes_error, BYTES_BAR)]
+        shown.add_row(*cells)
+    return shown
+
+
+def _error(error: float, bar: float) -> str:
+    return f"{error:+.1%}" if abs(error) <= bar else f"[red]{error:+.1%}[/]"
