@@ -197,9 +197,18 @@ def _send_routes(values: Tensor, plan: RoutePlan) -> Tensor:
 
 def combine(rows_RH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
     """Bring weighted expert outputs home and sum them per token: [T, H], exactly 0 where a token has no route."""
+    return bring_home(sum_of_routes(rows_RH, plan), plan, exchange_dtype)
+
+
+def sum_of_routes(rows_RH: Tensor, plan: RoutePlan) -> Tensor:
+    """What this rank's experts made of each row that came here: [P, H], or, on one rank, of each token, [T, H]."""
+    return _sum_rows(rows_RH, plan.row_R, plan.tokens if plan.travel is None else plan.travel.received)
+
+
+def bring_home(rows_PH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
+    """From the ranks that it went to, the sum for each token: [T, H]."""
     if plan.travel is None:
-        return _sum_rows(rows_RH, plan.row_R, plan.tokens)
-    rows_PH = _sum_rows(rows_RH, plan.row_R, plan.travel.received)
+        return rows_PH
     rows_MH = _exchange(rows_PH, plan.travel.rows.receive, plan.travel.rows.send, plan, exchange_dtype)
     return _sum_rows(rows_MH, plan.travel.token_M, plan.tokens)
 

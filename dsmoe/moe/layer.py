@@ -1,9 +1,9 @@
 """Megatron-Core's MoE layer with any router, variable-count dispatch and grouped experts.
 
-route -> plan -> [dispatch -> experts -> combine] -> + shared experts
+route -> plan -> [dispatch -> experts] -> combine -> + shared experts
 
-The part in brackets can be done for some of the tokens at a time, and recomputed in the backward pass. Routing and
-plans stay outside, so a recompute reuses the route that was taken: it cannot flip one, and counts and controllers never
+The part in brackets can be recomputed in the backward pass, and from there to combine some of the tokens can be done at
+a time. Routing and plans stay outside, so a recompute reuses the route that was taken: it cannot flip one, and counts and controllers never
 see a token twice.
 """
 
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe.clock import REST, clock
-from dsmoe.moe.dispatch import PlanInProgress, RoutePlan, combine, dispatch, dispatch_latents
+from dsmoe.moe.dispatch import PlanInProgress, RoutePlan, bring_home, dispatch, dispatch_latents, sum_of_routes
 
 
 class VariableMoELayer(MoELayer):
     """`MoELayer` for 0..E experts per token.
 
     Args:
-        recompute: redo dispatch, experts and combine in the backward pass instead of keeping their activations.
+        recompute: redo dispatch and experts in the backward pass instead of keeping their activations.
         chunks: bring the tokens to the experts in that many parts, one after another. With `recompute`, buffers and
             activations of one part are all that exists at a time, however many routes a rank receives.
         exchange_dtype: of rows and their gradients while they travel between ranks; None keeps that of the model.
@@ -54,10 +54,10 @@ class VariableMoELayer(MoELayer):
             own = [latent[0][part]] if latent and self.router.sends_latents else latent
             inputs = (hidden_TH[part], probs_TE[part], started.finish(), *own)
             if self.recompute and self.training:
-                out_TH = checkpoint(self._routed, *inputs, use_reentrant=False, preserve_rng_state=False)
+                rows_PH = checkpoint(self._at_experts, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                out_TH = self._routed(*inputs)
-            outputs.append(out_TH)
+                rows_PH = self._at_experts(*inputs)
+            outputs.append(bring_home(rows_PH, inputs[2], self.exchange_dtype))
         output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(hidden_states)
         (output,) = clock.boundary("combine", REST, output if shared is None else output + shared)
         return output, None
@@ -76,7 +76,9 @@ class VariableMoELayer(MoELayer):
         bounds = [tokens * i // self.chunks for i in range(self.chunks + 1)]
         return [slice(*ends) for ends in pairwise(bounds)]
 
-    def _routed(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
+    def _at_experts(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
+        """What this rank's experts make of the tokens that came here, [P, H]. Nothing that is done to it on its way home
+        needs it in the backward pass, so a recompute ends here."""
         rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan, self.exchange_dtype)
         more = {}
         if latent and self.router.sends_latents:
@@ -86,4 +88,4 @@ class VariableMoELayer(MoELayer):
         rows_RH, probs_R = clock.boundary("dispatch", "experts", rows_RH, probs_R)
         out_RH, _ = self.experts(rows_RH, plan.routes_per_expert_e, probs_R, **more)
         (out_RH,) = clock.boundary("experts", "combine", out_RH)
-        return combine(out_RH, plan, self.exchange_dtype)
+        return sum_of_routes(out_RH, plan)

@@ -24,7 +24,7 @@ from dsmoe.training.metrics import FILE, read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = 3  # steps that are not timed
-STEPS = 12
+STEPS = 15
 
 
 @dataclass(frozen=True)

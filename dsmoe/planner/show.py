@@ -56,12 +56,12 @@ def show_search(console: Console, found: Found, tokens: float, count: int = 8) -
         )
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("EP", "ZeRO", "recompute", "micro", "chunks", "step", "tokens/s", "MFU", "memory", "binds"):
+    for column in ("EP", "ZeRO", "recompute", "micro", "step", "tokens/s", "MFU", "memory", "binds"):
         table.add_column(column, justify="left" if column in ("recompute", "binds") else "right", no_wrap=True)
     for one in found.fitting[:count]:
         ep, stage, recompute, micro_steps, chunks = map(str, choices(one.layout).values())
         table.add_row(
-            ep, stage, recompute, micro_steps, chunks, _seconds(one.step_seconds), f"{one.tokens_per_second:,.0f}",
+            ep, stage, recompute if chunks == "1" else f"{recompute} in {chunks}", micro_steps, _seconds(one.step_seconds), f"{one.tokens_per_second:,.0f}",
             f"{one.utilisation:.1%}", _bytes(one.worst_memory), one.binds(),
         )  # fmt: skip
     console.print(table)
@@ -88,9 +88,12 @@ def _memory_table(one: Prediction) -> Table:
     later, first = one.memory.parts(), one.first_memory.parts()
     for name in later:
         table.add_row(name, _bytes(later[name]), _bytes(first[name]))
-    table.add_row(
-        "[bold]at the worst moment[/]", *(f"[bold]{_bytes(m.total)}[/]" for m in (one.memory, one.first_memory))
-    )
+    worst = (f"[bold]{_bytes(found.total)}[/]" for found in (one.memory, one.first_memory))
+    table.add_row("[bold]at the worst moment[/]", *worst)
+    of_state, of_the_rest = one.memory.overheads
+    if max(of_state, of_the_rest) > 1:
+        table.caption = f"{of_state:.2f} x what is kept, {of_the_rest:.2f} x what comes and goes"
+        table.caption_justify = "left"
     return table
 
 

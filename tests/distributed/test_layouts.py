@@ -34,6 +34,18 @@ def test_rows_in_bf16_between_ranks_halve_the_traffic_and_nearly_keep_the_step()
         assert after["grad_norm"] != before["grad_norm"]
 
 
+def test_recomputed_experts_fetch_their_rows_again_but_send_nothing_home_again():
+    results = run_ranks(2, train_and_count, [tiny_config(
+        router=ROUTERS["topk"], parallel={"expert_parallel": 2}, model={"recompute": what}
+    ) for what in ("none", "moe")])  # fmt: skip
+    (kept, row_bytes), (recomputed, more) = results[0]
+    # Out, home, and both gradients; out again. Sums in another order flip a route or two in five steps.
+    assert more == pytest.approx(row_bytes * 5 / 4, rel=5e-3)
+    for before, after in zip(kept, recomputed, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=1e-6)
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-5)
+
+
 def train_and_count(configs) -> list[tuple[list[dict], int]]:
     """For each configuration its history, and the bytes of matrices given to all-to-all."""
     from dsmoe.parallel import collectives
