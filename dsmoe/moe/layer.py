@@ -3,8 +3,8 @@
 route -> plan -> [dispatch -> experts] -> combine -> + shared experts
 
 The part in brackets can be recomputed in the backward pass, and from there to combine some of the tokens can be done at
-a time. Routing and plans stay outside, so a recompute reuses the route that was taken: it cannot flip one, and counts and controllers never
-see a token twice.
+a time. Routing and plans stay outside, so a recompute reuses the route that was taken: it cannot flip one, and counts
+and controllers never see a token twice.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class VariableMoELayer(MoELayer):
         return [slice(*ends) for ends in pairwise(bounds)]
 
     def _at_experts(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
-        """What this rank's experts make of the tokens that came here, [P, H]. Nothing that is done to it on its way home
-        needs it in the backward pass, so a recompute ends here."""
+        """What this rank's experts make of the tokens that came here, [P, H]. On its way home nothing needs it in the
+        backward pass, so a recompute ends here."""
         rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan, self.exchange_dtype)
         more = {}
         if latent and self.router.sends_latents:

@@ -60,8 +60,9 @@ def show_search(console: Console, found: Found, tokens: float, count: int = 8) -
         table.add_column(column, justify="left" if column in ("recompute", "binds") else "right", no_wrap=True)
     for one in found.fitting[:count]:
         ep, stage, recompute, micro_steps, chunks = map(str, choices(one.layout).values())
+        again = recompute if chunks == "1" else f"{recompute} in {chunks}"
         table.add_row(
-            ep, stage, recompute if chunks == "1" else f"{recompute} in {chunks}", micro_steps, _seconds(one.step_seconds), f"{one.tokens_per_second:,.0f}",
+            ep, stage, again, micro_steps, _seconds(one.step_seconds), f"{one.tokens_per_second:,.0f}",
             f"{one.utilisation:.1%}", _bytes(one.worst_memory), one.binds(),
         )  # fmt: skip
     console.print(table)
