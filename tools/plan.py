@@ -28,6 +28,9 @@ def main() -> None:
     _add_plan(commands.add_parser("plan", help="memory, time, traffic, energy and money of a run"))
     _add_calibrate(commands.add_parser("calibrate", help="measure this machine and write its hardware file"))
     _add_validate(commands.add_parser("validate", help="hold predictions for this machine to real runs"))
+    published = commands.add_parser("published", help="figures of other projects beside predictions")
+    published.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    published.set_defaults(run=show_published)
     _add_replay(commands.add_parser("replay", help="a recorded step on other numbers of ranks"))
     arguments = parser.parse_args()
     arguments.run(arguments)
@@ -127,6 +130,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", required=True, type=Path, metavar="YAML", help="what `calibrate` wrote here")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="predict anew what an earlier --json measured")
     _add_devices(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.set_defaults(run=validate)
@@ -134,16 +138,30 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 
 def validate(arguments: argparse.Namespace) -> None:
     from dsmoe.planner.hardware import load_hardware
-    from dsmoe.planner.validate import table
+    from dsmoe.planner.validate import again, table
     from dsmoe.planner.validate import validate as validated
 
     console, hardware = _console(), load_hardware(arguments.hardware)
-    found = validated(
-        hardware, arguments.ranks or hardware.devices_per_node, arguments.scale,
-        lambda text: console.print(f"measuring {text}"),
-    )  # fmt: skip
+    if arguments.again:
+        found = again(hardware, json.loads(arguments.again.read_text()))
+    else:
+        found = validated(
+            hardware, arguments.ranks or hardware.devices_per_node, arguments.scale,
+            lambda text: console.print(f"measuring {text}"),
+        )  # fmt: skip
     console.print(table(found))
     _write(arguments.json, [one.as_json() for one in found])
+
+
+def show_published(arguments: argparse.Namespace) -> None:
+    from dsmoe.planner.published import table
+
+    shown, rows = table(Path(__file__).resolve().parents[1] / "configs" / "hardware")
+    console = _console()
+    console.print(shown)
+    for row in rows:
+        console.print(f"[dim]{row['figure']}: {row['source']}{'; ' + row['note'] if row['note'] else ''}[/]")
+    _write(arguments.json, rows)
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:

@@ -83,11 +83,6 @@ def largest_parameter(layout: Layout) -> float:
 def kept(layout: Layout) -> float:
     """Activations of all layers, of one micro-step."""
     model, tokens = layout.model, layout.tokens
-    heads = model.num_attention_heads * model.head_size
-    groups = model.key_value_heads * model.head_size
-    # The norm's input and output, queries and keys before and after rotation, values, what attention gives, the
-    # residual.
-    attention = tokens * (4 * model.hidden_size + 3 * heads + 3 * groups) * layout.element
     inputs = tokens * model.hidden_size * layout.element
     found = 0.0
     for is_moe in model.moe_layers():
@@ -95,8 +90,17 @@ def kept(layout: Layout) -> float:
         if model.recompute == "full":
             found += 2 * inputs + (routing(layout) if is_moe else own)
         else:
-            found += attention + (routing(layout) if is_moe and model.recompute == "moe" else own)
+            found += attention(layout) + (routing(layout) if is_moe and model.recompute == "moe" else own)
     return found
+
+
+def attention(layout: Layout) -> float:
+    """Kept of one layer: the norm's input and output, queries and keys before and after rotation, values, what
+    attention gives, the residual."""
+    model = layout.model
+    heads = model.num_attention_heads * model.head_size
+    groups = model.key_value_heads * model.head_size
+    return layout.tokens * (4 * model.hidden_size + 3 * heads + 3 * groups) * layout.element
 
 
 def routing(layout: Layout) -> float:
@@ -122,6 +126,7 @@ def at_work(layout: Layout) -> float:
     rows = layout.routes / parts * 2 * model.hidden_size * layout.element
     travelling = layout.tokens * layout.reach() / parts * 2 * model.hidden_size * layout.element
     again = moe_activations(layout) / parts if model.recompute != "none" else 0.0
+    again += attention(layout) if model.recompute == "full" else 0.0
     return rows + travelling + again + 3 * layout.tokens * model.hidden_size * layout.element
 
 

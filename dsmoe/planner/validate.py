@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from rich import box
 from rich.table import Table
@@ -85,6 +85,13 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
     return cases_ if ranks > 1 else [case for case in cases_ if "spread" not in case.name]
 
 
+def again(hardware: Hardware, measured: list[dict]) -> list[Checked]:
+    """Predict anew what `validate` measured before."""
+    names = [field.name for field in fields(MeasuredRun)]
+    runs = [MeasuredRun(**{**{name: one[name] for name in names}, "case": Case(**one["case"])}) for one in measured]
+    return [Checked(run, predict(layout_of(run, hardware))) for run in runs]
+
+
 def validate(
     hardware: Hardware, ranks: int, scale: int = 1, say: Callable[[str], None] = lambda text: None
 ) -> list[Checked]:
@@ -100,23 +107,24 @@ def validate(
 
 def table(found: list[Checked]) -> Table:
     """One row a run: measured, predicted, error; those beyond a bar in red."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("run", no_wrap=True)
-    for column in ("step", "predicted", "", "memory", "predicted", "", "sent", "predicted", ""):
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    shown.add_column("run")
+    for column in ("step ms", "memory MiB", "all-to-all MB"):
         shown.add_column(column, justify="right", no_wrap=True)
     for one in found:
         run, prediction = one.run, one.prediction
-        cells = [run.case.name]
-        cells += [f"{run.seconds * 1e3:.0f} ms", f"{prediction.step_seconds * 1e3:.0f} ms"]
-        cells += [_error(one.seconds_error, SECONDS_BAR)]
-        cells += [f"{run.peak_memory / 2**20:.0f} MiB", f"{prediction.memory.total / 2**20:.0f} MiB"]
-        cells += [_error(one.memory_error, MEMORY_BAR)]
-        if one.bytes_error is not None:
-            sent = prediction.flows["exchange"].bytes * run.case.ranks
-            cells += [f"{run.all_to_all / 1e6:.2f} MB", f"{sent / 1e6:.2f} MB", _error(one.bytes_error, BYTES_BAR)]
-        shown.add_row(*cells)
+        sent = prediction.flows["exchange"].bytes * run.case.ranks
+        shown.add_row(
+            run.case.name,
+            _beside(run.seconds * 1e3, prediction.step_seconds * 1e3, ".0f", one.seconds_error, SECONDS_BAR),
+            _beside(run.peak_memory / 2**20, prediction.memory.total / 2**20, ".0f", one.memory_error, MEMORY_BAR),
+            ""
+            if one.bytes_error is None
+            else _beside(run.all_to_all / 1e6, sent / 1e6, ".1f", one.bytes_error, BYTES_BAR),
+        )
     return shown
 
 
-def _error(error: float, bar: float) -> str:
-    return f"{error:+.1%}" if abs(error) <= bar else f"[red]{error:+.1%}[/]"
+def _beside(measured: float, predicted: float, form: str, error: float, bar: float) -> str:
+    said = f"{error:+.1%}" if abs(error) <= bar else f"[red]{error:+.1%}[/]"
+    return f"{measured:{form}} → {predicted:{form}} {said}"
