@@ -205,9 +205,15 @@ def _compiler() -> Finding:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     missing = [tool for tool, path in (("C++ compiler", compiler), ("ninja", ninja)) if path is None]
     if missing:
-        return Finding(False, f"no {' and no '.join(missing)}; DeepSpeed's optional ops and dsmoe's C++ experts do without")
+        return Finding(
+            False, f"no {' and no '.join(missing)}; DeepSpeed's optional ops and dsmoe's C++ experts do without"
+        )
     shown = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, timeout=10)
-    return Finding(True, "builds dsmoe's C++ experts and DeepSpeed's optional ops; both can do without", shown.stdout.strip() or None)
+    return Finding(
+        True,
+        "builds dsmoe's C++ experts and DeepSpeed's optional ops; both can do without",
+        shown.stdout.strip() or None,
+    )
 
 
 PROBES: dict[str, Callable[[], Finding]] = {

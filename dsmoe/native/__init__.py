@@ -67,7 +67,9 @@ def _compiled() -> Path:
                 [program, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=DEADLINE
             )
             if done.returncode:
-                raise NoKernel(f"{program} cannot compile it: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+                raise NoKernel(
+                    f"{program} cannot compile it: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
+                )
             os.replace(made, path)
     return path
 

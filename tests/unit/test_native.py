@@ -82,7 +82,12 @@ def test_activations_of_any_size_and_what_is_not_finite():
     rows[-1, 0] = float("nan")
     weight = torch.zeros(1, 16, 8)
     weight[0, :8, 0] = weight[0, 8:, 1] = 1.0  # gate is the first column, up is 1
-    inputs = [rows.requires_grad_(), weight.requires_grad_(), torch.eye(8)[None].requires_grad_(), torch.ones(len(rows))]
+    inputs = [
+        rows.requires_grad_(),
+        weight.requires_grad_(),
+        torch.eye(8)[None].requires_grad_(),
+        torch.ones(len(rows)),
+    ]
     inputs[-1].requires_grad_()
     out, grad_rows, *_ = results(native.swiglu_experts, inputs, [len(rows)])
     expected, expected_rows, *_ = results(loop, inputs, [len(rows)])
