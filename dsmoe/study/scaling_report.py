@@ -14,10 +14,11 @@ import numpy
 
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import ConfigError
+from dsmoe.study.drawing import Picture, x_title
 from dsmoe.study.law import fit_law
-from dsmoe.study.limits import limit_tables
+from dsmoe.study.limits import at, limit_tables
 from dsmoe.study.measures import MEASURES, Measured, StudyResults, centre_and_band, read_results
-from dsmoe.study.pictures import Picture, draw_pictures, x_title
+from dsmoe.study.pictures import draw_pictures
 from dsmoe.study.plan import slug
 from dsmoe.study.report import insert_tables
 from dsmoe.study.scaling import read_study
@@ -91,20 +92,33 @@ def _study(folder: Path):
 
 
 def _tables(results: StudyResults) -> list[Table]:
-    return [table for table in (_summary(results), _laws(results), *_beside(results), _missing(results)) if table.rows]
+    tables = (
+        _summary(results, "All cells, means over seeds", inside=False),
+        _summary(results, "What the experts became, means over seeds", inside=True),
+        _laws(results),
+        *_beside(results),
+        _missing(results),
+    )
+    return [table for table in tables if table.rows]
 
 
-def _summary(results: StudyResults) -> Table:
-    """A row for each arm and point: means over seeds, the loss with its interval."""
-    names = [name for name in MEASURES if any(name in one.values for one in results.found)]
+def _summary(results: StudyResults, title: str, inside: bool) -> Table:
+    """A row for each arm and point: means over seeds, the loss with its interval. Quantities of the run, or of its
+    experts."""
+    names = [
+        name
+        for name, measure in MEASURES.items()
+        if measure.inside == inside and any(name in one.values for one in results.found)
+    ]
     rows = []
+    if not names:
+        return Table(title, [], [])
     for arm in results.arms():
         for point, group in results.by_point(arm).items():
-            at = ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point)
             means = (spread([one.values[name] for one in group if name in one.values], name) for name in names)
-            rows.append([arm, at, str(len(group)), *means])
+            rows.append([arm, at(point), str(len(group)), *means])
     headings = ["arm", "at", "seeds", *(MEASURES[name].heading for name in names)]
-    return Table("All cells, means over seeds", headings, rows)
+    return Table(title, headings, rows)
 
 
 def spread(values: list[float], name: str) -> str:
@@ -186,6 +200,8 @@ def _svg(picture: Picture, prefix: str) -> str:
     picture.figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
+    # Hundredths of a point are enough, and half the bytes.
+    text = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)
 
