@@ -189,7 +189,7 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 
 def validate(arguments: argparse.Namespace) -> None:
     from dsmoe.planner.hardware import load_hardware
-    from dsmoe.planner.validate import again, table
+    from dsmoe.planner.validate import again, summary, table
     from dsmoe.planner.validate import validate as validated
 
     console, hardware = _console(), load_hardware(arguments.hardware)
@@ -201,6 +201,7 @@ def validate(arguments: argparse.Namespace) -> None:
             lambda text: console.print(f"measuring {text}"),
         )  # fmt: skip
     console.print(table(found))
+    console.print(summary(found))
     _write(arguments.json, [one.as_json() for one in found])
 
 
@@ -294,7 +295,8 @@ def _ranks(arguments: argparse.Namespace) -> int:
 def _console():
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 140  # in a file, tables are as wide as they need to be
+    return Console(highlight=False, soft_wrap=True, width=width)
 
 
 def _write(path: Path | None, content) -> None:

@@ -30,10 +30,9 @@ def show_plan(console: Console, one: Prediction, found: Found, tokens: float) ->
     sent = {name: flow for name, flow in one.flows.items() if flow.bytes}
     for name, flow in sent.items():
         what = {"exchange": "tokens to experts and home", "gradients": "gradients", "weights": "weights"}[name]
-        console.print(
-            f"[bold]sent[/]     {what}: {_bytes(flow.within)} within a node, {_bytes(flow.between)} between nodes, "
-            "by each rank in a step"
-        )
+        where = [(flow.within, "within a node"), (flow.between, "between nodes")]
+        amounts = ", ".join(f"{_bytes(count)} {place}" for count, place in where if count)
+        console.print(f"[bold]sent[/]     {what}: {amounts}, by each rank in a step")
     console.print(f"[bold]speed[/]    {one.tokens_per_second:,.0f} tokens/s, {one.tflops:,.3g} TFLOP/s a device, MFU "
                   f"{one.utilisation:.1%}; most time goes to {one.binds()}")  # fmt: skip
     console.print(f"[bold]run[/]      {tokens:,.0f} tokens: {_run(one, tokens)}")
@@ -72,12 +71,12 @@ def show_search(console: Console, found: Found, tokens: float, count: int = 8) -
         f"{len(found.fitting)} of {len(found.fitting) + len(found.too_large)} layouts fit. Fastest: {_settings(best)}"
     )
     console.print(f"[bold]run[/]      {tokens:,.0f} tokens: {_run(best, tokens)}")
-    if found.too_large and found.too_large[0].step_seconds < best.step_seconds:
-        quicker = found.too_large[0]
-        gain = best.step_seconds / quicker.step_seconds - 1
+    quicker = [one for one in found.too_large if one.step_seconds < best.step_seconds]
+    if quicker:  # the nearest first
+        gain = best.step_seconds / quicker[0].step_seconds - 1
         console.print(
-            f"[dim]memory binds: {_described(quicker)} would be {gain:.0%} faster "
-            f"with {_bytes(quicker.missing_memory)} more[/]"
+            f"[bold]memory binds[/]: {len(quicker)} layouts that do not fit are faster; the nearest of them lacks "
+            f"{_bytes(quicker[0].missing_memory)} and is {gain:.0%} faster: {_settings(quicker[0])}"
         )
 
 

@@ -125,6 +125,21 @@ def table(found: list[Checked]) -> Table:
     return shown
 
 
+def summary(found: list[Checked]) -> str:
+    """How many runs are within each bar, and the worst of each."""
+    lines = []
+    for what, bar, errors in (
+        ("step time", SECONDS_BAR, [one.seconds_error for one in found]),
+        ("memory", MEMORY_BAR, [one.memory_error for one in found]),
+        ("all-to-all bytes", BYTES_BAR, [one.bytes_error for one in found if one.bytes_error is not None]),
+    ):
+        if errors:
+            within = sum(abs(error) <= bar for error in errors)
+            worst = max(errors, key=abs)
+            lines.append(f"{what}: {within} of {len(errors)} within {bar:.0%}, the worst {worst:+.1%}")
+    return "\n".join(lines)
+
+
 def _beside(measured: float, predicted: float, form: str, error: float, bar: float) -> str:
     said = f"{error:+.1%}" if abs(error) <= bar else f"[red]{error:+.1%}[/]"
     return f"{measured:{form}} → {predicted:{form}} {said}"

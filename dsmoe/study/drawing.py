@@ -25,9 +25,10 @@ STYLE = {
     "ytick.color": "#5b6675", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": FAINT, "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False,
     "legend.fontsize": 9, "lines.linewidth": 1.8, "lines.markersize": 5, "figure.facecolor": "none",
-    "axes.facecolor": "none", "savefig.facecolor": "none",
+    "axes.facecolor": "none", "savefig.facecolor": "none", "xtick.bottom": False, "ytick.left": False,
+    "ytick.minor.left": False, "xtick.minor.bottom": False,
 }  # fmt: skip
-POINTS = 120  # of a curve over training that the CSV keeps
+POINTS = 120  # of a curve over training that are kept
 
 
 @dataclass(frozen=True)
@@ -85,3 +86,8 @@ def first_seed(ones: list[Measured]) -> list[Measured]:
     """Those of the smallest seed, small x first."""
     seed = min(one.cell.seed for one in ones)
     return sorted((one for one in ones if one.cell.seed == seed), key=lambda one: one.x or 0.0)
+
+
+def thinned(length: int) -> numpy.ndarray:
+    """int [at most POINTS]: places along a curve that are drawn and kept, both ends among them."""
+    return numpy.unique(numpy.linspace(0, length - 1, POINTS).round().astype(int))

@@ -68,8 +68,8 @@ MEASURES = {
     "flips": Measure("routes changed since the checkpoint before", "", ".1%", inside=True),
     "flips_bf16": Measure("routes changed by bf16 inputs", "", ".2%", inside=True),
     "load_contiguous": Measure(f"busiest of {REPLAYED} ranks over mean, experts in order", "", ".2f", inside=True),
-    "load_aware": Measure("placed by load", "", ".2f", inside=True),
-    "load_replicated": Measure("hot experts copied", "", ".2f", inside=True),
+    "load_aware": Measure(f"busiest of {REPLAYED} ranks, experts placed by load", "", ".2f", inside=True),
+    "load_replicated": Measure(f"busiest of {REPLAYED} ranks, hot experts copied", "", ".2f", inside=True),
     "by_route": Measure("rows sent without de-duplication, over ours", "", ".2f", inside=True),
 }  # fmt: skip
 

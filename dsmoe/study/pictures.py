@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import matplotlib.pyplot as plt
 import numpy
 
-from dsmoe.study.drawing import POINTS, STYLE, Picture, colors_of, has_axis, logarithmic, panels, x_title
+from dsmoe.study.drawing import STYLE, Picture, colors_of, has_axis, logarithmic, panels, thinned, x_title
 from dsmoe.study.grid import MEASURED
 from dsmoe.study.law import fit_law
 from dsmoe.study.measures import StudyResults, centre_and_band, flops, wall
@@ -134,8 +134,8 @@ def _over_training(results: StudyResults, name: str, title: str, caption: str, l
             if place is not None and one.x != place:
                 continue
             cost, loss = value(one), smoothed(numpy.array([line["loss"] for line in one.lines]))
-            axis.plot(cost, loss, color=colors[one.cell.arm], linewidth=1.3)
-            kept = numpy.unique(numpy.linspace(0, len(loss) - 1, POINTS).round().astype(int))
+            kept = thinned(len(loss))
+            axis.plot(numpy.asarray(cost)[kept], loss[kept], color=colors[one.cell.arm], linewidth=1.3)
             rows += [[str(one.cell), one.lines[i]["step"], cost[i], loss[i]] for i in kept]
         if logarithmic:
             axis.set_xscale("log")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -22,6 +21,7 @@ from dsmoe.study.pictures import draw_pictures
 from dsmoe.study.plan import slug
 from dsmoe.study.report import insert_tables
 from dsmoe.study.scaling import read_study
+from dsmoe.study.svg import svg_of
 
 PAGE, MARKDOWN = "index.html", "report.md"
 
@@ -68,7 +68,7 @@ def write_report(folders: list[Path], target: Path, limits: Path | None = None) 
         folder.mkdir(parents=True, exist_ok=True)
         tables, figures = _tables(results), []
         for picture in draw_pictures(results):
-            svg, svg_file = _svg(picture, f"{name}-{picture.name}"), folder / f"{picture.name}.svg"
+            svg, svg_file = svg_of(picture.figure, f"{name}-{picture.name}"), folder / f"{picture.name}.svg"
             svg_file.write_text(svg, encoding="utf-8")
             csv_file = folder / f"{picture.name}.csv"
             _write_csv(csv_file, picture.headings, picture.rows)
@@ -192,18 +192,6 @@ def _write_csv(path: Path, headings: list[str], rows: list[list]) -> None:
     writer.writerow(headings)
     writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
     write_atomically(path, text.getvalue().encode())
-
-
-def _svg(picture: Picture, prefix: str) -> str:
-    """The figure as SVG; its ids carry the picture's name, as several share a page."""
-    file = io.StringIO()
-    picture.figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    # Hundredths of a point are enough, and half the bytes.
-    text = re.sub(r'\b(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)
 
 
 def _counts(results: StudyResults) -> str:

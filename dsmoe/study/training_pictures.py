@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy
 from matplotlib.ticker import FuncFormatter
 
-from dsmoe.study.drawing import PALETTE, POINTS, Picture, colors_of, first_seed, label, panels, shade
+from dsmoe.study.drawing import PALETTE, Picture, colors_of, first_seed, label, panels, shade, thinned
 from dsmoe.study.inside import idle, weak
 from dsmoe.study.measures import Measured, StudyResults
 from dsmoe.study.probe.routes import KINDS
@@ -46,10 +46,10 @@ def density(results: StudyResults) -> Picture | None:
     for axis, arm in zip(axes.flat, arms, strict=False):
         ones = [one for one in changing if one.cell.arm == arm]
         for one in ones:
-            experts, steps = ([line[name] for line in one.lines] for name in ("experts_per_token", "step"))
+            lines = [one.lines[place] for place in thinned(len(one.lines))]
+            experts, steps = ([line[name] for line in lines] for name in ("experts_per_token", "step"))
             axis.plot(steps, experts, color=colors[arm], alpha=shade(one, ones), linewidth=1.2, label=label(one))
-            kept = numpy.unique(numpy.linspace(0, len(steps) - 1, POINTS).round().astype(int))
-            rows += [[str(one.cell), steps[i], experts[i], one.lines[i]["density"]] for i in kept]
+            rows += [[str(one.cell), line["step"], line["experts_per_token"], line["density"]] for line in lines]
         axis.set(title=arm, xlabel="step", ylabel="experts per token", yscale="log")
         _number(axis.yaxis)
         if len(ones) > 1:
