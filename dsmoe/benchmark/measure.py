@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsmoe.moe.blocked import gradient_memory
+from dsmoe.moe.gradient_memory import gradient_memory
 
 Kind = Literal["limit", "peer", "ours", "part"]
 

@@ -37,7 +37,7 @@ class ModelConfig(Section):
     recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
     moe_chunks: int = Field(1, ge=1)  # parts a layer's tokens go to the experts in; with recompute bounds their memory
     moe_exchange_dtype: Literal["model", "bf16"] = "model"  # of rows between ranks; bf16 halves an fp32 model's traffic
-    experts_implementation: Literal["auto", "grouped_mm", "blocked", "loop"] = "auto"  # auto: blocked on a CPU
+    experts_implementation: Literal["auto", "grouped_mm", "native", "blocked", "loop"] = "auto"  # dsmoe/moe/experts.py
 
     def moe_layers(self) -> list[bool]:
         """For each layer, whether it is an MoE layer."""

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsmoe.moe.gradient_memory import gradient_memory
+
 BLOCK = 512  # rows whose activations a core's cache can hold
 FEW = 8  # experts of a block that are multiplied one by one; of more, a loop in Python costs more than a copy
 
@@ -235,34 +237,6 @@ def _columns(weights: list[Tensor]) -> list[slice]:
     """Where each projection writes in h."""
     width = [weight.size(1) for weight in weights]
     return [slice(sum(width[:i]), sum(width[: i + 1])) for i in range(len(width))]
-
-
-class GradientMemory:
-    """Memory of earlier gradients that nobody holds any more, handed out again.
-
-    Fresh memory costs a CPU as much as the product written to it: the kernel zeroes each page first. Between steps it
-    keeps what was in use at once; under ZeRO, which takes a gradient away as soon as it is there, that of a layer.
-    """
-
-    def __init__(self):
-        self._storages: dict[int, list[torch.UntypedStorage]] = {}
-
-    def empty_like(self, tensor: Tensor) -> Tensor:
-        """An uninitialised contiguous tensor of that shape and dtype."""
-        known = self._storages.setdefault(tensor.nbytes, [])
-        for storage in known:
-            if torch._C._storage_Use_Count(storage._cdata) == 1:  # `known` alone
-                return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
-        fresh = torch.empty(tensor.shape, dtype=tensor.dtype)
-        known.append(fresh.untyped_storage())
-        return fresh
-
-    def release(self) -> None:
-        """Give everything back."""
-        self._storages.clear()
-
-
-gradient_memory = GradientMemory()
 
 
 class _WeightGradient:

@@ -18,8 +18,10 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
 from dsmoe.errors import ConfigError
-from dsmoe.moe.blocked import swiglu_experts
+from dsmoe.moe import blocked, native
 from dsmoe.parallel.groups import mark_expert_parameter
+
+ON_CPU = ("native", "blocked")
 
 
 def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
@@ -46,10 +48,18 @@ def loop_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
 
 
 def _implementation(asked: str, config) -> str:
-    """What "auto" means here. Raises `ConfigError` for widths that `grouped_mm` cannot take."""
+    """What "auto" means here. Raises `ConfigError` for what was asked for and cannot be."""
     chosen = asked
-    if asked == "auto":
-        chosen = "blocked" if get_accelerator().device_name() == "cpu" else "grouped_mm"
+    if asked == "auto" and get_accelerator().device_name() != "cpu":
+        chosen = "grouped_mm"
+    elif asked in ("auto", "native"):
+        reason = native.unavailable()
+        if reason and asked == "native":
+            raise ConfigError(
+                [f"model.experts_implementation: found native, but {reason}; expected auto or blocked"],
+                "the configuration",
+            )
+        chosen = "blocked" if reason else "native"
     wrong = [
         f"model.{name}: found {width}, expected a multiple of 8 (grouped_mm wants rows of a multiple of 16 bytes, "
         f"in bf16 too), or model.experts_implementation=loop"
@@ -70,10 +80,11 @@ class GroupedExperts(AutoEPMoELayer):
         num_local_experts: e; expert-parallel rank r holds the experts r * e ... (r + 1) * e - 1.
         config: Megatron's TransformerConfig, for E, H and F.
         pg_collection: its `ep` is the expert-parallel group.
-        implementation: "grouped_mm", "blocked" (CPU only), "loop", or "auto": blocked on a CPU, else grouped_mm.
+        implementation: "grouped_mm"; "native" and "blocked" (CPU only); "loop"; or "auto": grouped_mm, on a CPU native,
+            or blocked where there is no compiler. Native is fp32, in widths of a multiple of 8; others go blocked.
 
     Raises:
-        ConfigError: widths that `grouped_mm` cannot take.
+        ConfigError: widths that `grouped_mm` cannot take, or native where it cannot be built.
     """
 
     def __init__(
@@ -97,14 +108,17 @@ class GroupedExperts(AutoEPMoELayer):
 
     def forward(self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor) -> tuple[Tensor, None]:
         """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide."""
-        if self.implementation == "blocked":
-            return self._in_blocks([(rows_RH, self.gate_up_proj)], routes_per_expert_e, probs_R), None
+        if self.implementation in ON_CPU:
+            return self._on_cpu([(rows_RH, self.gate_up_proj)], routes_per_expert_e, probs_R), None
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         gate, up = self.linear(rows_RH, self.gate_up_proj, ends).chunk(2, dim=-1)
         return self._down(gate, up, probs_R, ends), None
 
-    def _in_blocks(self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor) -> Tensor:
-        return swiglu_experts(projections, self.down_proj, probs_R, counts_e.tolist())  # on a CPU nothing waits
+    def _on_cpu(self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor) -> Tensor:
+        tensors = [tensor for pair in projections for tensor in pair]
+        fits = self.implementation == "native" and native.takes(*tensors, self.down_proj)
+        way = native if fits else blocked
+        return way.swiglu_experts(projections, self.down_proj, probs_R, counts_e.tolist())  # on a CPU nothing waits
 
     def _down(self, gate_RF: Tensor, up_RF: Tensor, probs_R: Tensor, ends_e: Tensor) -> Tensor:
         inner = F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(gate_RF.dtype)
@@ -137,8 +151,8 @@ class LowRankExperts(GroupedExperts):
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         if latents_Rr is None:
             latents_Rr = self.linear(rows_RH, reduce_erH, ends)
-        if self.implementation == "blocked":
+        if self.implementation in ON_CPU:
             projections = [(latents_Rr, self.gate_proj), (rows_RH, self.up_proj)]
-            return self._in_blocks(projections, routes_per_expert_e, probs_R), None
+            return self._on_cpu(projections, routes_per_expert_e, probs_R), None
         gate = self.linear(latents_Rr, self.gate_proj, ends)
         return self._down(gate, self.linear(rows_RH, self.up_proj, ends), probs_R, ends), None

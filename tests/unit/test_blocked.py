@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dsmoe.moe import blocked
 from dsmoe.moe.experts import loop_linear
+from dsmoe.moe.gradient_memory import GradientMemory
 
 HIDDEN, FFN, RANK = 16, 24, 8
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 70], [40, 1, 1, 1], [9, 9, 9, 9], [0, 0], [1] * 30, [0, 17, 0, 8, 8, 0, 30]]
@@ -87,7 +88,7 @@ def test_every_row_is_in_one_task_and_no_thread_shares_a_weight_gradient(counts,
 
 
 def test_gradient_memory_is_used_again_once_nobody_holds_it():
-    memory, like = blocked.GradientMemory(), torch.zeros(4, 8)
+    memory, like = GradientMemory(), torch.zeros(4, 8)
     first = memory.empty_like(like)
     place, view = first.data_ptr(), first[1].view(2, 4).detach()
     second = memory.empty_like(like)

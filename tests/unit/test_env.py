@@ -18,6 +18,7 @@ ACCELERATIONS = [
     "Transformer Engine",
     "NVIDIA Apex",
     "grouped GEMM",
+    "C++ experts",
     "fused AdamW",
     "core binding",
     "MPI library",
@@ -151,7 +152,7 @@ def test_no_compiler_is_said_not_to_matter(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
     found = accelerate._probe("C++ compiler, ninja")
     assert not found.active
-    assert found.reason == "no C++ compiler and no ninja; only DeepSpeed's optional ops, not dsmoe, need it"
+    assert found.reason == "no C++ compiler and no ninja; DeepSpeed's optional ops and dsmoe's C++ experts do without"
 
 
 # --- which norm ------------------------------------------------------------------------------------------------------

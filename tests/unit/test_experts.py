@@ -62,7 +62,7 @@ def build(kind: type, implementation: str, **options):
     return experts
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "blocked", "loop"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "native", "blocked", "loop"])
 @pytest.mark.parametrize("counts", [counts for counts in COUNTS if len(counts) == 4])
 def test_experts_are_swiglu_weighted_by_the_router(counts, implementation):
     experts = build(GroupedExperts, implementation)
@@ -79,7 +79,7 @@ def test_experts_are_swiglu_weighted_by_the_router(counts, implementation):
     assert_same_gradients(out, expected, [rows, probs, *experts.parameters()])
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "blocked", "loop"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "native", "blocked", "loop"])
 @pytest.mark.parametrize("counts", [counts for counts in COUNTS if len(counts) == 4])
 def test_low_rank_experts_gate_on_the_latent_of_their_router(counts, implementation):
     experts = build(LowRankExperts, implementation, rank=RANK)

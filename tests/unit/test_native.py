@@ -1,0 +1,193 @@
+"""Experts in C++ give what the plain loop over experts gives, and a machine that cannot compile them does without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsmoe import native as build
+from dsmoe.errors import ConfigError
+from dsmoe.moe import blocked, native
+from dsmoe.moe.experts import GroupedExperts, loop_linear
+
+# Groups of 32 rows, chunks of 128, vectors of 8: below, at and above each; experts with none; a part for each thread.
+COUNTS = [[3, 0, 5, 1], [0, 0], [1] * 30, [8, 16, 24, 32], [33, 7, 127], [0, 129, 0, 256], [1100, 2, 0, 1]]
+SHAPES = [(16, 24, None), (40, 8, None), (64, 104, None), (16, 24, 8), (72, 40, 16)]  # H, F, rank of a latent
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def tensors(counts: list[int], hidden: int, ffn: int, rank: int | None) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(counts) + hidden)
+    rows, e = sum(counts), len(counts)
+    shapes = [(rows, hidden), (e, 2 * ffn, hidden), (e, hidden, ffn)]
+    if rank:
+        shapes = [(rows, rank), (e, ffn, rank), (rows, hidden), (e, ffn, hidden), (e, hidden, ffn)]
+    made = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
+    return [t.requires_grad_() for t in (*made, torch.rand(rows, generator=generator))]
+
+
+def results(way, inputs: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+    """The output and the gradients of all inputs."""
+    *flat, down, probs = inputs
+    out = way(list(zip(flat[0::2], flat[1::2], strict=True)), down, probs, counts)
+    weights = torch.linspace(-1, 1, max(1, out.numel()), dtype=out.dtype)[: out.numel()].view_as(out)
+    return [out, *torch.autograd.grad(out, inputs, weights)]
+
+
+def loop(projections, down, probs, counts):
+    ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+    gate, up = torch.cat([loop_linear(x, w, ends) for x, w in projections], dim=1).chunk(2, dim=1)
+    return loop_linear(F.silu(gate) * up * probs.unsqueeze(1), down, ends)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_kernel_is_the_loop(counts, shape, threads):
+    inputs = tensors(counts, *shape)
+    exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
+    for found, expected in zip(results(native.swiglu_experts, inputs, counts), exact, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_kernel_errs_no_more_than_torch():
+    counts = [70, 9, 130]
+    inputs = tensors(counts, 128, 256, None)
+    exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
+    both = [results(way, inputs, counts) for way in (native.swiglu_experts, blocked.swiglu_experts)]
+    for ours, torchs, expected in zip(*both, exact, strict=True):
+        errors = [(found.double() - expected).norm() for found in (ours, torchs)]
+        assert errors[0] <= 1.5 * errors[1]
+
+
+def test_activations_of_any_size_and_what_is_not_finite():
+    """silu and its slope from underflow to overflow; a row that is not a number spoils itself and nothing else."""
+    gates = torch.tensor([0.0, 1e-30, 1.0, -1.0, 20.0, -20.0, 86.0, -86.0, 1e3, -1e3, 1e30, -1e30])
+    rows = torch.zeros(len(gates) + 1, 8)
+    rows[:-1, 0], rows[:, 1] = gates, 1.0
+    rows[-1, 0] = float("nan")
+    weight = torch.zeros(1, 16, 8)
+    weight[0, :8, 0] = weight[0, 8:, 1] = 1.0  # gate is the first column, up is 1
+    inputs = [
+        rows.requires_grad_(),
+        weight.requires_grad_(),
+        torch.eye(8)[None].requires_grad_(),
+        torch.ones(len(rows)),
+    ]
+    inputs[-1].requires_grad_()
+    out, grad_rows, *_ = results(native.swiglu_experts, inputs, [len(rows)])
+    expected, expected_rows, *_ = results(loop, inputs, [len(rows)])
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    torch.testing.assert_close(grad_rows, expected_rows, equal_nan=True, rtol=1e-5, atol=1e-6)
+    assert out[-1].isnan().all() and not out[:-1].isnan().any()
+
+
+def test_gradients_accumulate_over_backward_passes():
+    """The gradient of the first pass is memory that the second must not write to."""
+    counts = [9, 0, 140]
+    inputs = tensors(counts, 16, 24, None)
+    for _ in range(3):
+        native.swiglu_experts([(inputs[0], inputs[1])], inputs[2], inputs[3], counts).sum().backward()
+    out = loop([(inputs[0], inputs[1])], inputs[2], inputs[3], counts)
+    for tensor, gradient in zip(inputs, torch.autograd.grad(out.sum(), inputs), strict=True):
+        torch.testing.assert_close(tensor.grad, 3 * gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads_", [1, 2, 5])
+@pytest.mark.parametrize("counts", [*COUNTS, [5000, 3, 4000]])
+def test_items_hold_every_row_once(counts, threads_):
+    work = native.items(counts, threads_)
+    sizes = work["high"] - work["low"]
+    assert (sizes > 0).all() and (np.diff(sizes) <= 0).all()
+    owner = np.repeat(np.arange(len(counts)), counts)
+    seen = np.full(len(owner), -1)
+    for item in work:
+        assert (seen[item["low"] : item["high"]] == -1).all()
+        seen[item["low"] : item["high"]] = item["expert"]
+    assert (seen == owner).all()
+    if threads_ > 1 and sum(counts) > 4000:
+        assert sizes.max() <= max(native.LEAST, -(-sum(counts) // (2 * threads_)))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "fits"),
+    [(torch.ones(2, 8), True), (torch.ones(2, 12), False), (torch.ones(2, 8, dtype=torch.bfloat16), False)],
+)
+def test_what_the_kernel_takes(tensor, fits):
+    assert native.takes(torch.ones(1, 16), tensor) == fits
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache, and nothing loaded."""
+    monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "cache"))
+    build._found.cache_clear()
+    yield tmp_path
+    build._found.cache_clear()
+
+
+def build_experts(implementation: str) -> GroupedExperts:
+    shapes = SimpleNamespace(num_moe_experts=2, hidden_size=16, moe_ffn_hidden_size=8)
+    alone = SimpleNamespace(ep=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    return GroupedExperts(2, shapes, pg_collection=alone, implementation=implementation)
+
+
+def test_compiled_once_and_kept(fresh):
+    assert native.unavailable() is None
+    (kept,) = (fresh / "cache").iterdir()
+    made = kept.stat().st_mtime_ns
+    build._found.cache_clear()
+    assert native.unavailable() is None
+    assert [path.stat().st_mtime_ns for path in (fresh / "cache").iterdir()] == [made]
+
+
+def test_processes_that_compile_at_once_all_get_it(fresh):
+    program = "from dsmoe.native import library; library()"
+    started = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
+    assert len(list((fresh / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("compiler", ["missing", "broken"])
+def test_without_a_compiler_experts_go_in_blocks(fresh, monkeypatch, compiler):
+    program = fresh / "c++"
+    if compiler == "broken":
+        program.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
+        program.chmod(0o755)
+    monkeypatch.setattr(build, "compiler", lambda: str(program) if compiler == "broken" else None)
+    reason = native.unavailable()
+    assert reason == ("no C++ compiler" if compiler == "missing" else f"{program} cannot compile it: no such flag")
+    assert build_experts("auto").implementation == "blocked"
+    with pytest.raises(ConfigError, match="experts_implementation: found native, but .*expected auto or blocked"):
+        build_experts("native")
+
+
+def test_a_cache_that_cannot_be_written_is_replaced(fresh, monkeypatch):
+    monkeypatch.setenv("DSMOE_CACHE", str(fresh / "file" / "cache"))
+    (fresh / "file").write_text("")
+    assert native.unavailable() is None
+
+
+def test_other_dtypes_and_widths_go_in_blocks(monkeypatch):
+    calls = []
+    monkeypatch.setattr(blocked, "swiglu_experts", lambda *args: calls.append(args))
+    experts = build_experts("native").to(torch.bfloat16)
+    experts(torch.ones(2, 16, dtype=torch.bfloat16), torch.tensor([1, 1]), torch.ones(2))
+    assert len(calls) == 1
