@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsmoe.moe.gradient_memory import gradient_memory
+from dsmoe.memory import kept_memory
 
 Kind = Literal["limit", "peer", "ours", "part"]
 
@@ -151,7 +151,7 @@ def peak_growth(case: Case) -> int:
 
 
 def _resident_growth(case: Case, libc: ctypes.CDLL) -> int:
-    gradient_memory.release()  # what is kept from run to run counts as well
+    kept_memory.release()  # what is kept from run to run counts as well
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.moe.gradient_memory import gradient_memory
+from dsmoe.memory import kept_memory
 
 BLOCK = 512  # rows whose activations a core's cache can hold
 FEW = 8  # experts of a block that are multiplied one by one; of more, a loop in Python costs more than a copy
@@ -243,7 +243,7 @@ class _WeightGradient:
     """Gradient [e, N, K] of a packed weight, summed block by block; each (expert, part) by one thread."""
 
     def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype):
-        self.result = gradient_memory.empty_like(weight)
+        self.result = kept_memory.empty(weight.shape, weight.dtype)
         self.experts = self.result.unbind(0)
         self.ends = list(accumulate(counts))
         for expert, count in zip(self.experts, counts, strict=True):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.moe.gradient_memory import gradient_memory
+from dsmoe.memory import kept_memory
 from dsmoe.native import NoKernel, library
 
 LANES = 8  # widths are multiples of it
@@ -111,7 +111,7 @@ class _WeightGradient:
     into the gradient itself, others into memory of their own that is added at the end."""
 
     def __init__(self, weight: Tensor, counts: list[int], work: np.ndarray):
-        self.result = gradient_memory.empty_like(weight)
+        self.result = kept_memory.empty(weight.shape, weight.dtype)
         empty = [expert for expert, count in enumerate(counts) if not count]
         if empty:
             self.result[torch.tensor(empty)] = 0

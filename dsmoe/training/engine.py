@@ -14,6 +14,7 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 from dsmoe.config import RunConfig, TrainingConfig
+from dsmoe.memory import kept_memory
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
@@ -47,6 +48,8 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(config, groups.dp_size))
+    if device == "cpu" and hasattr(engine.optimizer, "flatten"):  # ZeRO 1 and 2
+        engine.optimizer.flatten = kept_memory.flatten
     if training.revive_idle_experts:
         model.revival = Revival(engine, groups, training.revive_idle_experts, training.seed)
     return engine

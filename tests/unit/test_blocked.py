@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from dsmoe.moe import blocked
 from dsmoe.moe.experts import loop_linear
-from dsmoe.moe.gradient_memory import GradientMemory
 
 HIDDEN, FFN, RANK = 16, 24, 8
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 70], [40, 1, 1, 1], [9, 9, 9, 9], [0, 0], [1] * 30, [0, 17, 0, 8, 8, 0, 30]]
@@ -85,19 +84,6 @@ def test_every_row_is_in_one_task_and_no_thread_shares_a_weight_gradient(counts,
     assert all(sum(s.rows.stop - s.rows.start for s in block) <= 8 for task in tasks for block in task)
     keys = [{(s.expert, s.part) for block in task for s in block} for task in tasks]
     assert sum(map(len, keys)) == len(set().union(*keys))
-
-
-def test_gradient_memory_is_used_again_once_nobody_holds_it():
-    memory, like = GradientMemory(), torch.zeros(4, 8)
-    first = memory.empty_like(like)
-    place, view = first.data_ptr(), first[1].view(2, 4).detach()
-    second = memory.empty_like(like)
-    assert second.data_ptr() != place
-    del first
-    assert memory.empty_like(like).data_ptr() not in (place, second.data_ptr()), "a view holds it"
-    del view
-    again = memory.empty_like(like)
-    assert again.data_ptr() == place and again.shape == like.shape and again.is_contiguous()
 
 
 def test_gradients_accumulate_over_backward_passes():
