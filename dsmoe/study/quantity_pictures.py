@@ -6,10 +6,20 @@ import matplotlib.pyplot as plt
 import numpy
 from matplotlib.ticker import FuncFormatter
 
-from dsmoe.study.drawing import PALETTE, Picture, colors_of, has_axis, label, logarithmic, panels, x_title
+from dsmoe.study.drawing import (
+    PALETTE,
+    Picture,
+    colors_of,
+    first_seed,
+    has_axis,
+    label,
+    logarithmic,
+    panels,
+    x_title,
+)
 from dsmoe.study.grid import MEASURED
 from dsmoe.study.inside import parts_of
-from dsmoe.study.measures import MEASURES, StudyResults, centre_and_band
+from dsmoe.study.measures import MEASURES, Measured, StudyResults, centre_and_band
 
 COSTS = ("step_seconds", "tokens_per_second", "peak_memory", "all_to_all", "bytes_per_flop", "imbalance",
          "dead_experts", "no_expert", "joules_per_token", "measured_joules")  # fmt: skip
@@ -25,12 +35,14 @@ def costs(results: StudyResults) -> Picture | None:
 
 
 def became(results: StudyResults) -> Picture | None:
-    return _grid(results, INSIDE, "experts", "What the experts became")
+    # In a run too short to say anything of losses, experts are nearly what they began as; their routes can be counted.
+    names = INSIDE if results.study.quality else tuple(name for name in INSIDE if name.startswith(("load_", "by_")))
+    return _grid(results, names, "experts", "What the experts became" if results.study.quality else "Routes on 8 ranks")
 
 
 def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) -> Picture | None:
-    """A panel for each quantity that any cell has."""
-    names = tuple(name for name in names if any(name in one.values for one in results.found))
+    """A panel for each quantity that any cell has, and that is not 0 in all of them."""
+    names = tuple(name for name in names if any(one.values.get(name) for one in results.found))
     if not names:
         return None
     columns, rows = min(COLUMNS, len(names)), []
@@ -111,26 +123,31 @@ def parts(results: StudyResults) -> Picture | None:
     arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in timed)]
     if not arms:
         return None
-    columns = min(COLUMNS, len(arms))
-    lines = -(-len(arms) // columns)
-    figure, axes = panels(columns, lines, height=0.6 + 2.9 * lines, sharey=True)
     rows, seen = [], {}
-    for axis in axes.flat[len(arms) :]:
-        axis.set_visible(False)
-    for axis, arm in zip(axes.flat, arms, strict=False):
-        ones = sorted((one for one in timed if one.cell.arm == arm), key=lambda one: one.x or 0.0)
+    if has_axis(results):
+        columns = min(COLUMNS, len(arms))
+        lines = -(-len(arms) // columns)
+        figure, axes = panels(columns, lines, height=0.6 + 2.9 * lines, sharey=True)
+        for axis in axes.flat[len(arms) :]:
+            axis.set_visible(False)
+        for axis, arm in zip(axes.flat, arms, strict=False):
+            ones = sorted((one for one in timed if one.cell.arm == arm), key=lambda one: one.x or 0.0)
+            for place, one in enumerate(ones):
+                rows += _stack(axis.bar, "bottom", place, one, seen)
+            axis.set_xticks(range(len(ones)), [label(one).rpartition(" ")[2] for one in ones])
+            axis.set(title=arm, xlabel=x_title(results.study))
+            axis.grid(axis="x", visible=False)
+        for line in axes:
+            line[0].set_ylabel("seconds of a step")
+    else:
+        ones = first_seed(timed)
+        figure, axes = panels(height=1.3 + 0.4 * len(ones))
         for place, one in enumerate(ones):
-            taken, bottom = parts_of(one.lines), 0.0
-            for part in (part for part in FEW_PARTS if part in taken):
-                color = seen.setdefault(part, _part_color(part))
-                axis.bar(place, taken[part], bottom=bottom, color=color, width=0.7, linewidth=0)
-                bottom += taken[part]
-                rows.append([str(one.cell), part, taken[part]])
-        axis.set_xticks(range(len(ones)), [label(one).rpartition(" ")[2] or arm for one in ones])
-        axis.set(title=arm, xlabel=x_title(results.study) if has_axis(results) else "")
-        axis.grid(axis="x", visible=False)
-    for line in axes:
-        line[0].set_ylabel("seconds of a step")
+            rows += _stack(axes[0, 0].barh, "left", place, one, seen)
+        axes[0, 0].set_yticks(range(len(ones)), [f"{one.cell.arm} {label(one)}".strip() for one in ones])
+        axes[0, 0].invert_yaxis()
+        axes[0, 0].grid(axis="y", visible=False)
+        axes[0, 0].set_xlabel("seconds of a step")
     names = [part for part in FEW_PARTS if part in seen]
     handles = [plt.Rectangle((0, 0), 1, 1, color=seen[part]) for part in names]
     figure.legend(handles, names, loc="outside upper center", ncols=5)
@@ -139,6 +156,17 @@ def parts(results: StudyResults) -> Picture | None:
         "projections around attention, norms, embeddings and the reduction of gradients."
     )
     return Picture("parts", "Where a step's time goes", caption, ["cell", "part", "seconds"], rows, figure)
+
+
+def _stack(bar, start: str, place: int, one: Measured, seen: dict[str, str]) -> list[list]:
+    """Draw a cell's parts one on the other with `bar`, whose option `start` is where each begins; fills `seen`."""
+    taken, so_far, rows = parts_of(one.lines), 0.0, []
+    for part in (part for part in FEW_PARTS if part in taken):
+        color = seen.setdefault(part, _part_color(part))
+        bar(place, taken[part], 0.7, **{start: so_far}, color=color, linewidth=0)
+        so_far += taken[part]
+        rows.append([str(one.cell), part, taken[part]])
+    return rows
 
 
 def _part_color(part: str) -> str:
@@ -165,7 +193,8 @@ def latency(results: StudyResults) -> Picture | None:
         else:
             _by_arm(results, axis, name)
         axis.set(title=MEASURES[name].heading, xlabel=x_title(results.study) if has_axis(results) else "")
-    axes[0, 2].set(title="each token, over experts per token", xlabel="experts per token", xscale="log")
+    axes[0, 2].set(title="each token, over experts per token", xlabel="experts per token")
+    axes[0, 2].set_xscale("log", base=2)
     axes[0, 2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0, 2].set_ylim(bottom=0)
     arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in ones)]

@@ -13,7 +13,7 @@ NUMBERS = re.compile(r'\b(?:d|x|y|transform)="[^"]*"')
 
 
 def svg_of(figure: Figure, name: str) -> str:
-    """The figure, a third of the length that matplotlib gives it.
+    """The figure, about half as long as matplotlib writes it.
 
     Args:
         name: of the picture, unlike that of any other on the page; ids are made from it.

@@ -142,7 +142,7 @@ def kinds(results: StudyResults) -> Picture | None:
 def starving(results: StudyResults) -> Picture | None:
     """Experts without tokens and experts almost without gradient over training, of every cell of the first seed."""
     ones = [one for one in first_seed(results.found) if len(one.inside.expert_lines) >= AT_A_TIME]
-    if not ones:
+    if not ones or not results.study.quality:
         return None
     figure, axes = panels(columns=2, height=3.8)
     colors, rows = colors_of(results), []
