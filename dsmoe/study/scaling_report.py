@@ -169,7 +169,15 @@ def _beside(results: StudyResults) -> list[Table]:
 
 
 def _missing(results: StudyResults) -> Table:
-    return Table("Not in the tables", ["cell", "why"], [[str(cell), why] for cell, why in results.missing])
+    """Cells of an arm and seed that lack for the same reason are one row."""
+    alike: dict[tuple[str, int, str], list] = {}
+    for cell, why in results.missing:
+        alike.setdefault((cell.arm, cell.seed, why), []).append(cell)
+    rows = [
+        [str(cells[0]) if len(cells) == 1 else f"{arm}, seed {seed}: {len(cells)} cells", why]
+        for (arm, seed, why), cells in alike.items()
+    ]
+    return Table("Not in the tables", ["cell", "why"], rows)
 
 
 def _cells(results: StudyResults) -> tuple[list[str], list[list]]:
