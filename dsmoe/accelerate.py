@@ -148,16 +148,15 @@ def _grouped_gemm() -> Finding:
     return Finding(True, f"torch's grouped_mm runs all experts in one call on {device}", torch.__version__)
 
 
-def _cpu_experts() -> Finding:
-    from dsmoe.native import NoKernel, library
+def _cpu_kernels() -> Finding:
+    from dsmoe.native import unavailable
 
     if _has_cuda():
-        return Finding(False, "experts run on the GPU")
-    try:
-        library()
-    except NoKernel as error:
-        return Finding(False, f"{error}; experts use torch's products, slower where each has few rows")
-    return Finding(True, "experts compiled for this CPU: weights are read once, in the order they lie in")
+        return Finding(False, "for CPUs; experts and loss run on the GPU")
+    reason = unavailable()
+    if reason:
+        return Finding(False, f"{reason}; experts and loss use torch's products, slower with few rows an expert")
+    return Finding(True, "experts and vocabulary loss are compiled for this CPU")
 
 
 def _fused_adamw() -> Finding:
@@ -205,15 +204,10 @@ def _compiler() -> Finding:
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     missing = [tool for tool, path in (("C++ compiler", compiler), ("ninja", ninja)) if path is None]
     if missing:
-        return Finding(
-            False, f"no {' and no '.join(missing)}; DeepSpeed's optional ops and dsmoe's C++ experts do without"
-        )
+        return Finding(False, f"no {' and no '.join(missing)}; dsmoe's kernels and DeepSpeed's optional ops need it")
     shown = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, timeout=10)
-    return Finding(
-        True,
-        "builds dsmoe's C++ experts and DeepSpeed's optional ops; both can do without",
-        shown.stdout.strip() or None,
-    )
+    reason = "builds dsmoe's kernels and DeepSpeed's optional ops; both can do without"
+    return Finding(True, reason, shown.stdout.strip() or None)
 
 
 PROBES: dict[str, Callable[[], Finding]] = {
@@ -221,7 +215,7 @@ PROBES: dict[str, Callable[[], Finding]] = {
     "Transformer Engine": _transformer_engine,
     "NVIDIA Apex": _apex,
     "grouped GEMM": _grouped_gemm,
-    "C++ experts": _cpu_experts,
+    "C++ kernels": _cpu_kernels,
     "fused AdamW": _fused_adamw,
     "core binding": _core_binding,
     "MPI library": _mpi,

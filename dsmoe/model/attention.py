@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe.clock import REST, clock
+from dsmoe.model import native_attention
 
 
 class KeyValueCache:
@@ -54,7 +55,8 @@ class KeyValueCache:
 
 
 class CausalAttention(nn.Module):
-    """Megatron's core-attention slot on torch's scaled_dot_product_attention. Causal, grouped-query, no dropout."""
+    """Megatron's core-attention slot. Causal, grouped-query, no dropout; torch's scaled_dot_product_attention, and on a
+    CPU dsmoe's own kernel where it can do it."""
 
     cache: KeyValueCache | None = None
 
@@ -74,6 +76,9 @@ class CausalAttention(nn.Module):
             key, value = self.cache.extend(self.layer, key, value)
         seen = key.size(0) - query.size(0)  # tokens of the cache, which all of these may look at
         query, key, value = clock.boundary(REST, "attention", query, key, value)
+        if attention_mask is None and not seen and native_attention.takes(query, key, value):
+            out = native_attention.causal_attention(query, key, value, self.scale)
+            return clock.boundary("attention", REST, out)[0].flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.size(1) != key.size(1)
         if attention_mask is None and not seen:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsmoe.clock import REST, clock
+from dsmoe.memory import kept_memory
+from dsmoe.model import native_loss
 
 CHUNK = {"cpu": 1 << 21}  # logits at a time: a few MiB stay in a CPU's cache
 CHUNK_ELSEWHERE = 1 << 27  # an accelerator wants large GEMMs
@@ -42,6 +44,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, vocabulary = len(hidden_TH), len(weight_VH)
         chunk = max(1, CHUNK.get(hidden_TH.device.type, CHUNK_ELSEWHERE) // vocabulary)
         learns = any(ctx.needs_input_grad[:2])
+        if native_loss.takes(hidden_TH, weight_VH):
+            total, *gradients = native_loss.loss_and_gradients(hidden_TH, weight_VH, labels_T, weights_T, chunk, learns)
+            if learns:
+                ctx.save_for_backward(*gradients)
+            return total
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         if learns:
             grad_hidden_TH = torch.empty_like(hidden_TH)
@@ -68,13 +75,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
-        return (
-            grad_hidden_TH * grad.to(grad_hidden_TH.dtype),
-            grad_weight_VH * grad.to(grad_weight_VH.dtype),
-            None,
-            None,
-        )
+        return *(_scaled(tensor, grad.to(tensor.dtype)) for tensor in ctx.saved_tensors), None, None
+
+
+def _scaled(tensor: Tensor, by: Tensor) -> Tensor:
+    """The product, on a CPU in memory that is kept: the matrix's gradient may be the largest tensor of a step."""
+    out = kept_memory.empty(tensor.shape, tensor.dtype) if tensor.device.type == "cpu" else None
+    return torch.mul(tensor, by, out=out)
 
 
 class OutputLayer(ColumnParallelLinear):

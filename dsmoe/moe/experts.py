@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dsmoe.errors import ConfigError
 from dsmoe.moe import blocked, native
+from dsmoe.native import takes, unavailable
 from dsmoe.parallel.groups import mark_expert_parameter
 
 ON_CPU = ("native", "blocked")
@@ -53,7 +54,7 @@ def _implementation(asked: str, config) -> str:
     if asked == "auto" and get_accelerator().device_name() != "cpu":
         chosen = "grouped_mm"
     elif asked in ("auto", "native"):
-        reason = native.unavailable()
+        reason = unavailable()
         if reason and asked == "native":
             raise ConfigError(
                 [f"model.experts_implementation: found native, but {reason}; expected auto or blocked"],
@@ -116,7 +117,7 @@ class GroupedExperts(AutoEPMoELayer):
 
     def _on_cpu(self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor) -> Tensor:
         tensors = [tensor for pair in projections for tensor in pair]
-        fits = self.implementation == "native" and native.takes(*tensors, self.down_proj)
+        fits = self.implementation == "native" and takes(*tensors, self.down_proj)
         way = native if fits else blocked
         return way.swiglu_experts(projections, self.down_proj, probs_R, counts_e.tolist())  # on a CPU nothing waits
 

@@ -1,5 +1,5 @@
-"""SwiGLU experts in C++ on a CPU (`dsmoe/native/swiglu.cpp`): each weight is read once, in the order it lies in, however few rows its
-expert has. `dsmoe.moe.blocked` does the same with torch's products and is what it is tested against.
+"""SwiGLU experts in C++ on a CPU (`dsmoe/native/swiglu.cpp`): each weight is read once, in the order it lies in,
+however few rows its expert has. `dsmoe.moe.blocked` does the same with torch's products.
 
 Shapes: R rows ordered by expert, e experts, H hidden, F expert width, K width of a source's rows.
 """
@@ -7,9 +7,6 @@ Shapes: R rows ordered by expert, e experts, H hidden, F expert width, K width o
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,9 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsmoe.memory import kept_memory
-from dsmoe.native import NoKernel, library
+from dsmoe.native import LANES, run
 
-LANES = 8  # widths are multiples of it
 LEAST = 512  # rows of a part of an expert that several threads work on
 ITEM = np.dtype([("expert", "i8"), ("low", "i8"), ("high", "i8"), ("grad_weight", "u8", 2), ("grad_down", "u8")])
 
@@ -35,24 +31,11 @@ class _Layer(ctypes.Structure):
                 ("h", ctypes.c_void_p), ("out", ctypes.c_void_p), ("grad_probs", ctypes.c_void_p)]  # fmt: skip
 
 
-def unavailable() -> str | None:
-    """Why the kernel cannot run here; None where it can."""
-    try:
-        library()
-    except NoKernel as reason:
-        return str(reason)
-    return None
-
-
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernel can work with rows, weights and down projections such as these: fp32, widths in eights."""
-    return all(t.dtype == torch.float32 and t.size(-1) % LANES == 0 for t in tensors)
-
-
 def swiglu_experts(
     projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int]
 ) -> Tensor:
-    """Weighted expert outputs [R, H]: `dsmoe.moe.blocked.swiglu_experts`, where `takes` says so. Raises `NoKernel`."""
+    """Weighted expert outputs [R, H]: as `dsmoe.moe.blocked.swiglu_experts`, for what
+    `dsmoe.native.takes`. Raises `NoKernel`."""
     flat = [tensor.contiguous() for pair in projections for tensor in pair]
     return _SwiGLU.apply(counts, probs_R.contiguous(), down_eHF.contiguous(), *flat)
 
@@ -64,7 +47,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.items = items(counts, torch.get_num_threads())
         out_RH = flat[0].new_empty(len(probs_R), hidden)
         h = flat[0].new_empty(len(probs_R) * 2 * ffn + LANES)
-        _run(library().dsmoe_swiglu_forward, _layer(flat, down_eHF, probs_R, h, out_RH), ctx.items)
+        run("dsmoe_swiglu_forward", _layer(flat, down_eHF, probs_R, h, out_RH), len(ctx.items), ctx.items.ctypes.data)
         ctx.counts = counts
         ctx.save_for_backward(h, probs_R, down_eHF, *flat)
         return out_RH
@@ -85,15 +68,18 @@ class _SwiGLU(torch.autograd.Function):
         for place, total in enumerate(sums[:-1]):
             work["grad_weight"][:, place] = total.pointers
         work["grad_down"] = sums[-1].pointers
-        _run(library().dsmoe_swiglu_backward, layer, work)
+        run("dsmoe_swiglu_backward", layer, len(work), work.ctypes.data)
         *grad_weights, grad_down = (total.finish() for total in sums)
         found = [x for pair in zip(grad_rows, grad_weights, strict=True) for x in pair]
         return None, grad_probs_R, grad_down, *found
 
 
 def items(counts: list[int], threads: int) -> np.ndarray:
-    """Work for threads, [n] of `ITEM`, largest first. All rows of an expert are one item, so that one thread sums its
-    weights' gradients; only an expert with more than its share of the rows is split. None for an expert without rows."""
+    """Work for threads, [n] of `ITEM`, largest first; none for an expert without rows.
+
+    All rows of an expert are one item, so that one thread sums its weights' gradients; only an expert with more than
+    its share of the rows is split.
+    """
     rows = np.asarray(counts, np.int64)
     ends = rows.cumsum()
     share = int(rows.sum()) if threads == 1 else max(LEAST, -(-int(rows.sum()) // (2 * threads)))
@@ -136,18 +122,3 @@ def _layer(flat, down_eHF: Tensor, probs_R: Tensor, h: Tensor, out_RH: Tensor) -
     for place, (rows, weight) in enumerate(zip(flat[0::2], flat[1::2], strict=True)):
         layer.source[place] = _Source(rows=rows.data_ptr(), weight=weight.data_ptr(), width=rows.size(1))
     return layer
-
-
-def _run(function: Callable, layer: _Layer, work: np.ndarray) -> None:
-    """On as many threads as torch may use; they take items from one counter. Raises `MemoryError`."""
-    following, threads = ctypes.c_int64(0), min(torch.get_num_threads(), len(work))
-    arguments = (ctypes.byref(layer), work.ctypes.data, len(work), ctypes.byref(following))
-    others = [_workers(threads).submit(function, *arguments) for _ in range(threads - 1)]
-    codes = [function(*arguments), *(other.result() for other in others)]
-    if any(codes):
-        raise MemoryError("the experts' kernel found no memory for its working space")
-
-
-@lru_cache(maxsize=1)
-def _workers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="experts")

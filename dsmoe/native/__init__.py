@@ -1,8 +1,10 @@
-"""What dsmoe has in C++, as a library that ctypes loads: compiled once for each kind of CPU, with the machine's own compiler, and kept.
+"""What dsmoe has in C++, as one library that ctypes loads: `swiglu.cpp` for `dsmoe.moe.native`, `loss.cpp` and
+`attention.cpp` for `dsmoe.model`, all made of `kernels.h`.
 
-It lies in $DSMOE_CACHE, or ~/.cache/dsmoe, under a name made of its source, the compiler and the CPU, so that machines
-which share a home do not share a library that one of them cannot run. A process that finds none makes one beside it and
-renames it, so none ever loads half a file and no lock can be left behind.
+It is compiled once for each kind of CPU, with the machine's own compiler, and kept in $DSMOE_CACHE, or ~/.cache/dsmoe,
+under a name made of its source, the compiler and the CPU, so that machines which share a home do not share a library
+that one of them cannot run. A process that finds none makes one beside it and renames it, so none ever loads half a
+file and no lock can be left behind.
 """
 
 from __future__ import annotations
@@ -14,12 +16,21 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("swiglu.cpp")
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+FUNCTIONS = (
+    "dsmoe_swiglu_forward", "dsmoe_swiglu_backward", "dsmoe_loss_rows", "dsmoe_loss_weights",
+    "dsmoe_attention_forward", "dsmoe_attention_backward",
+)  # fmt: skip
 DEADLINE = 300  # seconds for the compiler, which takes about 5
+LANES, GROUP = 8, 32  # widths are multiples of LANES; rows that are multiplied side by side (kernels.h)
 
 
 class NoKernel(Exception):
@@ -27,11 +38,45 @@ class NoKernel(Exception):
 
 
 def library() -> ctypes.CDLL:
-    """The kernel. Raises `NoKernel`."""
+    """All kernels. Raises `NoKernel`."""
     found = _found()
     if isinstance(found, str):
         raise NoKernel(found)
     return found
+
+
+def unavailable() -> str | None:
+    """Why no kernel can run here; None where they can."""
+    found = _found()
+    return found if isinstance(found, str) else None
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether kernels can work with tensors such as these: fp32 on a CPU, the last size a multiple of `LANES`."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.size(-1) % LANES == 0 for t in tensors)
+
+
+def run(name: str, arguments: ctypes.Structure, count: int, items: int | None = None) -> None:
+    """Call a kernel on `count` items, on as many threads as torch may use; they take items from one counter.
+
+    Args:
+        items: the address of an array of items, for kernels that have one.
+
+    Raises:
+        MemoryError: there was none to work in.
+    """
+    function, threads = getattr(library(), name), min(torch.get_num_threads(), count)
+    following = ctypes.c_int64(0)
+    call = ctypes.byref(arguments), items, count, ctypes.byref(following)
+    others = [_workers(threads).submit(function, *call) for _ in range(threads - 1)]
+    codes = [function(*call), *(other.result() for other in others)]
+    if any(codes):
+        raise MemoryError(f"{name} found no memory for its working space")
+
+
+@lru_cache(maxsize=1)
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
 def compiler() -> str | None:
@@ -43,9 +88,8 @@ def compiler() -> str | None:
 def _found() -> ctypes.CDLL | str:
     """A failure is remembered too: nobody waits for a compiler twice."""
     try:
-        path = _compiled()
-        loaded = ctypes.CDLL(str(path))
-        for name in ("dsmoe_swiglu_forward", "dsmoe_swiglu_backward"):
+        loaded = ctypes.CDLL(str(_compiled()))
+        for name in FUNCTIONS:
             getattr(loaded, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         return loaded
     except NoKernel as reason:
@@ -58,25 +102,25 @@ def _compiled() -> Path:
     program = compiler()
     if program is None:
         raise NoKernel("no C++ compiler")
-    path = _cache() / f"swiglu-{_key(program)}.so"
+    path = _cache() / f"kernels-{_key(program)}.so"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as place:
             made = Path(place) / path.name
+            sources = sorted(map(str, FOLDER.glob("*.cpp")))
             done = subprocess.run(
-                [program, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=DEADLINE
+                [program, *FLAGS, *sources, "-o", str(made)], capture_output=True, text=True, timeout=DEADLINE
             )
             if done.returncode:
-                raise NoKernel(
-                    f"{program} cannot compile it: {(done.stderr.strip().splitlines() or ['no message'])[0]}"
-                )
+                said = (done.stderr.strip().splitlines() or ["no message"])[0]
+                raise NoKernel(f"{program} cannot compile it: {said}")
             os.replace(made, path)
     return path
 
 
 def _key(program: str) -> str:
     version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=DEADLINE).stdout
-    parts = (SOURCE.read_text(), *FLAGS, version, platform.machine(), _cpu())
+    sources = [path.read_text() for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")))]
+    parts = (*sources, *FLAGS, version, platform.machine(), _cpu())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -48,11 +48,25 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(config, groups.dp_size))
-    if device == "cpu" and hasattr(engine.optimizer, "flatten"):  # ZeRO 1 and 2
-        engine.optimizer.flatten = kept_memory.flatten
+    if device == "cpu" and config.parallel.zero_stage < 3 and training.precision == "fp32":
+        _keep_gradient_memory(engine)
     if training.revive_idle_experts:
         model.revival = Revival(engine, groups, training.revive_idle_experts, training.seed)
     return engine
+
+
+def _keep_gradient_memory(engine) -> None:
+    """Have ZeRO 1 and 2 collect gradients in the same memory in every step; they would ask for it anew."""
+    optimizer = engine.optimizer
+    optimizer.flatten = kept_memory.flatten
+    owned = sum(parameter.numel() for group in optimizer.params_in_partition for parameter in group)
+
+    def collect(module, inputs) -> None:
+        if module.training and optimizer.grads_in_partition is None:
+            optimizer.grads_in_partition = kept_memory.empty([owned], optimizer.dtype)
+            optimizer.grads_in_partition_offset = 0
+
+    engine.module.register_forward_pre_hook(collect)
 
 
 def deepspeed_json(config: RunConfig, world_size: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ ACCELERATIONS = [
     "Transformer Engine",
     "NVIDIA Apex",
     "grouped GEMM",
-    "C++ experts",
+    "C++ kernels",
     "fused AdamW",
     "core binding",
     "MPI library",
@@ -148,11 +148,11 @@ def test_mpi_that_aborts_is_an_answer(monkeypatch):
     assert "PMIX ERROR: no such server" in found.reason
 
 
-def test_no_compiler_is_said_not_to_matter(monkeypatch):
+def test_no_compiler_is_said_with_what_needs_it(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
     found = accelerate._probe("C++ compiler, ninja")
     assert not found.active
-    assert found.reason == "no C++ compiler and no ninja; DeepSpeed's optional ops and dsmoe's C++ experts do without"
+    assert found.reason == "no C++ compiler and no ninja; dsmoe's kernels and DeepSpeed's optional ops need it"
 
 
 # --- which norm ------------------------------------------------------------------------------------------------------

@@ -276,6 +276,29 @@ def test_zero_steps_report_the_gradient_norm(stepped):
     )
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_collects_gradients_where_it_is_told_to(stage, groups, monkeypatch):
+    """Twice in the same memory, and flattens them with a function of ours."""
+    from dsmoe.training.engine import build_engine
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    engine = build_engine(config_of(stage), groups)
+    optimizer, places, flattened = engine.optimizer, [], []
+    flatten = optimizer.flatten
+    optimizer.flatten = lambda tensors: flattened.append(len(tensors)) or flatten(tensors)
+    engine.train()
+    for _ in range(3):
+        text = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
+        loss, _ = engine(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+        places.append(optimizer.grads_in_partition.data_ptr())
+        engine.backward(loss)
+        engine.step()
+        assert optimizer.grads_in_partition is None
+    where = "dsmoe/training/engine.py:_keep_gradient_memory"
+    assert len(set(places)) == 1, f"ZeRO holds gradients beyond its step; {where}"
+    assert flattened, f"ZeRO no longer flattens gradients with its own attribute; {where}"
+
+
 def test_a_module_hook_can_drop_what_cannot_be_saved(stepped):
     engine, _ = stepped
     assert not any(name.endswith("_extra_state") for name in engine.module.state_dict()), (

@@ -128,7 +128,7 @@ def test_items_hold_every_row_once(counts, threads_):
     [(torch.ones(2, 8), True), (torch.ones(2, 12), False), (torch.ones(2, 8, dtype=torch.bfloat16), False)],
 )
 def test_what_the_kernel_takes(tensor, fits):
-    assert native.takes(torch.ones(1, 16), tensor) == fits
+    assert build.takes(torch.ones(1, 16), tensor) == fits
 
 
 # --- the library -----------------------------------------------------------------------------------------------------
@@ -150,11 +150,11 @@ def build_experts(implementation: str) -> GroupedExperts:
 
 
 def test_compiled_once_and_kept(fresh):
-    assert native.unavailable() is None
+    assert build.unavailable() is None
     (kept,) = (fresh / "cache").iterdir()
     made = kept.stat().st_mtime_ns
     build._found.cache_clear()
-    assert native.unavailable() is None
+    assert build.unavailable() is None
     assert [path.stat().st_mtime_ns for path in (fresh / "cache").iterdir()] == [made]
 
 
@@ -172,7 +172,7 @@ def test_without_a_compiler_experts_go_in_blocks(fresh, monkeypatch, compiler):
         program.write_text("#!/bin/sh\necho 'no such flag' >&2\nexit 1\n")
         program.chmod(0o755)
     monkeypatch.setattr(build, "compiler", lambda: str(program) if compiler == "broken" else None)
-    reason = native.unavailable()
+    reason = build.unavailable()
     assert reason == ("no C++ compiler" if compiler == "missing" else f"{program} cannot compile it: no such flag")
     assert build_experts("auto").implementation == "blocked"
     with pytest.raises(ConfigError, match="experts_implementation: found native, but .*expected auto or blocked"):
@@ -182,7 +182,7 @@ def test_without_a_compiler_experts_go_in_blocks(fresh, monkeypatch, compiler):
 def test_a_cache_that_cannot_be_written_is_replaced(fresh, monkeypatch):
     monkeypatch.setenv("DSMOE_CACHE", str(fresh / "file" / "cache"))
     (fresh / "file").write_text("")
-    assert native.unavailable() is None
+    assert build.unavailable() is None
 
 
 def test_other_dtypes_and_widths_go_in_blocks(monkeypatch):

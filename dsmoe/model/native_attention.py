@@ -1,0 +1,82 @@
+"""Causal attention in C++ on a CPU (`dsmoe/native/attention.cpp`), on Megatron's layout. torch's kernel there is
+written for long sequences and wide heads.
+
+Shapes: S positions, B sequences, n query heads, g heads of keys and values, d head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsmoe import native
+
+
+class _View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("position", "sequence", "head"))]
+
+    @classmethod
+    def of(cls, tensor_SBhd: Tensor) -> _View:
+        return cls(tensor_SBhd.data_ptr(), *tensor_SBhd.stride()[:3])
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("length", "heads", "groups", "size")), ("scale", ctypes.c_double),
+        *((name, _View) for name in ("query", "key", "value", "out")), ("logsum", ctypes.c_void_p),
+        *((name, _View) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
+    ]  # fmt: skip
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel can do it: fp32 on a CPU, d in eights, as many positions of each, and a compiler was there."""
+    return native.takes(query, key, value) and len(query) == len(key) and query.numel() > 0 and not native.unavailable()
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v over the keys up to each query.
+
+    Args:
+        query: fp32 [S, B, n, d]. key, value: [S, B, g, d], n a multiple of g.
+        scale: None is 1 / sqrt(d).
+
+    Returns:
+        [S, B, n, d].
+    """
+    scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    return _CausalAttention.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)), scale)
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        length, batch, heads, _ = query.shape
+        out = query.new_empty(query.shape)
+        logsum = query.new_empty(batch, heads, length)
+        native.run("dsmoe_attention_forward", _arguments(query, key, value, out, logsum, scale), batch * heads)
+        ctx.save_for_backward(query, key, value, out, logsum)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        query, key, value, out, logsum = ctx.saved_tensors
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grads = [x.new_empty(x.shape) for x in (query, key, value)]
+        arguments = _arguments(query, key, value, out, logsum, ctx.scale)
+        arguments.grad_out = _View.of(grad)
+        arguments.grad_query, arguments.grad_key, arguments.grad_value = map(_View.of, grads)
+        native.run("dsmoe_attention_backward", arguments, query.size(1) * key.size(2))
+        return *grads, None
+
+
+def _arguments(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tensor, scale: float) -> _Attention:
+    length, _, heads, size = query.shape
+    return _Attention(
+        length, heads, key.size(2), size, scale, *map(_View.of, (query, key, value, out)), logsum.data_ptr()
+    )

@@ -1,0 +1,61 @@
+"""Cross entropy over a vocabulary in C++ on a CPU (`dsmoe/native/loss.cpp`), with its gradients.
+
+Shapes: T tokens, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from dsmoe import native
+from dsmoe.memory import kept_memory
+
+STRIP = 512  # lines of the weight's gradient that a thread takes at a time (loss.cpp)
+
+
+class _Loss(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "hidden", "vocabulary")] + [
+        (name, ctypes.c_void_p) for name in ("x", "w", "labels", "weights", "logits", "losses", "grad_x", "grad_w")
+    ] + [("add", ctypes.c_int64)]  # fmt: skip
+
+
+def takes(hidden_TH: Tensor, weight_VH: Tensor) -> bool:
+    """Whether the kernel can do it: fp32 on a CPU, H in eights, and a compiler was there."""
+    return native.takes(hidden_TH, weight_VH) and native.unavailable() is None
+
+
+def loss_and_gradients(
+    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, weights_T: Tensor, rows: int, learns: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss of `dsmoe.model.loss.linear_cross_entropy`, and, if it `learns`, its gradients in x and W.
+
+    Args:
+        rows: whose logits are there at a time.
+    """
+    hidden_TH, weight_VH, labels_T = hidden_TH.contiguous(), weight_VH.contiguous(), labels_T.contiguous()
+    weights_T = weights_T.float().contiguous()
+    (tokens, hidden), vocabulary = hidden_TH.shape, len(weight_VH)
+    rows = min(max(native.GROUP, rows // native.GROUP * native.GROUP), max(tokens, 1))
+    groups = -(-rows // native.GROUP)
+    logits = kept_memory.empty([groups * native.GROUP * vocabulary], torch.float32)
+    losses_T = torch.empty(tokens)
+    grad_hidden_TH = torch.empty_like(hidden_TH) if learns else None
+    grad_weight_VH = kept_memory.empty(weight_VH.shape, torch.float32) if learns else None
+    if learns and not tokens:
+        grad_weight_VH.zero_()
+    for low in range(0, tokens, rows):
+        here = min(rows, tokens - low)
+        arguments = _Loss(
+            rows=here, hidden=hidden, vocabulary=vocabulary, x=hidden_TH[low:].data_ptr(), w=weight_VH.data_ptr(),
+            labels=labels_T[low:].data_ptr(), weights=weights_T[low:].data_ptr(), logits=logits.data_ptr(),
+            losses=losses_T[low:].data_ptr(), add=low > 0,
+        )  # fmt: skip
+        if learns:
+            arguments.grad_x, arguments.grad_w = grad_hidden_TH[low:].data_ptr(), grad_weight_VH.data_ptr()
+        native.run("dsmoe_loss_rows", arguments, -(-here // native.GROUP))
+        if learns:
+            native.run("dsmoe_loss_weights", arguments, -(-vocabulary // STRIP))
+    return (losses_T * weights_T).sum(), grad_hidden_TH, grad_weight_VH

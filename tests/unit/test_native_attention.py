@@ -1,0 +1,66 @@
+"""Causal attention in C++ is torch's, in value and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmoe.model import native_attention
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    heads = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=query.size(2) != key.size(2))
+    return out.permute(2, 0, 1, 3)
+
+
+def inputs(length: int, batch: int, heads: int, groups: int, size: int, scale: float = 1.0) -> list[Tensor]:
+    """Parts of one tensor, as a fused projection leaves them."""
+    generator = torch.Generator().manual_seed(length)
+    together = scale * torch.randn(length, batch, heads + 2 * groups, size, generator=generator)
+    return [x.detach().requires_grad_() for x in together.split([heads, groups, groups], dim=2)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 8), (7, 3, 2, 2, 16), (32, 2, 4, 2, 8), (33, 1, 4, 1, 24), (150, 2, 6, 3, 40)]
+)
+def test_the_kernel_is_torchs_attention(shape, scale, threads):
+    tensors = inputs(*shape)
+    assert native_attention.takes(*tensors)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found = native_attention.causal_attention(*tensors, scale)
+    expected = reference(*exact, scale)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    gradient = torch.linspace(-1, 1, found.numel()).view(found.transpose(0, 1).shape).transpose(0, 1)
+    here, there = torch.autograd.grad(found, tensors, gradient), torch.autograd.grad(expected, exact, gradient.double())
+    torch.set_num_threads(before)
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
+
+
+def test_scores_of_any_size():
+    tensors = inputs(40, 1, 2, 2, 8, scale=30.0)
+    torch.testing.assert_close(
+        native_attention.causal_attention(*tensors), reference(*tensors, None), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_a_query_never_sees_later_keys():
+    query, key, value = (x.detach() for x in inputs(70, 1, 1, 1, 8))
+    before = native_attention.causal_attention(query, key, value)
+    key[50:], value[50:] = 1e3, 1e3
+    after = native_attention.causal_attention(query, key, value)
+    assert torch.equal(before[:50], after[:50]) and not torch.isclose(before[50:], after[50:]).any()
+
+
+def test_what_the_kernel_leaves_to_torch():
+    query, key, value = inputs(8, 1, 2, 2, 8)
+    assert not native_attention.takes(query[:1], key, value), "one new token and a cache"
+    assert not native_attention.takes(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert not native_attention.takes(*inputs(8, 1, 2, 2, 12))
