@@ -154,7 +154,8 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("here.yaml"), metavar="YAML", help="the file to write (default: here.yaml)"
     )
     _add_devices(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the runs measured, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, too")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="fit anew what an earlier --json measured")
     parser.set_defaults(run=calibrate)
 
 
@@ -169,13 +170,21 @@ def calibrate(arguments: argparse.Namespace) -> None:
     import yaml
 
     from dsmoe.checkpoint.files import write_atomically
-    from dsmoe.planner.calibrate import calibrate as calibrated
+    from dsmoe.planner.calibrate import fit, measure_machine
+    from dsmoe.planner.hardware import Hardware
+    from dsmoe.planner.measure import run_from
 
     console = _console()
-    hardware, runs = calibrated(_ranks(arguments), arguments.scale, lambda text: console.print(f"measuring {text}"))
+    if arguments.again:
+        measured = json.loads(arguments.again.read_text())
+        alone, runs = Hardware.model_validate(measured["alone"]), [run_from(one) for one in measured["runs"]]
+    else:
+        say = lambda text: console.print(f"measuring {text}")  # noqa: E731
+        alone, runs = measure_machine(_ranks(arguments), arguments.scale, say)
+    hardware = fit(alone, runs)
     written = hardware.model_dump(exclude_none=True, exclude_defaults=True)
     write_atomically(arguments.out, yaml.safe_dump(written, sort_keys=False).encode())
-    _write(arguments.json, [asdict(one) for one in runs])
+    _write(arguments.json, {"alone": alone.model_dump(exclude_none=True), "runs": [asdict(one) for one in runs]})
     console.print(f"wrote {arguments.out}: {hardware.name}, {hardware.devices_per_node} devices")
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from rich import box
 from rich.table import Table
 
 from dsmoe.planner.calibrate import VOCABULARY, layout_of, with_precision
 from dsmoe.planner.hardware import Hardware
-from dsmoe.planner.measure import Case, MeasuredRun, measure
+from dsmoe.planner.measure import Case, MeasuredRun, measure, run_from
 from dsmoe.planner.predict import Prediction, predict
 
 MEMORY_BAR, SECONDS_BAR, BYTES_BAR = 0.10, 0.20, 0.05  # relative errors
@@ -87,9 +87,7 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
 
 def again(hardware: Hardware, measured: list[dict]) -> list[Checked]:
     """Predict anew what `validate` measured before."""
-    names = [field.name for field in fields(MeasuredRun)]
-    runs = [MeasuredRun(**{**{name: one[name] for name in names}, "case": Case(**one["case"])}) for one in measured]
-    return [Checked(run, predict(layout_of(run, hardware))) for run in runs]
+    return [Checked(run, predict(layout_of(run, hardware))) for run in map(run_from, measured)]
 
 
 def validate(
