@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """What a run will need and how fast it will be, before it is started; the fastest way to lay it out; and recorded
-routes replayed on other numbers of ranks.
+routes replayed on other numbers of ranks. `plan` may be left out, and `--calibrate` is `calibrate`.
 
     python tools/plan.py calibrate --out here.yaml
     python tools/plan.py plan --config configs/quickstart.yaml --hardware here.yaml model.vocab_size=2048
-    python tools/plan.py plan --config big.yaml --hardware configs/hardware/h100.yaml --nodes 128 --search
+    python tools/plan.py plan --config configs/plans/trillion.yaml --hardware configs/hardware/h100.yaml \\
+        --nodes 128,256,512 --search
+    python tools/plan.py validate --hardware here.yaml
     python tools/plan.py replay RUN --ep 8,16,32 --hardware configs/hardware/h100.yaml
 
 What is counted, what is not, and how far off it was: docs/planning.md.
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,8 +36,16 @@ def main() -> None:
     published.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     published.set_defaults(run=show_published)
     _add_replay(commands.add_parser("replay", help="a recorded step on other numbers of ranks"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(spelled_out(sys.argv[1:]))
     arguments.run(arguments)
+
+
+def spelled_out(words: list[str]) -> list[str]:
+    """With its command first, for those who write `plan.py --config ...` or `plan.py plan --calibrate`."""
+    for command in ("calibrate", "validate"):
+        if f"--{command}" in words:
+            return [command, *(word for word in words if word not in ("plan", f"--{command}"))]
+    return ["plan", *words] if words and words[0].startswith("--") and words[0] != "--help" else words
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +56,9 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hardware", required=True, type=Path, metavar="YAML", help="configs/hardware/*.yaml, or your own"
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="equal nodes (default: 1)")
+    parser.add_argument(
+        "--nodes", type=_integers, default=[1], metavar="N", help="equal nodes (default: 1); several with --search"
+    )
     parser.add_argument("--search", action="store_true", help="the fastest layouts that fit, instead of the given one")
     parser.add_argument("--tokens", type=float, metavar="T", help="of the whole run (default: those of training.steps)")
     parser.add_argument("--experts-per-token", type=float, metavar="K", help="default: what the router aims at")
@@ -65,45 +79,83 @@ def plan(arguments: argparse.Namespace) -> None:
     from dsmoe.planner.layout import Layout, problems
     from dsmoe.planner.load import even, of_skew, recorded
     from dsmoe.planner.predict import predict
-    from dsmoe.planner.search import search
-    from dsmoe.planner.show import show_plan, show_search
+    from dsmoe.planner.search import batch_problems, search
+    from dsmoe.planner.show import show_plan, show_search, show_sizes
     from dsmoe.routers.registry import option_classes
 
-    config = load_config(arguments.config, arguments.overrides, option_classes())
-    hardware = load_hardware(arguments.hardware)
-    ranks = arguments.nodes * hardware.devices_per_node
-    found = problems(config, ranks, hardware)
-    found += [f"--nodes: found {arguments.nodes}, expected at least 1"] if arguments.nodes < 1 else []
+    config, hardware = all_or_every_mistake(
+        {
+            arguments.config: lambda: load_config(arguments.config, arguments.overrides, option_classes()),
+            arguments.hardware: lambda: load_hardware(arguments.hardware),
+        }
+    )
+    found = [] if arguments.nodes else ["--nodes: found none, expected at least 1"]
+    found += [f"--nodes: found {nodes}, expected at least 1" for nodes in arguments.nodes if nodes < 1]
+    if len(arguments.nodes) > 1 and not arguments.search:
+        found.append(f"--nodes: found {len(arguments.nodes)} of them, expected one, or --search")
     found += [f"--imbalance: found {arguments.imbalance}, expected at least 1"] if arguments.imbalance < 1 else []
-    if arguments.search:  # these are what it looks for
-        found = [line for line in found if not line.startswith(("parallel.", "training.global"))]
-        batch = config.training.global_batch_size
-        if ranks > 0 and batch % ranks:
-            found.append(f"training.global_batch_size: found {batch}, expected a multiple of the {ranks} ranks")
+    for nodes in arguments.nodes:
+        ranks = nodes * hardware.devices_per_node
+        mistakes = problems(config, ranks, hardware) if ranks > 0 else []
+        if arguments.search:  # these are what it looks for
+            mistakes = [line for line in mistakes if not line.startswith(("parallel.", "training.global"))]
+            mistakes += batch_problems(config, ranks) if ranks > 0 else []
+        found += [line for line in mistakes if line not in found]
     if found:
         raise ConfigError(found, "the plan")
     if arguments.skew:
         load = of_skew(arguments.skew, config.model.num_experts)
     else:
         load = recorded(arguments.trace, config.model.num_experts) if arguments.trace else even(arguments.imbalance)
-    results = search(config, hardware, ranks, load, arguments.experts_per_token)
     tokens = (
         arguments.tokens or config.training.steps * config.training.global_batch_size * config.model.sequence_length
     )
+    searched = {
+        nodes: search(config, hardware, nodes * hardware.devices_per_node, load, arguments.experts_per_token)
+        for nodes in arguments.nodes
+    }
     if arguments.search:
-        show_search(_console(), results, tokens)
-        _write(arguments.json, [one.as_json(tokens) for one in (*results.fitting, *results.too_large)])
+        if len(searched) > 1:
+            show_sizes(_console(), searched, hardware, tokens)
+        else:
+            show_search(_console(), searched[arguments.nodes[0]], tokens)
+        layouts = (one for results in searched.values() for one in (*results.fitting, *results.too_large))
+        _write(arguments.json, [one.as_json(tokens) for one in layouts])
         return
+    (results,) = searched.values()
+    ranks = arguments.nodes[0] * hardware.devices_per_node
     layout = Layout(config, hardware, ranks, load(config.parallel.expert_parallel), arguments.experts_per_token)
     one = predict(layout)
     show_plan(_console(), one, results, tokens)
     _write(arguments.json, one.as_json(tokens))
 
 
+def all_or_every_mistake(readers: dict[Path, Callable[[], object]]) -> list:
+    """What each file holds. Raises `ConfigError` with the mistakes of all of them."""
+    from dsmoe.errors import ConfigError
+
+    read, mistakes = [], {}
+    for path, reader in readers.items():
+        try:
+            read.append(reader())
+        except ConfigError as error:
+            mistakes[path] = error
+    if len(mistakes) == 1:
+        raise next(iter(mistakes.values()))
+    if mistakes:
+        raise ConfigError(
+            [f"{path}: {line}" for path, error in mistakes.items() for line in error.problems], "the plan"
+        )
+    return read
+
+
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, type=Path, metavar="YAML", help="the hardware file to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path("here.yaml"), metavar="YAML", help="the file to write (default: here.yaml)"
+    )
     _add_devices(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what the runs measured, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, too")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="fit anew what an earlier --json measured")
     parser.set_defaults(run=calibrate)
 
 
@@ -118,13 +170,21 @@ def calibrate(arguments: argparse.Namespace) -> None:
     import yaml
 
     from dsmoe.checkpoint.files import write_atomically
-    from dsmoe.planner.calibrate import calibrate as calibrated
+    from dsmoe.planner.calibrate import fit, measure_machine
+    from dsmoe.planner.hardware import Hardware
+    from dsmoe.planner.measure import run_from
 
     console = _console()
-    hardware, runs = calibrated(_ranks(arguments), arguments.scale, lambda text: console.print(f"measuring {text}"))
+    if arguments.again:
+        measured = json.loads(arguments.again.read_text())
+        alone, runs = Hardware.model_validate(measured["alone"]), [run_from(one) for one in measured["runs"]]
+    else:
+        say = lambda text: console.print(f"measuring {text}")  # noqa: E731
+        alone, runs = measure_machine(_ranks(arguments), arguments.scale, say)
+    hardware = fit(alone, runs)
     written = hardware.model_dump(exclude_none=True, exclude_defaults=True)
     write_atomically(arguments.out, yaml.safe_dump(written, sort_keys=False).encode())
-    _write(arguments.json, [asdict(one) for one in runs])
+    _write(arguments.json, {"alone": alone.model_dump(exclude_none=True), "runs": [asdict(one) for one in runs]})
     console.print(f"wrote {arguments.out}: {hardware.name}, {hardware.devices_per_node} devices")
 
 
@@ -138,7 +198,7 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 
 def validate(arguments: argparse.Namespace) -> None:
     from dsmoe.planner.hardware import load_hardware
-    from dsmoe.planner.validate import again, table
+    from dsmoe.planner.validate import again, summary, table
     from dsmoe.planner.validate import validate as validated
 
     console, hardware = _console(), load_hardware(arguments.hardware)
@@ -150,6 +210,7 @@ def validate(arguments: argparse.Namespace) -> None:
             lambda text: console.print(f"measuring {text}"),
         )  # fmt: skip
     console.print(table(found))
+    console.print(summary(found))
     _write(arguments.json, [one.as_json() for one in found])
 
 
@@ -243,7 +304,8 @@ def _ranks(arguments: argparse.Namespace) -> int:
 def _console():
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    width = None if sys.stdout.isatty() else 140  # in a file, tables are as wide as they need to be
+    return Console(highlight=False, soft_wrap=True, width=width)
 
 
 def _write(path: Path | None, content) -> None:

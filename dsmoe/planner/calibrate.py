@@ -24,6 +24,7 @@ from dsmoe.planner.memory import memory
 from dsmoe.planner.work import work
 
 VOCABULARY = 2048
+TYPICAL = 0.05  # relative error that is nothing unusual
 FEATURES = ("flops", "activation_bytes", "weight_bytes", "calls")
 
 
@@ -59,10 +60,10 @@ def cases(scale: int, ranks: int) -> list[Case]:
     return found
 
 
-def calibrate(
+def measure_machine(
     ranks: int, scale: int = 1, say: Callable[[str], None] = lambda text: None
 ) -> tuple[Hardware, list[MeasuredRun]]:
-    """Run everything and fit. A few minutes on a CPU.
+    """Run everything, for `fit`: the machine with what its products and copies alone reach, and the runs. Minutes.
 
     Args:
         ranks: the devices of this node, one process each.
@@ -85,7 +86,7 @@ def calibrate(
     for case in cases(scale, ranks):
         say(f"a run: {case.name}, {case.ranks} rank{'s' if case.ranks > 1 else ''}")
         runs.append(measure(with_precision(case, precision), VOCABULARY))
-    return fit(alone, runs), runs
+    return alone, runs
 
 
 def with_precision(case: Case, precision: str) -> Case:
@@ -114,7 +115,7 @@ def fit(alone: Hardware, runs: list[MeasuredRun]) -> Hardware:
                 taken = run.seconds_by_part.get(part, 0.0)
                 times.append(max(taken - _network(part, replace(layout, hardware=networked)), 0.1 * taken))
         least = np.array([1e-12 / alone.peak_tflops[precision], 0.0, 0.0, 0.0, 0.0])
-        speeds[part] = _speed(non_negative_fit(np.array(rows), np.array(times), least), precision)
+        speeds[part] = _speed(robust_fit(np.array(rows), np.array(times), least), precision)
     return _with_memory(networked.model_copy(update={"speeds": speeds}), layouts, runs)
 
 
@@ -161,12 +162,23 @@ def _rate(seconds_per_one: float, unit: float) -> float | None:
     return float(f"{unit / seconds_per_one:.4g}") if seconds_per_one > 0 else None
 
 
-def non_negative_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray | None = None) -> np.ndarray:
-    """x with rows @ x near times, relative to each time: least squares. No x is below `least` (0): those that would be
-    are set to it, one after another."""
+def robust_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """`non_negative_fit`, in which a run that something else disturbed counts less: Huber's weights, by repetition."""
+    weights = np.ones(len(times))
+    for _ in range(10):
+        found = non_negative_fit(rows, times, least, weights)
+        weights = 1 / np.sqrt(np.maximum(1.0, np.abs(rows @ found / times - 1) / TYPICAL))
+    return found
+
+
+def non_negative_fit(
+    rows: np.ndarray, times: np.ndarray, least: np.ndarray | None = None, weights: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """x with rows @ x near times, relative to each time: least squares, each row by its weight. No x is below `least`
+    (0): those that would be are set to it, one after another."""
     least = np.zeros(rows.shape[1]) if least is None else least
     scale = np.where(np.abs(rows).max(0) > 0, np.abs(rows).max(0), 1.0)
-    a, b = rows / scale / times[:, None], 1.0 - rows @ least / times
+    a, b = rows / scale * (weights / times)[:, None], (1.0 - rows @ least / times) * weights
     active = [column for column in range(rows.shape[1]) if np.abs(rows[:, column]).max() > 0]
     found = np.zeros(rows.shape[1])
     while active:

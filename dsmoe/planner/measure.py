@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median
 
@@ -47,6 +47,12 @@ class MeasuredRun:
     all_to_all: float  # bytes in a step, sum over ranks
     experts_per_token: float
     load: float  # of the busiest rank over the mean, mean over layers and steps
+
+
+def run_from(written: dict) -> MeasuredRun:
+    """What `dataclasses.asdict` made of one, among other keys."""
+    kept = {field.name: written[field.name] for field in fields(MeasuredRun)}
+    return MeasuredRun(**{**kept, "case": Case(**written["case"])})
 
 
 def settings(case: Case, vocabulary: int) -> dict[str, object]:

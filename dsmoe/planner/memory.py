@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from dsmoe.planner.layout import Layout
 
 MASTER, MOMENTS = 4, 8  # fp32
-REDUCED = 4  # of the flat gradient that the optimizer reads, fp32
+REDUCED = 4  # of the flat gradient that the optimizer of a bf16 model reads, fp32; an fp32 model's own are flat already
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Memory:
     gradients: float
     optimizer: float  # master weights and moments
     update: float  # flat gradients and what the norm is computed in, while the optimizer runs
+    reduction: float  # gradients of the layer at work, and the copy in which ranks sum those of experts they share
     activations: float  # kept for the backward pass
     dispatch: float  # rows and buffers of the layer at work, on the busiest rank
     logits: float  # of the vocabulary loss, a part of the rows at a time, and its weight gradient
@@ -37,7 +38,7 @@ class Memory:
     @property
     def transient(self) -> float:
         """At the worst moment: the backward pass, when activations are there, or the update, when they are not."""
-        return max(self.update, self.activations + self.dispatch + self.logits)
+        return max(self.update, self.activations + self.dispatch + self.logits + self.reduction)
 
     @property
     def total(self) -> float:
@@ -60,7 +61,8 @@ def memory(layout: Layout) -> Memory:
         weights=element * (owned + 2 * layer_parameters(layout) if stage == 3 else local),
         gradients=accumulated * (local if stage == 1 else owned + layer_parameters(layout)),
         optimizer=owned * (MASTER + MOMENTS),
-        update=owned * REDUCED + largest * 8,  # DeepSpeed takes norms in fp64
+        update=(owned * REDUCED if element == 2 else 0.0) + largest * 8,  # DeepSpeed takes norms in fp64
+        reduction=layer_parameters(layout) * element * (2 if layout.replicas > 1 else 1),
         activations=kept(layout),
         dispatch=at_work(layout),
         logits=logits(layout),

@@ -50,9 +50,9 @@ def search(
 
 def layouts(config: RunConfig, ranks: int) -> list[RunConfig]:
     """Every layout of a run on that many ranks."""
-    batch = config.training.global_batch_size
-    if batch % ranks:
+    if batch_problems(config, ranks):
         return []
+    batch = config.training.global_batch_size
     spread = _divisors(config.model.num_experts) if any(config.model.moe_layers()) else [1]
     return [
         laid_out(config, ep, stage, recompute, micro_steps, chunks)
@@ -63,6 +63,14 @@ def layouts(config: RunConfig, ranks: int) -> list[RunConfig]:
         for micro_steps in _divisors(batch // ranks)
         for chunks in (CHUNKS if recompute != "none" else (1,))
     ]
+
+
+def batch_problems(config: RunConfig, ranks: int) -> list[str]:
+    """Why no layout has that many ranks."""
+    batch = config.training.global_batch_size
+    if batch % ranks:
+        return [f"training.global_batch_size: found {batch}, expected a multiple of the {ranks} ranks"]
+    return []
 
 
 def laid_out(config: RunConfig, ep: int, stage: int, recompute: str, micro_steps: int, chunks: int) -> RunConfig:

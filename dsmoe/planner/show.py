@@ -6,6 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dsmoe.planner.hardware import Hardware
 from dsmoe.planner.predict import Prediction
 from dsmoe.planner.search import Found, changes, choices
 
@@ -29,10 +30,9 @@ def show_plan(console: Console, one: Prediction, found: Found, tokens: float) ->
     sent = {name: flow for name, flow in one.flows.items() if flow.bytes}
     for name, flow in sent.items():
         what = {"exchange": "tokens to experts and home", "gradients": "gradients", "weights": "weights"}[name]
-        console.print(
-            f"[bold]sent[/]     {what}: {_bytes(flow.within)} within a node, {_bytes(flow.between)} between nodes, "
-            "by each rank in a step"
-        )
+        where = [(flow.within, "within a node"), (flow.between, "between nodes")]
+        amounts = ", ".join(f"{_bytes(count)} {place}" for count, place in where if count)
+        console.print(f"[bold]sent[/]     {what}: {amounts}, by each rank in a step")
     console.print(f"[bold]speed[/]    {one.tokens_per_second:,.0f} tokens/s, {one.tflops:,.3g} TFLOP/s a device, MFU "
                   f"{one.utilisation:.1%}; most time goes to {one.binds()}")  # fmt: skip
     console.print(f"[bold]run[/]      {tokens:,.0f} tokens: {_run(one, tokens)}")
@@ -68,17 +68,56 @@ def show_search(console: Console, found: Found, tokens: float, count: int = 8) -
     console.print(table)
     best = found.best
     console.print(
-        f"{len(found.fitting)} of {len(found.fitting) + len(found.too_large)} layouts fit. Fastest: "
-        f"{' '.join(f'{key}={value}' for key, value in choices(best.layout).items())}"
+        f"{len(found.fitting)} of {len(found.fitting) + len(found.too_large)} layouts fit. Fastest: {_settings(best)}"
     )
     console.print(f"[bold]run[/]      {tokens:,.0f} tokens: {_run(best, tokens)}")
-    if found.too_large and found.too_large[0].step_seconds < best.step_seconds:
-        quicker = found.too_large[0]
-        gain = best.step_seconds / quicker.step_seconds - 1
+    quicker = [one for one in found.too_large if one.step_seconds < best.step_seconds]
+    if quicker:  # the nearest first
+        gain = best.step_seconds / quicker[0].step_seconds - 1
         console.print(
-            f"[dim]memory binds: {_described(quicker)} would be {gain:.0%} faster "
-            f"with {_bytes(quicker.missing_memory)} more[/]"
+            f"[bold]memory binds[/]: {len(quicker)} layouts that do not fit are faster; the nearest of them lacks "
+            f"{_bytes(quicker[0].missing_memory)} and is {gain:.0%} faster: {_settings(quicker[0])}"
         )
+
+
+def show_sizes(console: Console, searched: dict[int, Found], hardware: Hardware, tokens: float) -> None:
+    """The fastest layout for each number of nodes, and which of them is the cheapest.
+
+    Args:
+        searched: by number of nodes.
+    """
+    columns = ["nodes", "EP", "ZeRO", "recompute", "micro", "tokens/s", "MFU", "memory", "run", "device hours"]
+    best = {nodes: found.best for nodes, found in searched.items() if found.best is not None}
+    columns += ["kWh, modelled"] if hardware.watts else []
+    columns += [hardware.currency] if hardware.price_per_hour else []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column == "recompute" else "right", no_wrap=True)
+    for nodes, found in searched.items():
+        if found.best is None:
+            lacks = _bytes(found.too_large[0].missing_memory)
+            table.add_row(str(nodes), "", "", f"[red]nothing fits, {lacks} too much[/]")
+            continue
+        one = found.best
+        ep, stage, recompute, micro_steps, chunks = map(str, choices(one.layout).values())
+        hours = one.run_seconds(tokens) * one.layout.ranks / 3600
+        cells = [str(nodes), ep, stage, recompute if chunks == "1" else f"{recompute} in {chunks}", micro_steps]
+        cells += [f"{one.tokens_per_second:,.0f}", f"{one.utilisation:.1%}", _bytes(one.worst_memory)]
+        cells += [_duration(one.run_seconds(tokens)), f"{hours:,.0f}"]
+        cells += [f"{one.joules_per_token() * tokens / 3.6e6:,.0f}"] if hardware.watts else []
+        cells += [f"{hours * hardware.price_per_hour:,.0f}"] if hardware.price_per_hour else []
+        table.add_row(*cells)
+    console.print(table)
+    if best:
+        fastest = min(best, key=lambda nodes: best[nodes].run_seconds(tokens))
+        cheapest = min(best, key=lambda nodes: best[nodes].run_seconds(tokens) * nodes)
+        console.print(f"[bold]fastest[/]  {fastest} nodes: {_settings(best[fastest])}")
+        console.print(f"[bold]cheapest[/] {cheapest} nodes: {_settings(best[cheapest])}")
+
+
+def _settings(one: Prediction) -> str:
+    """As overrides of a configuration."""
+    return " ".join(f"{key}={value}" for key, value in choices(one.layout).items())
 
 
 def _memory_table(one: Prediction) -> Table:

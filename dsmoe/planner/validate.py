@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from rich import box
 from rich.table import Table
 
 from dsmoe.planner.calibrate import VOCABULARY, layout_of, with_precision
 from dsmoe.planner.hardware import Hardware
-from dsmoe.planner.measure import Case, MeasuredRun, measure
+from dsmoe.planner.measure import Case, MeasuredRun, measure, run_from
 from dsmoe.planner.predict import Prediction, predict
 
 MEMORY_BAR, SECONDS_BAR, BYTES_BAR = 0.10, 0.20, 0.05  # relative errors
@@ -87,9 +87,7 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
 
 def again(hardware: Hardware, measured: list[dict]) -> list[Checked]:
     """Predict anew what `validate` measured before."""
-    names = [field.name for field in fields(MeasuredRun)]
-    runs = [MeasuredRun(**{**{name: one[name] for name in names}, "case": Case(**one["case"])}) for one in measured]
-    return [Checked(run, predict(layout_of(run, hardware))) for run in runs]
+    return [Checked(run, predict(layout_of(run, hardware))) for run in map(run_from, measured)]
 
 
 def validate(
@@ -123,6 +121,21 @@ def table(found: list[Checked]) -> Table:
             else _beside(run.all_to_all / 1e6, sent / 1e6, ".1f", one.bytes_error, BYTES_BAR),
         )
     return shown
+
+
+def summary(found: list[Checked]) -> str:
+    """How many runs are within each bar, and the worst of each."""
+    lines = []
+    for what, bar, errors in (
+        ("step time", SECONDS_BAR, [one.seconds_error for one in found]),
+        ("memory", MEMORY_BAR, [one.memory_error for one in found]),
+        ("all-to-all bytes", BYTES_BAR, [one.bytes_error for one in found if one.bytes_error is not None]),
+    ):
+        if errors:
+            within = sum(abs(error) <= bar for error in errors)
+            worst = max(errors, key=abs)
+            lines.append(f"{what}: {within} of {len(errors)} within {bar:.0%}, the worst {worst:+.1%}")
+    return "\n".join(lines)
 
 
 def _beside(measured: float, predicted: float, form: str, error: float, bar: float) -> str:

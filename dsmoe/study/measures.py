@@ -11,6 +11,7 @@ import numpy
 
 from dsmoe.config import RunConfig
 from dsmoe.study.grid import MEASURED, Cell, Study
+from dsmoe.study.inside import REPLAYED, Inside
 from dsmoe.study.results import END, finished, read_result, run_config, run_lines, sized
 from dsmoe.study.runner import read_record
 
@@ -21,12 +22,14 @@ T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262
 
 @dataclass(frozen=True)
 class Measure:
-    """A quantity: what it is called, its unit, how it is written, and whether seconds are in it."""
+    """A quantity: what it is called, its unit, how it is written, whether seconds are in it, and whether it is of the
+    experts rather than of the run."""
 
     title: str
     unit: str
     form: str
     timed: bool = False
+    inside: bool = False
 
     @property
     def heading(self) -> str:
@@ -49,6 +52,25 @@ MEASURES = {
     "no_expert": Measure("tokens without an expert", "", ".1%"),
     "spikes": Measure("loss spikes", "", ".1f"),
     "joules_per_token": Measure("energy per token, modelled", "mJ", ".3f", True),
+    "measured_joules": Measure("energy per token, measured", "mJ", ".3f", True),
+    "passes_seconds": Measure("forward and backward", "s", ".3f", True),
+    "optimizer_seconds": Measure("optimizer", "s", ".3f", True),
+    "routing_share": Measure("routing, dispatch and combine in forward and backward", "", ".1%", True),
+    "exchange_share": Measure("all-to-all in forward and backward", "", ".1%", True),
+    "first_token": Measure("to the first token", "ms", ".2f", True),
+    "token": Measure("for each token after it", "ms", ".2f", True),
+    "idle_experts": Measure("experts without a token in the last tenth", "", ".1%", inside=True),
+    "weak_experts": Measure("experts with under a tenth of the mean gradient", "", ".1%", inside=True),
+    "expert_gradient": Measure("gradient norm of an expert, median", "", ".2g", inside=True),
+    "output_cosine": Measure("likeness of experts' outputs, cosine", "", ".3f", inside=True),
+    "output_cka": Measure("likeness of experts' outputs, CKA", "", ".3f", inside=True),
+    "weights_alike": Measure("likeness of experts' weights above chance", "", ".3f", inside=True),
+    "flips": Measure("routes changed since the checkpoint before", "", ".1%", inside=True),
+    "flips_bf16": Measure("routes changed by bf16 inputs", "", ".2%", inside=True),
+    "load_contiguous": Measure(f"busiest of {REPLAYED} ranks over mean, experts in order", "", ".2f", inside=True),
+    "load_aware": Measure(f"busiest of {REPLAYED} ranks, experts placed by load", "", ".2f", inside=True),
+    "load_replicated": Measure(f"busiest of {REPLAYED} ranks, hot experts copied", "", ".2f", inside=True),
+    "by_route": Measure("rows sent without de-duplication, over ours", "", ".2f", inside=True),
 }  # fmt: skip
 
 
@@ -57,6 +79,7 @@ class Measured:
     """A finished cell."""
 
     cell: Cell
+    inside: Inside
     config: RunConfig
     lines: list[dict]
     values: dict[str, float]
@@ -135,12 +158,16 @@ def measure(study: Study, cell: Cell, folder: Path, record: dict) -> Measured:
         values["peak_memory"] = lines[-1]["peak_memory_bytes"] / 2**20
     if "all_to_all_bytes" in lines[-1] and study.ranks > 1:
         values["all_to_all"] = median(line["all_to_all_bytes"] for line in end) / tokens
+    inside = Inside(folder)
+    values |= inside.values(lines)
+    if "joules" in record:
+        values["measured_joules"] = 1e3 * record["joules"] / (tokens * len(lines))
     if not study.timed:
         values = {name: value for name, value in values.items() if not MEASURES[name].timed}
     if not study.quality:
         values = {name: value for name, value in values.items() if name not in ("val_loss", "spikes")}
     x = result.val_experts if study.x == MEASURED else dict(cell.point).get(study.x)
-    return Measured(cell, config, lines, values, result.val_experts_by_layer, x)
+    return Measured(cell, inside, config, lines, values, result.val_experts_by_layer, x)
 
 
 def flops(config: RunConfig, lines: list[dict]) -> numpy.ndarray:

@@ -29,6 +29,7 @@ from dsmoe.checkpoint.files import write_atomically
 from dsmoe.config import RunConfig
 from dsmoe.errors import ConfigError, TrainingError
 from dsmoe.study.display import Display, Row
+from dsmoe.study.energy import find_meter
 from dsmoe.study.results import finished, run_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +71,7 @@ class Running:
     record: dict
     first_step: int
     reading: bool = False  # at `launch.then`
+    joules_before: float | None = None  # of the machine's meter when the first step was done
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -92,6 +94,7 @@ class Runner(ABC):
         self.cells, self.out, self.parallel = cells, out, parallel
         self.console = console or Console(soft_wrap=True)
         self.lock: int | None = None
+        self.meter = find_meter() if parallel == 1 else None  # it counts the machine, not a run
         self.running: list[Running] = []
         self.ended: dict[Hashable, dict] = {}
         for cell in self.cells:
@@ -208,12 +211,14 @@ class Runner(ABC):
             )
 
     def _collect(self) -> None:
+        joules = self.meter.joules() if self.meter is not None else None
         for run in list(self.running):
-            code = run.process.poll()
+            code, folder = run.process.poll(), run.cell.folder(self.out)
+            if joules is not None and not run.reading and run.joules_before is None and run_lines(folder):
+                run.joules_before = joules
             if code is None:
                 continue
             self.running.remove(run)
-            folder = run.cell.folder(self.out)
             if run.reading:
                 error = None if code == 0 and (folder / run.launch.made).exists() else _error(folder, code)
                 self._end(run.cell, {**run.record, **({} if error is None else {"then_error": error})})
@@ -223,6 +228,8 @@ class Runner(ABC):
                 self._end(run.cell, {"status": "failed", **record, "error": _error(folder, code)})
                 continue
             record["seconds_per_step"] = record["seconds"] / max(1, run.steps - run.first_step)
+            if run.joules_before is not None and run.first_step == 0:  # a run in two parts was not seen whole
+                record["joules"] = joules - run.joules_before
             record = {"status": "done", **record}
             if run.launch.then is None:
                 self._end(run.cell, record)

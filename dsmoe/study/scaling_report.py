@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -14,13 +13,15 @@ import numpy
 
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import ConfigError
+from dsmoe.study.drawing import Picture, x_title
 from dsmoe.study.law import fit_law
-from dsmoe.study.limits import limit_tables
+from dsmoe.study.limits import at, limit_tables
 from dsmoe.study.measures import MEASURES, Measured, StudyResults, centre_and_band, read_results
-from dsmoe.study.pictures import Picture, draw_pictures, x_title
+from dsmoe.study.pictures import draw_pictures
 from dsmoe.study.plan import slug
 from dsmoe.study.report import insert_tables
 from dsmoe.study.scaling import read_study
+from dsmoe.study.svg import svg_of
 
 PAGE, MARKDOWN = "index.html", "report.md"
 
@@ -67,7 +68,7 @@ def write_report(folders: list[Path], target: Path, limits: Path | None = None) 
         folder.mkdir(parents=True, exist_ok=True)
         tables, figures = _tables(results), []
         for picture in draw_pictures(results):
-            svg, svg_file = _svg(picture, f"{name}-{picture.name}"), folder / f"{picture.name}.svg"
+            svg, svg_file = svg_of(picture.figure, f"{name}-{picture.name}"), folder / f"{picture.name}.svg"
             svg_file.write_text(svg, encoding="utf-8")
             csv_file = folder / f"{picture.name}.csv"
             _write_csv(csv_file, picture.headings, picture.rows)
@@ -91,20 +92,33 @@ def _study(folder: Path):
 
 
 def _tables(results: StudyResults) -> list[Table]:
-    return [table for table in (_summary(results), _laws(results), *_beside(results), _missing(results)) if table.rows]
+    tables = (
+        _summary(results, "All cells, means over seeds", inside=False),
+        _summary(results, "What the experts became, means over seeds", inside=True),
+        _laws(results),
+        *_beside(results),
+        _missing(results),
+    )
+    return [table for table in tables if table.rows]
 
 
-def _summary(results: StudyResults) -> Table:
-    """A row for each arm and point: means over seeds, the loss with its interval."""
-    names = [name for name in MEASURES if any(name in one.values for one in results.found)]
+def _summary(results: StudyResults, title: str, inside: bool) -> Table:
+    """A row for each arm and point: means over seeds, the loss with its interval. Quantities of the run, or of its
+    experts."""
+    names = [
+        name
+        for name, measure in MEASURES.items()
+        if measure.inside == inside and any(name in one.values for one in results.found)
+    ]
     rows = []
+    if not names:
+        return Table(title, [], [])
     for arm in results.arms():
         for point, group in results.by_point(arm).items():
-            at = ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point)
             means = (spread([one.values[name] for one in group if name in one.values], name) for name in names)
-            rows.append([arm, at, str(len(group)), *means])
+            rows.append([arm, at(point), str(len(group)), *means])
     headings = ["arm", "at", "seeds", *(MEASURES[name].heading for name in names)]
-    return Table("All cells, means over seeds", headings, rows)
+    return Table(title, headings, rows)
 
 
 def spread(values: list[float], name: str) -> str:
@@ -155,7 +169,15 @@ def _beside(results: StudyResults) -> list[Table]:
 
 
 def _missing(results: StudyResults) -> Table:
-    return Table("Not in the tables", ["cell", "why"], [[str(cell), why] for cell, why in results.missing])
+    """Cells of an arm and seed that lack for the same reason are one row."""
+    alike: dict[tuple[str, int, str], list] = {}
+    for cell, why in results.missing:
+        alike.setdefault((cell.arm, cell.seed, why), []).append(cell)
+    rows = [
+        [str(cells[0]) if len(cells) == 1 else f"{arm}, seed {seed}: {len(cells)} cells", why]
+        for (arm, seed, why), cells in alike.items()
+    ]
+    return Table("Not in the tables", ["cell", "why"], rows)
 
 
 def _cells(results: StudyResults) -> tuple[list[str], list[list]]:
@@ -178,16 +200,6 @@ def _write_csv(path: Path, headings: list[str], rows: list[list]) -> None:
     writer.writerow(headings)
     writer.writerows([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
     write_atomically(path, text.getvalue().encode())
-
-
-def _svg(picture: Picture, prefix: str) -> str:
-    """The figure as SVG; its ids carry the picture's name, as several share a page."""
-    file = io.StringIO()
-    picture.figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    return re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", text)
 
 
 def _counts(results: StudyResults) -> str:

@@ -11,11 +11,12 @@ import yaml
 
 from dsmoe.config import load_config
 from dsmoe.errors import ConfigError
-from dsmoe.planner.calibrate import fit, layout_of, non_negative_fit
+from dsmoe.planner.calibrate import fit, layout_of, non_negative_fit, robust_fit
 from dsmoe.planner.hardware import Hardware, Link, Speed, load_hardware
 from dsmoe.planner.layout import Layout, checked
 from dsmoe.planner.load import even, of_skew
 from dsmoe.planner.measure import MeasuredRun
+from dsmoe.planner.memory import memory
 from dsmoe.planner.predict import predict
 from dsmoe.planner.replay import cost_of, replay, skewed
 from dsmoe.planner.search import laid_out, layouts, search
@@ -217,6 +218,22 @@ def test_no_coefficient_of_a_fit_is_below_its_least():
     assert non_negative_fit(rows, rows @ [2.0, 3.0]) == pytest.approx([2.0, 3.0])
     assert (non_negative_fit(rows, rows @ [2.0, -0.1]) >= 0).all()
     assert non_negative_fit(rows, rows @ [2.0, 3.0], np.array([2.5, 0.0]))[0] >= 2.5
+
+
+def test_a_run_that_was_disturbed_counts_less():
+    random = np.random.default_rng(0)
+    rows = np.stack((random.uniform(1, 9, 12), np.ones(12)), axis=1)
+    times = rows @ [2.0, 3.0]
+    disturbed = np.where(np.arange(12) == 4, 2 * times, times)
+    plain, robust = (f(rows, disturbed, np.zeros(2)) @ rows.mean(0) for f in (non_negative_fit, robust_fit))
+    true = rows.mean(0) @ [2.0, 3.0]
+    assert abs(robust / true - 1) < 0.5 * abs(plain / true - 1) and robust == pytest.approx(true, rel=0.03)
+    assert robust_fit(rows, times, np.zeros(2)) == pytest.approx([2.0, 3.0])
+
+
+def test_shared_experts_gradients_are_held_twice(hardware):
+    alone, shared = (memory(layout(hardware, f"parallel.expert_parallel={ep}")) for ep in (16, 8))
+    assert alone.reduction < shared.reduction / 2  # half the experts on a rank, and no one to sum them with
 
 
 def test_a_skewed_replay_has_that_share_and_a_cost(hardware):

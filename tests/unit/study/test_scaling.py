@@ -89,7 +89,7 @@ def test_a_report_says_what_is_missing(study_file, tmp_path):
     assert run_study(study, out, 4, console=QUIET) == 8
     write_report([out], tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "8 of 16 runs finished" in text and "failed: the disk is full" in text
+    assert "8 of 16 runs finished" in text and "| relu, seed 13: 4 cells | failed: the disk is full |" in text
 
 
 def test_studies_without_an_axis_are_reported_by_arm(study_file, tmp_path):
