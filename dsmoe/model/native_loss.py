@@ -34,10 +34,16 @@ def loss_and_gradients(
 
     Args:
         rows: whose logits are there at a time.
+
+    Raises:
+        IndexError: a label is no place in the vocabulary.
     """
     hidden_TH, weight_VH, labels_T = hidden_TH.contiguous(), weight_VH.contiguous(), labels_T.contiguous()
     weights_T = weights_T.float().contiguous()
     (tokens, hidden), vocabulary = hidden_TH.shape, len(weight_VH)
+    if tokens and not 0 <= labels_T.min() <= labels_T.max() < vocabulary:
+        found = f"{int(labels_T.min())} to {int(labels_T.max())}"
+        raise IndexError(f"labels: found {found}, expected 0 to {vocabulary - 1}")
     rows = min(max(native.GROUP, rows // native.GROUP * native.GROUP), max(tokens, 1))
     groups = -(-rows // native.GROUP)
     logits = kept_memory.empty([groups * native.GROUP * vocabulary], torch.float32)

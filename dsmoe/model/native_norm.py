@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from dsmoe import native
 
-STRIP = 256  # rows that a thread takes at a time (norm.cpp)
+STRIP, LEAST = 256, 4  # rows that a thread takes at a time (norm.cpp); strips that are worth a thread
 
 
 class _Norm(ctypes.Structure):
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
         y, inverse_R = x.new_empty(x.shape), x.new_empty(len(rows_RK))
         arguments = _arguments(rows_RK, weight_K, inverse_R, epsilon)
         arguments.y = y.data_ptr()
-        native.run("dsmoe_norm_forward", arguments, -(-len(rows_RK) // STRIP))
+        native.run("dsmoe_norm_forward", arguments, -(-len(rows_RK) // STRIP), least=LEAST)
         ctx.save_for_backward(x, weight_K, inverse_R)
         ctx.epsilon = epsilon
         return y
@@ -51,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x, parts = x.new_empty(x.shape), weight_K.new_empty(strips, len(weight_K))
         arguments = _arguments(rows_RK, weight_K, inverse_R, ctx.epsilon)
         arguments.grad_y, arguments.grad_x, arguments.grad_w = grad.data_ptr(), grad_x.data_ptr(), parts.data_ptr()
-        native.run("dsmoe_norm_backward", arguments, strips)
+        native.run("dsmoe_norm_backward", arguments, strips, least=LEAST)
         return grad_x, parts.sum(0), None
 
 

@@ -56,16 +56,17 @@ def takes(*tensors: Tensor) -> bool:
     return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.size(-1) % LANES == 0 for t in tensors)
 
 
-def run(name: str, arguments: ctypes.Structure, count: int, items: int | None = None) -> None:
+def run(name: str, arguments: ctypes.Structure, count: int, items: int | None = None, least: int = 1) -> None:
     """Call a kernel on `count` items, on as many threads as torch may use; they take items from one counter.
 
     Args:
         items: the address of an array of items, for kernels that have one.
+        least: items that are worth a thread.
 
     Raises:
         MemoryError: there was none to work in.
     """
-    function, threads = getattr(library(), name), min(torch.get_num_threads(), count)
+    function, threads = getattr(library(), name), min(torch.get_num_threads(), -(-count // least))
     following = ctypes.c_int64(0)
     call = ctypes.byref(arguments), items, count, ctypes.byref(following)
     others = [_workers(threads).submit(function, *call) for _ in range(threads - 1)]

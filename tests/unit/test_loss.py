@@ -73,6 +73,14 @@ def test_what_is_not_a_number_is_not_hidden():
     assert linear_cross_entropy(hidden, weight, labels, torch.ones(TOKENS)).isnan()
 
 
+@pytest.mark.parametrize("label", [-1, VOCABULARY])
+def test_a_label_outside_the_vocabulary_is_an_error(label):
+    hidden, weight, labels, weights = inputs()
+    labels[5] = label
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden, weight, labels, weights)
+
+
 class LargestTensor(TorchDispatchMode):
     def __init__(self):
         super().__init__()

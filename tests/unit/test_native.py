@@ -16,6 +16,8 @@ from dsmoe.errors import ConfigError
 from dsmoe.moe import blocked, native
 from dsmoe.moe.experts import GroupedExperts, loop_linear
 
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C++ kernels here")
+
 # Groups of 32 rows, chunks of 128, vectors of 8: below, at and above each; experts with none; a part for each thread.
 COUNTS = [[3, 0, 5, 1], [0, 0], [1] * 30, [8, 16, 24, 32], [33, 7, 127], [0, 129, 0, 256], [1100, 2, 0, 1]]
 SHAPES = [(16, 24, None), (40, 8, None), (64, 104, None), (16, 24, 8), (72, 40, 16)]  # H, F, rank of a latent

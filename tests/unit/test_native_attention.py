@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsmoe import native
 from dsmoe.model import native_attention
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no C++ kernels here")
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsmoe import native
 from dsmoe.model import native_norm
 from dsmoe.model.native_norm import RMSNorm
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no C++ kernels here")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
