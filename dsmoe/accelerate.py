@@ -49,9 +49,10 @@ def find_accelerations() -> list[Acceleration]:
 
 
 def rms_norm_class() -> type[nn.Module]:
-    """The fastest RMSNorm of this machine: NVIDIA Apex, else Transformer Engine (both only with CUDA), else torch.
+    """The fastest RMSNorm of this machine: NVIDIA Apex, else Transformer Engine (both only with CUDA); on a CPU dsmoe's
+    own, which is torch's where it cannot be compiled; else torch's.
 
-    All three are built as `cls(hidden_size, eps=eps)` and hold one parameter, `weight`. Transformer Engine creates it
+    All are built as `cls(hidden_size, eps=eps)` and hold one parameter, `weight`. Transformer Engine creates it
     on the current CUDA device, so move the finished model to its device rather than relying on where a norm starts.
     """
     for name, module, attribute in (
@@ -62,7 +63,11 @@ def rms_norm_class() -> type[nn.Module]:
             return getattr(importlib.import_module(module), attribute)
     import torch
 
-    return torch.nn.RMSNorm
+    if _has_cuda():
+        return torch.nn.RMSNorm
+    from dsmoe.model.native_norm import RMSNorm
+
+    return RMSNorm
 
 
 def _probe(name: str) -> Acceleration:
@@ -152,11 +157,11 @@ def _cpu_kernels() -> Finding:
     from dsmoe.native import unavailable
 
     if _has_cuda():
-        return Finding(False, "for CPUs; experts and loss run on the GPU")
+        return Finding(False, "for CPUs only")
     reason = unavailable()
     if reason:
-        return Finding(False, f"{reason}; experts and loss use torch's products, slower with few rows an expert")
-    return Finding(True, "experts and vocabulary loss are compiled for this CPU")
+        return Finding(False, f"{reason}; torch's operators instead, slower where experts have few rows")
+    return Finding(True, "experts, attention, norms and vocabulary loss are compiled for this CPU")
 
 
 def _fused_adamw() -> Finding:

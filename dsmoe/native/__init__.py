@@ -1,5 +1,5 @@
-"""What dsmoe has in C++, as one library that ctypes loads: `swiglu.cpp` for `dsmoe.moe.native`, `loss.cpp` and
-`attention.cpp` for `dsmoe.model`, all made of `kernels.h`.
+"""What dsmoe has in C++, as one library that ctypes loads: `swiglu.cpp` for `dsmoe.moe.native`, `loss.cpp`,
+`attention.cpp` and `norm.cpp` for `dsmoe.model`, all made of `kernels.h`.
 
 It is compiled once for each kind of CPU, with the machine's own compiler, and kept in $DSMOE_CACHE, or ~/.cache/dsmoe,
 under a name made of its source, the compiler and the CPU, so that machines which share a home do not share a library
@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 FUNCTIONS = (
     "dsmoe_swiglu_forward", "dsmoe_swiglu_backward", "dsmoe_loss_rows", "dsmoe_loss_weights",
-    "dsmoe_attention_forward", "dsmoe_attention_backward",
+    "dsmoe_attention_forward", "dsmoe_attention_backward", "dsmoe_norm_forward", "dsmoe_norm_backward",
 )  # fmt: skip
 DEADLINE = 300  # seconds for the compiler, which takes about 5
 LANES, GROUP = 8, 32  # widths are multiples of LANES; rows that are multiplied side by side (kernels.h)

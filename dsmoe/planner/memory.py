@@ -56,10 +56,11 @@ def memory(layout: Layout) -> Memory:
     owned = layout.owned_parameters
     largest = largest_parameter(layout)
     accumulated = 4 if layout.element == 2 else element  # bf16 gradients are summed in fp32
+    flat = owned * REDUCED if layout.hardware.cpu and element == 4 and stage < 3 else 0.0  # kept from step to step
     return Memory(
         process=layout.hardware.process_gib * 2**30,
         weights=element * (owned + 2 * layer_parameters(layout) if stage == 3 else local),
-        gradients=accumulated * (local if stage == 1 else owned + layer_parameters(layout)),
+        gradients=accumulated * (local if stage == 1 else owned + layer_parameters(layout)) + flat,
         optimizer=owned * (MASTER + MOMENTS),
         update=(owned * REDUCED if element == 2 else 0.0) + largest * 8,  # DeepSpeed takes norms in fp64
         reduction=layer_parameters(layout) * element * (2 if layout.replicas > 1 else 1),

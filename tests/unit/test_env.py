@@ -161,8 +161,8 @@ def test_no_compiler_is_said_with_what_needs_it(monkeypatch):
 @pytest.mark.parametrize(
     "files, cuda, expected",
     [
-        ({}, False, "torch.nn.modules.normalization"),
-        ({**APEX_OF_NVIDIA, **TRANSFORMER_ENGINE}, False, "torch.nn.modules.normalization"),
+        ({}, False, "dsmoe.model.native_norm"),
+        ({**APEX_OF_NVIDIA, **TRANSFORMER_ENGINE}, False, "dsmoe.model.native_norm"),
         ({**APEX_OF_NVIDIA, **TRANSFORMER_ENGINE}, True, "apex.normalization"),
         ({**APEX_IMPOSTOR, **TRANSFORMER_ENGINE}, True, "transformer_engine.pytorch"),
     ],

@@ -1,0 +1,68 @@
+"""RMSNorm in C++ on a CPU (`dsmoe/native/norm.cpp`), where torch makes ten passes over memory of it. R rows, K wide."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dsmoe import native
+
+STRIP = 256  # rows that a thread takes at a time (norm.cpp)
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_int64), ("size", ctypes.c_int64), ("epsilon", ctypes.c_double), ("x", ctypes.c_void_p),
+        ("x_step", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("w", "y", "inverse", "grad_y", "grad_x", "grad_w")),
+    ]  # fmt: skip
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, over the last dimension, and through the kernel where that can do it: fp32, widths in eights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.eps is None or x.numel() == 0 or not native.takes(x, self.weight) or native.unavailable():
+            return super().forward(x)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_K: Tensor, epsilon: float) -> Tensor:
+        rows_RK = _rows(x)
+        y, inverse_R = x.new_empty(x.shape), x.new_empty(len(rows_RK))
+        arguments = _arguments(rows_RK, weight_K, inverse_R, epsilon)
+        arguments.y = y.data_ptr()
+        native.run("dsmoe_norm_forward", arguments, -(-len(rows_RK) // STRIP))
+        ctx.save_for_backward(x, weight_K, inverse_R)
+        ctx.epsilon = epsilon
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight_K, inverse_R = ctx.saved_tensors
+        rows_RK, grad = _rows(x), grad.contiguous()
+        strips = -(-len(rows_RK) // STRIP)
+        grad_x, parts = x.new_empty(x.shape), weight_K.new_empty(strips, len(weight_K))
+        arguments = _arguments(rows_RK, weight_K, inverse_R, ctx.epsilon)
+        arguments.grad_y, arguments.grad_x, arguments.grad_w = grad.data_ptr(), grad_x.data_ptr(), parts.data_ptr()
+        native.run("dsmoe_norm_backward", arguments, strips)
+        return grad_x, parts.sum(0), None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[R, K], each row in one piece; a view where rows lie equally far apart, as heads in a fused projection do."""
+    rows_RK = x.reshape(-1, x.size(-1))
+    return rows_RK if rows_RK.stride(1) == 1 else rows_RK.contiguous()
+
+
+def _arguments(rows_RK: Tensor, weight_K: Tensor, inverse_R: Tensor, epsilon: float) -> _Norm:
+    return _Norm(
+        *rows_RK.shape, epsilon, rows_RK.data_ptr(), rows_RK.stride(0), weight_K.data_ptr(),
+        inverse=inverse_R.data_ptr(),
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""RMSNorm in C++ is torch's, in value and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsmoe.model import native_norm
+from dsmoe.model.native_norm import RMSNorm
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5, 16), (300, 2, 4, 24), (513, 256)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_kernel_is_torchs_norm(shape, threads, apart):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape[:-1], 3 * shape[-1], generator=generator).chunk(3, dim=-1)[1]
+    x = (x if apart else x.contiguous()).detach().requires_grad_()
+    norm = RMSNorm(shape[-1], eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    exact = torch.nn.RMSNorm(shape[-1], eps=1e-5).double()
+    exact.weight.data.copy_(norm.weight)
+    exact_x = x.detach().double().requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    found, expected = norm(x), exact(exact_x)
+    assert isinstance(found.grad_fn, native_norm._RMSNorm._backward_cls)
+    gradient = torch.randn(shape, generator=generator)
+    here = torch.autograd.grad(found, (x, norm.weight), gradient)
+    there = torch.autograd.grad(expected, (exact_x, exact.weight), gradient.double())
+    torch.set_num_threads(before)
+    for one, other in zip((found, *here), (expected, *there), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 12), torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(0, 8)])
+def test_what_the_kernel_leaves_to_torch(x):
+    norm, plain = RMSNorm(x.size(-1), eps=1e-5).to(x.dtype), torch.nn.RMSNorm(x.size(-1), eps=1e-5).to(x.dtype)
+    assert torch.equal(norm(x), plain(x))
