@@ -204,7 +204,9 @@ def _mpi() -> Finding:
 
 
 def _compiler() -> Finding:
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    from dsmoe.native import compiler as find_compiler
+
+    compiler = find_compiler()
     # pip puts ninja beside Python, and that folder is on PATH only in an activated environment.
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     missing = [tool for tool, path in (("C++ compiler", compiler), ("ninja", ninja)) if path is None]

@@ -1,5 +1,5 @@
-"""Causal attention in C++ on a CPU (`dsmoe/native/attention.cpp`), on Megatron's layout. torch's kernel there is
-written for long sequences and wide heads.
+"""Causal attention in C++ on a CPU (`dsmoe/native/attention.cpp`), on Megatron's layout, where it
+is faster than torch's (docs/performance.md).
 
 Shapes: S positions, B sequences, n query heads, g heads of keys and values, d head size.
 """

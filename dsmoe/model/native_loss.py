@@ -13,11 +13,11 @@ from torch import Tensor
 from dsmoe import native
 from dsmoe.memory import kept_memory
 
-STRIP = 512  # lines of the weight's gradient that a thread takes at a time (loss.cpp)
+STRIP = 512  # lines of the weight's gradient that a thread takes at a time
 
 
 class _Loss(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "hidden", "vocabulary")] + [
+    _fields_ = [(name, ctypes.c_int64) for name in ("rows", "hidden", "vocabulary", "strip")] + [
         (name, ctypes.c_void_p) for name in ("x", "w", "labels", "weights", "logits", "losses", "grad_x", "grad_w")
     ] + [("add", ctypes.c_int64)]  # fmt: skip
 
@@ -44,9 +44,8 @@ def loss_and_gradients(
     if tokens and not 0 <= labels_T.min() <= labels_T.max() < vocabulary:
         found = f"{int(labels_T.min())} to {int(labels_T.max())}"
         raise IndexError(f"labels: found {found}, expected 0 to {vocabulary - 1}")
-    rows = min(max(native.GROUP, rows // native.GROUP * native.GROUP), max(tokens, 1))
-    groups = -(-rows // native.GROUP)
-    logits = kept_memory.empty([groups * native.GROUP * vocabulary], torch.float32)
+    rows = max(native.GROUP, rows // native.GROUP * native.GROUP)
+    logits = kept_memory.empty([rows * vocabulary], torch.float32)  # one size, whatever the number of tokens
     losses_T = torch.empty(tokens)
     grad_hidden_TH = torch.empty_like(hidden_TH) if learns else None
     grad_weight_VH = kept_memory.empty(weight_VH.shape, torch.float32) if learns else None
@@ -55,9 +54,9 @@ def loss_and_gradients(
     for low in range(0, tokens, rows):
         here = min(rows, tokens - low)
         arguments = _Loss(
-            rows=here, hidden=hidden, vocabulary=vocabulary, x=hidden_TH[low:].data_ptr(), w=weight_VH.data_ptr(),
-            labels=labels_T[low:].data_ptr(), weights=weights_T[low:].data_ptr(), logits=logits.data_ptr(),
-            losses=losses_T[low:].data_ptr(), add=low > 0,
+            rows=here, hidden=hidden, vocabulary=vocabulary, strip=STRIP, x=hidden_TH[low:].data_ptr(),
+            w=weight_VH.data_ptr(), labels=labels_T[low:].data_ptr(), weights=weights_T[low:].data_ptr(),
+            logits=logits.data_ptr(), losses=losses_T[low:].data_ptr(), add=low > 0,
         )  # fmt: skip
         if learns:
             arguments.grad_x, arguments.grad_w = grad_hidden_TH[low:].data_ptr(), grad_weight_VH.data_ptr()

@@ -1,4 +1,4 @@
-"""RMSNorm in C++ on a CPU (`dsmoe/native/norm.cpp`), where torch makes ten passes over memory of it. R rows, K wide."""
+"""RMSNorm in C++ on a CPU (`dsmoe/native/norm.cpp`): one pass over memory, not a chain of operators. R rows, K wide."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.autograd.function import once_differentiable
 
 from dsmoe import native
 
-STRIP, LEAST = 256, 4  # rows that a thread takes at a time (norm.cpp); strips that are worth a thread
+STRIP, LEAST = 256, 4  # rows that a thread takes at a time; strips that are worth a thread
 
 
 class _Norm(ctypes.Structure):
     _fields_ = [
-        ("rows", ctypes.c_int64), ("size", ctypes.c_int64), ("epsilon", ctypes.c_double), ("x", ctypes.c_void_p),
-        ("x_step", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("rows", "size", "strip")), ("epsilon", ctypes.c_double),
+        ("x", ctypes.c_void_p), ("x_step", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("w", "y", "inverse", "grad_y", "grad_x", "grad_w")),
     ]  # fmt: skip
 
@@ -63,6 +63,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _arguments(rows_RK: Tensor, weight_K: Tensor, inverse_R: Tensor, epsilon: float) -> _Norm:
     return _Norm(
-        *rows_RK.shape, epsilon, rows_RK.data_ptr(), rows_RK.stride(0), weight_K.data_ptr(),
+        *rows_RK.shape, STRIP, epsilon, rows_RK.data_ptr(), rows_RK.stride(0), weight_K.data_ptr(),
         inverse=inverse_R.data_ptr(),
     )  # fmt: skip

@@ -96,7 +96,7 @@ def _found() -> ctypes.CDLL | str:
     except NoKernel as reason:
         return str(reason)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {error}"
 
 
 def _compiled() -> Path:

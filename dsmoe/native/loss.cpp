@@ -11,12 +11,13 @@
 
 namespace {
 
-constexpr int64_t PART = 64, STRIP = 512;  // logits of a partial sum; lines of W' that a thread takes at a time
+constexpr int64_t PART = 64;  // logits of a partial sum
 
 }  // namespace
 
 struct Loss {
   int64_t rows, hidden, vocabulary;
+  int64_t strip;          // lines of W' that a thread takes at a time
   const float* x;         // [B][H]
   const float* w;         // [V][H]
   const int64_t* labels;  // [B]
@@ -78,7 +79,7 @@ int dsmoe_loss_rows(const Loss* loss, const void*, int64_t count, int64_t* next)
 int dsmoe_loss_weights(const Loss* loss, const void*, int64_t count, int64_t* next) {
   const int64_t H = loss->hidden, V = loss->vocabulary;
   for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
-    const int64_t low = i * STRIP, lines = std::min(STRIP, V - low);
+    const int64_t low = i * loss->strip, lines = std::min(loss->strip, V - low);
     outer(loss->rows, {loss->logits, V * GROUP, low}, loss->x, lines, H, loss->grad_w + low * H,
           loss->add ? Write::ADD : Write::SET);
   }

@@ -1,4 +1,4 @@
-// RMSNorm on a CPU, fp32, forward and backward in one pass each.
+// RMSNorm on a CPU, fp32, forward and backward in one pass over memory each.
 //
 //     y = w x / rms(x);   rms(x) = sqrt(mean(x^2) + eps)
 //
@@ -10,8 +10,6 @@
 
 namespace {
 
-constexpr int64_t STRIP = 256;  // rows that a thread takes at a time
-
 INLINE float total(Vector v) {
   float sum = 0;
   for (int i = 0; i < LANES; i++) sum += v[i];
@@ -22,6 +20,7 @@ INLINE float total(Vector v) {
 
 struct Norm {
   int64_t rows, size;
+  int64_t strip;  // rows that a thread takes at a time
   double epsilon;
   const float* x;
   int64_t x_step;  // elements from one row to the next; those of the others lie side by side
@@ -30,7 +29,7 @@ struct Norm {
   float* inverse;  // [R]: 1 / rms
   const float* grad_y;
   float* grad_x;
-  float* grad_w;  // [R / STRIP, rounded up][K]: the part of each strip
+  float* grad_w;  // [R / strip, rounded up][K]: the part of each strip
 };
 
 extern "C" {
@@ -38,7 +37,7 @@ extern "C" {
 int dsmoe_norm_forward(const Norm* norm, const void*, int64_t count, int64_t* next) {
   const int64_t K = norm->size;
   for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;)
-    for (int64_t r = i * STRIP; r < std::min(norm->rows, (i + 1) * STRIP); r++) {
+    for (int64_t r = i * norm->strip; r < std::min(norm->rows, (i + 1) * norm->strip); r++) {
       const float* x = norm->x + r * norm->x_step;
       Vector squares = {};
       for (int64_t k = 0; k < K; k += LANES) squares += at(x + k) * at(x + k);
@@ -54,7 +53,7 @@ int dsmoe_norm_backward(const Norm* norm, const void*, int64_t count, int64_t* n
   for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
     float* grad_w = norm->grad_w + i * K;
     std::fill_n(grad_w, K, 0.0f);
-    for (int64_t r = i * STRIP; r < std::min(norm->rows, (i + 1) * STRIP); r++) {
+    for (int64_t r = i * norm->strip; r < std::min(norm->rows, (i + 1) * norm->strip); r++) {
       const float *x = norm->x + r * norm->x_step, *grad = norm->grad_y + r * K, inverse = norm->inverse[r];
       Vector along = {};
       for (int64_t k = 0; k < K; k += LANES) along += at(grad + k) * at(norm->w + k) * at(x + k);

@@ -21,7 +21,7 @@ void activate(const float* h, int64_t F, const float* p, float* inner, int c) {
 }
 
 // From the gradient of inner^T, in place of which comes inner^T itself: gradients of h^T and of p.
-// `packed`: h^T [2F][n]. Lanes beyond n read what lies there; their gradient is 0 and stays so.
+// `packed`: h^T [2F][n]. Lanes beyond n read what lies there, and nothing is made of them.
 void activate_backward(const float* packed, int64_t n, int64_t F, const float* p, float* grad_inner, float* grad_h,
                        float* grad_p, int c) {
   for (int r = 0; r < c; r += LANES) {

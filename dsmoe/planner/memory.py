@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from dsmoe.planner.layout import Layout
 
 MASTER, MOMENTS = 4, 8  # fp32
-REDUCED = 4  # of the flat gradient that the optimizer of a bf16 model reads, fp32; an fp32 model's own are flat already
+REDUCED = 4  # of the flat gradient that the optimizer reads, fp32
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ import torch
 from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.errors import DsmoeError
 from dsmoe.planner.replay import problems, replay
+from dsmoe.study.probe import FILE as PROBE
 from dsmoe.study.probe.routes import KINDS, kinds_of
 from dsmoe.study.results import END
 from dsmoe.training.experts import FILE as EXPERTS
 from dsmoe.training.metrics import read_lines
 from dsmoe.training.trace import FOLDER, RoutingTrace, read_trace
 
-PROBE = "probe.json"
 WEAK = 0.1  # of the mean gradient norm of its layer's experts: less than that counts as hardly any gradient
 REPLAYED = 8  # expert-parallel ranks that the last recorded step is replayed on, or as many as there are experts
 MOVING = ("routing", "dispatch", "combine")  # parts of a step that only a layer of experts has, the network apart

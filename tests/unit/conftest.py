@@ -6,6 +6,7 @@ import gc
 import os
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,12 @@ def groups():
     os.environ.update(before)
     gc.freeze()  # DeepSpeed collects garbage often, and what was imported is none
     return create_groups(expert_parallel=1)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    """Torch's number of threads in the test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

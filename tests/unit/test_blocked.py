@@ -19,14 +19,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "BLOCK", 8)
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def tensors(counts: list[int], dtype: torch.dtype, low_rank: bool) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(sum(counts))
     rows, experts = sum(counts), len(counts)

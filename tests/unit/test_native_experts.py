@@ -23,14 +23,6 @@ COUNTS = [[3, 0, 5, 1], [0, 0], [1] * 30, [8, 16, 24, 32], [33, 7, 127], [0, 129
 SHAPES = [(16, 24, None), (40, 8, None), (64, 104, None), (16, 24, 8), (72, 40, 16)]  # H, F, rank of a latent
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def tensors(counts: list[int], hidden: int, ffn: int, rank: int | None) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(sum(counts) + hidden)
     rows, e = sum(counts), len(counts)
