@@ -82,7 +82,8 @@ class GroupedExperts(AutoEPMoELayer):
         config: Megatron's TransformerConfig, for E, H and F.
         pg_collection: its `ep` is the expert-parallel group.
         implementation: "grouped_mm"; "native" and "blocked" (CPU only); "loop"; or "auto": grouped_mm, on a CPU native,
-            or blocked where there is no compiler. Native is fp32, in widths of a multiple of 8; others go blocked.
+            or blocked where there is no compiler. Native takes widths in eights in fp32, in sixteens in bf16; others go
+            blocked.
 
     Raises:
         ConfigError: widths that `grouped_mm` cannot take, or native where it cannot be built.
@@ -117,7 +118,7 @@ class GroupedExperts(AutoEPMoELayer):
 
     def _on_cpu(self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor) -> Tensor:
         tensors = [tensor for pair in projections for tensor in pair]
-        fits = self.implementation == "native" and takes(*tensors, self.down_proj)
+        fits = self.implementation == "native" and takes(*tensors, self.down_proj, dtypes=native.DTYPES)
         way = native if fits else blocked
         return way.swiglu_experts(projections, self.down_proj, probs_R, counts_e.tolist())  # on a CPU nothing waits
 

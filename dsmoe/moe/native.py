@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from dsmoe.memory import kept_memory
 from dsmoe.native import LANES, run
 
+DTYPES = (torch.float32, torch.bfloat16)
 LEAST = 512  # rows of a part of an expert that several threads work on
 ITEM = np.dtype([("expert", "i8"), ("low", "i8"), ("high", "i8"), ("grad_weight", "u8", 2), ("grad_down", "u8")])
 
@@ -26,18 +27,19 @@ class _Source(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [("hidden", ctypes.c_int64), ("ffn", ctypes.c_int64), ("sources", ctypes.c_int64),
-                ("source", _Source * 2), ("down", ctypes.c_void_p), ("probs", ctypes.c_void_p),
-                ("h", ctypes.c_void_p), ("out", ctypes.c_void_p), ("grad_probs", ctypes.c_void_p)]  # fmt: skip
+    _fields_ = [("bf16", ctypes.c_int64), ("hidden", ctypes.c_int64), ("ffn", ctypes.c_int64),
+                ("sources", ctypes.c_int64), ("source", _Source * 2), ("down", ctypes.c_void_p),
+                ("probs", ctypes.c_void_p), ("h", ctypes.c_void_p), ("out", ctypes.c_void_p),
+                ("grad_probs", ctypes.c_void_p)]  # fmt: skip
 
 
 def swiglu_experts(
     projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int]
 ) -> Tensor:
-    """Weighted expert outputs [R, H]: as `dsmoe.moe.blocked.swiglu_experts`, for what
-    `dsmoe.native.takes`. Raises `NoKernel`."""
+    """Weighted expert outputs [R, H]: as `dsmoe.moe.blocked.swiglu_experts`, for what `dsmoe.native.takes` in one of
+    `DTYPES`; weights of rows in any dtype. Raises `NoKernel`."""
     flat = [tensor.contiguous() for pair in projections for tensor in pair]
-    return _SwiGLU.apply(counts, probs_R.contiguous(), down_eHF.contiguous(), *flat)
+    return _SwiGLU.apply(counts, probs_R.float().contiguous(), down_eHF.contiguous(), *flat)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -46,7 +48,7 @@ class _SwiGLU(torch.autograd.Function):
         _, hidden, ffn = down_eHF.shape
         ctx.items = items(counts, torch.get_num_threads())
         out_RH = flat[0].new_empty(len(probs_R), hidden)
-        h = flat[0].new_empty(len(probs_R) * 2 * ffn + LANES)
+        h = flat[0].new_empty(len(probs_R) * 2 * ffn + 2 * LANES)  # a vector may be read that begins in its last line
         run("dsmoe_swiglu_forward", _layer(flat, down_eHF, probs_R, h, out_RH), len(ctx.items), ctx.items.ctypes.data)
         ctx.counts = counts
         ctx.save_for_backward(h, probs_R, down_eHF, *flat)
@@ -116,8 +118,8 @@ class _WeightGradient:
 
 def _layer(flat, down_eHF: Tensor, probs_R: Tensor, h: Tensor, out_RH: Tensor) -> _Layer:
     layer = _Layer(
-        hidden=down_eHF.size(1), ffn=down_eHF.size(2), sources=len(flat) // 2, down=down_eHF.data_ptr(),
-        probs=probs_R.data_ptr(), h=h.data_ptr(), out=out_RH.data_ptr(),
+        bf16=down_eHF.dtype == torch.bfloat16, hidden=down_eHF.size(1), ffn=down_eHF.size(2), sources=len(flat) // 2,
+        down=down_eHF.data_ptr(), probs=probs_R.data_ptr(), h=h.data_ptr(), out=out_RH.data_ptr(),
     )  # fmt: skip
     for place, (rows, weight) in enumerate(zip(flat[0::2], flat[1::2], strict=True)):
         layer.source[place] = _Source(rows=rows.data_ptr(), weight=weight.data_ptr(), width=rows.size(1))

@@ -51,9 +51,14 @@ def unavailable() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether kernels can work with tensors such as these: fp32 on a CPU, the last size a multiple of `LANES`."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.size(-1) % LANES == 0 for t in tensors)
+def takes(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+    """Whether kernels can work with tensors such as these: on a CPU, all of one of these types, and the last size fills
+    vectors, `LANES` fp32 numbers or twice as many bf16 ones."""
+    dtype = tensors[0].dtype
+    numbers = LANES * 4 // dtype.itemsize
+    return dtype in dtypes and all(
+        t.dtype == dtype and t.device.type == "cpu" and t.size(-1) % numbers == 0 for t in tensors
+    )
 
 
 def run(name: str, arguments: ctypes.Structure, count: int, items: int | None = None, least: int = 1) -> None:

@@ -1,39 +1,62 @@
-// SwiGLU experts on a CPU, fp32: products, activation and their gradients, a few rows of one expert at a time.
+// SwiGLU experts on a CPU, fp32 or bf16: products, activation and their gradients, a few rows of one expert at a time.
 //
 //     h = [G x, U x];   inner = p silu(h_gate) h_up;   out = D inner
 //
 // An expert of a large mixture gets a handful of rows, so a step is bound by streaming weights, not by arithmetic.
 // Weight gradients are written past the cache where nothing will be added to them.
 //
-// Shapes: R rows ordered by expert, H hidden, F expert width, K width of a source's rows (H, or r for a latent).
+// In bf16 rows, weights and their gradients are bf16, and so is what the backward pass finds of h; sums, weights of rows
+// and what lies between two products are fp32.
+//
+// Shapes: R rows ordered by expert, H hidden, F expert width, K width of a source's rows (H, or r for a latent). Memory
+// is counted in cells of four bytes (kernels.h), of which bf16 needs half.
 
 #include "kernels.h"
 
 namespace {
 
 // inner^T [F][c] from h^T [2F][c] and the weights of the rows, p [c].
+template <class Number>
 void activate(const float* h, int64_t F, const float* p, float* inner, int c) {
-  for (int64_t f = 0; f < F; f++)
+  constexpr int P = Number::PACKED;
+  for (int64_t f = 0; f < F; f += P)
     for (int r = 0; r < c; r += LANES) {
-      const Vector gate = at(h + f * c + r), up = at(h + (F + f) * c + r);
-      at(inner + f * c + r) = gate * sigmoid(gate) * up * at(p + r);
+      Vector made[P];
+#pragma GCC unroll 2
+      for (int i = 0; i < P; i++) {
+        const Vector gate = at(h + (f + i) * c + r), up = at(h + (F + f + i) * c + r);
+        made[i] = gate * sigmoid(gate) * up * at(p + r);
+      }
+      at(inner + f / P * c + r) = Number::close(made);
     }
 }
 
 // From the gradient of inner^T, in place of which comes inner^T itself: gradients of h^T and of p.
 // `packed`: h^T [2F][n]. Lanes beyond n read what lies there, and nothing is made of them.
+template <class Number>
 void activate_backward(const float* packed, int64_t n, int64_t F, const float* p, float* grad_inner, float* grad_h,
                        float* grad_p, int c) {
+  constexpr int P = Number::PACKED;
+  const int64_t lines = F / P;
   for (int r = 0; r < c; r += LANES) {
     const Vector weight = at(p + r);
     Vector sum = {};
-    for (int64_t f = 0; f < F; f++) {
-      const Vector gate = at(packed + f * n + r), up = at(packed + (F + f) * n + r), grad = at(grad_inner + f * c + r);
-      const Vector s = sigmoid(gate), silu = gate * s, weighted = grad * weight;
-      sum += grad * silu * up;
-      at(grad_h + f * c + r) = weighted * up * s * (1.0f + gate * (1.0f - s));
-      at(grad_h + (F + f) * c + r) = weighted * silu;
-      at(grad_inner + f * c + r) = silu * up * weight;
+    for (int64_t f = 0; f < lines; f++) {
+      Vector gate[P], up[P], grad_gate[P], grad_up[P], inner[P];
+      Number::open(at(packed + f * n + r), gate);
+      Number::open(at(packed + (lines + f) * n + r), up);
+#pragma GCC unroll 2
+      for (int i = 0; i < P; i++) {
+        const Vector grad = at(grad_inner + (f * P + i) * c + r), s = sigmoid(gate[i]), silu = gate[i] * s;
+        const Vector weighted = grad * weight;
+        sum += grad * silu * up[i];
+        grad_gate[i] = weighted * up[i] * s * (1.0f + gate[i] * (1.0f - s));
+        grad_up[i] = weighted * silu;
+        inner[i] = silu * up[i] * weight;
+      }
+      at(grad_h + f * c + r) = Number::close(grad_gate);
+      at(grad_h + (lines + f) * c + r) = Number::close(grad_up);
+      at(grad_inner + f * c + r) = Number::close(inner);
     }
     at(grad_p + r) = sum;
   }
@@ -51,26 +74,28 @@ struct Source {  // of a part of h: the gate, the values it multiplies ("up"), o
 };
 
 struct Layer {
-  int64_t hidden, ffn, sources;
+  int64_t bf16, hidden, ffn, sources;
   Source source[2];
   const float* down;   // [e][H][F]
-  const float* probs;  // [R]
-  float* h;            // for each group of GROUP rows of an item, h^T [2F][rows]; LANES floats more at the end
+  const float* probs;  // [R], fp32
+  float* h;            // for each group of GROUP rows of an item, h^T [2F][rows]; LANES cells more at the end
   float* out;          // [R][H]; in the backward pass its gradient
-  float* grad_probs;   // [R]
+  float* grad_probs;   // [R], fp32
 };
 
 struct Item {  // rows of one expert; all of them, or a part for one of several threads
   int64_t expert, low, high;
-  float* grad_weight[2];
-  float* grad_down;
+  void* grad_weight[2];
+  void* grad_down;
 };
 
 static int64_t widest(const Layer& layer) {
-  return std::max({layer.hidden, layer.source[0].width, layer.source[1].width});
+  return std::max({layer.hidden, layer.ffn, layer.source[0].width, layer.source[1].width});
 }
 
+template <class Number>
 static void forward(const Layer& layer, const Item& item, float* memory) {
+  constexpr int P = Number::PACKED;
   const int64_t H = layer.hidden, F = layer.ffn, N = 2 * F / layer.sources;
   float *x = memory, *h = x + widest(layer) * GROUP, *inner = h + 2 * F * GROUP;
   for (int64_t low = item.low; low < item.high; low += GROUP) {
@@ -78,54 +103,107 @@ static void forward(const Layer& layer, const Item& item, float* memory) {
     const int c = width(n);
     for (int64_t s = 0; s < layer.sources; s++) {
       const Source& source = layer.source[s];
-      const int64_t K = source.width;
+      const int64_t K = source.width / P;
       to_columns(source.rows + low * K, K, n, K, x, c);
-      times(source.weight + item.expert * N * K, N, K, x, h + s * N * c, c);
+      times<Number>(source.weight + item.expert * N * K, N, K, x, h + s * N * c, c);
     }
     float p[GROUP] = {};
     std::copy_n(layer.probs + low, n, p);
-    activate(h, F, p, inner, c);
-    pack(h, c, 2 * F, n, layer.h + low * 2 * F);
-    times(layer.down + item.expert * H * F, H, F, inner, x, c);
-    to_rows(x, c, n, H, layer.out + low * H, H);
+    activate<Number>(h, F, p, inner, c);
+    to_cells<Number>(h, 2 * F, c);
+    pack(h, c, 2 * F / P, n, layer.h + low * (2 * F / P));
+    times<Number>(layer.down + item.expert * H * (F / P), H, F / P, inner, x, c);
+    to_cells<Number>(x, H, c);
+    to_rows(x, c, n, H / P, layer.out + low * (H / P), H / P);
   }
 }
 
+// The gradient of a weight from several chunks of rows: in bf16 summed in fp32 first.
+template <class Number>
+struct WeightGradient {
+  typedef std::conditional_t<Number::PACKED == 1, float, Half> Stored;
+  Stored* result;
+  float* sum;
+  int64_t N, K;
+
+  void add(int64_t rows, Side left, const float* right, bool first, bool last) const {
+    const Write final = (uintptr_t)result % sizeof(Vector) ? Write::SET : Write::PAST_CACHE;
+    const Write how = first ? Write::SET : Write::ADD;
+    if (first && last) return outer<Number>(rows, left, right, N, K, result, final);
+    if constexpr (Number::PACKED == 1) return outer<Number>(rows, left, right, N, K, result, how);
+    outer<Number>(rows, left, right, N, K, sum, how);
+    if (last) write_all(final);
+  }
+
+  void write_all(Write how) const {
+    for (int64_t i = 0; i < N * K; i += 2 * LANES) {
+      const Vector both[] = {at(sum + i), at(sum + i + LANES)};
+      write<2>(result + i, both, how);
+    }
+  }
+};
+
+template <class Number>
 static void backward(const Layer& layer, const Item& item, float* memory) {
+  constexpr int P = Number::PACKED;
+  constexpr int64_t MOST = P * CHUNK;  // rows at a time, in the same memory
   const int64_t H = layer.hidden, F = layer.ffn, N = 2 * F / layer.sources;
+  const int64_t out_stride = H / P * GROUP, h_stride = 2 * F / P * GROUP;
   float *grad_out = memory, *grad_h = grad_out + H * CHUNK, *inner = grad_h + 2 * F * CHUNK;
-  float *columns = inner + F * CHUNK, *grad_x = columns + F * GROUP;
+  float *columns = inner + F * CHUNK, *grad_x = columns + F * GROUP, *room = grad_x + widest(layer) * GROUP;
+  float *pairs = room + widest(layer) * BLOCK, *sums = pairs + widest(layer) * CHUNK;
   static_assert(CHUNK % GROUP == 0, "groups fill a chunk");
-  for (int64_t start = item.low; start < item.high; start += CHUNK) {
-    const int64_t rows = std::min<int64_t>(CHUNK, item.high - start);
+  typedef WeightGradient<Number> Gradient;
+  auto gradient = [&](void* result, int64_t rows, int64_t width) {
+    float* sum = std::exchange(sums, sums + rows * width);
+    return Gradient{(typename Gradient::Stored*)result, sum, rows, width};
+  };
+  const Gradient down = gradient(item.grad_down, H, F);
+  const Gradient up[] = {gradient(item.grad_weight[0], N, layer.source[0].width),
+                         gradient(item.grad_weight[1], N, layer.source[1].width)};
+  auto by_rows = [&](const float* rows, int64_t n, int64_t K) {  // as `outer` wants its right side
+    if constexpr (P == 1) return rows;
+    interleave(rows, n, K, pairs);
+    return (const float*)pairs;
+  };
+  for (int64_t start = item.low; start < item.high; start += MOST) {
+    const int64_t rows = std::min(MOST, item.high - start);
     for (int64_t low = 0; low < rows; low += GROUP) {
       const int64_t n = std::min<int64_t>(GROUP, rows - low), group = low / GROUP;
       const int c = width(n);
-      float *go = grad_out + group * H * GROUP, *gh = grad_h + group * 2 * F * GROUP, p[GROUP] = {}, grad_p[GROUP];
-      to_columns(layer.out + (start + low) * H, H, n, H, go, c);
-      times_transposed(layer.down + item.expert * H * F, H, F, go, columns, c);
+      float *go = grad_out + group * out_stride, *gh = grad_h + group * h_stride, p[GROUP] = {}, grad_p[GROUP];
+      to_columns(layer.out + (start + low) * (H / P), H / P, n, H / P, go, c);
+      times_transposed<Number>(layer.down + item.expert * H * (F / P), H, F / P, go, columns, c, room);
       std::copy_n(layer.probs + start + low, n, p);
-      activate_backward(layer.h + (start + low) * 2 * F, n, F, p, columns, gh, grad_p, c);
+      activate_backward<Number>(layer.h + (start + low) * (2 * F / P), n, F, p, columns, gh, grad_p, c);
       std::copy_n(grad_p, n, layer.grad_probs + start + low);
-      to_rows(columns, c, n, F, inner + low * F, F);
+      to_rows(columns, c, n, F / P, inner + low * (F / P), F / P);
       for (int64_t s = 0; s < layer.sources; s++) {
         const Source& source = layer.source[s];
-        const int64_t K = source.width;
-        times_transposed(source.weight + item.expert * N * K, N, K, gh + s * N * c, grad_x, c);
+        const int64_t K = source.width / P;
+        times_transposed<Number>(source.weight + item.expert * N * K, N, K, gh + s * (N / P) * c, grad_x, c, room);
+        to_cells<Number>(grad_x, source.width, c);
         to_rows(grad_x, c, n, K, source.grad_rows + (start + low) * K, K);
       }
+      if constexpr (P > 1) pair_rows(go, H, n, c), pair_rows(gh, 2 * F, n, c);
     }
-    const bool only = item.high - item.low <= CHUNK;
-    auto how = [&](const float* w, int64_t K) {
-      return start > item.low ? Write::ADD : only && streamable(w, K) ? Write::PAST_CACHE : Write::SET;
-    };
-    outer(rows, {grad_out, H * GROUP, 0}, inner, H, F, item.grad_down, how(item.grad_down, F));
+    const bool first = start == item.low, last = start + rows == item.high;
+    down.add(rows, {grad_out, out_stride, 0}, by_rows(inner, rows, F / P), first, last);
     for (int64_t s = 0; s < layer.sources; s++) {
-      const int64_t K = layer.source[s].width;
-      outer(rows, {grad_h, 2 * F * GROUP, s * N}, layer.source[s].rows + start * K, N, K, item.grad_weight[s],
-            how(item.grad_weight[s], K));
+      const int64_t K = layer.source[s].width / P;
+      up[s].add(rows, {grad_h, h_stride, s * N}, by_rows(layer.source[s].rows + start * K, rows, K), first, last);
     }
   }
+}
+
+// Floats that the backward pass works in.
+static int64_t backward_size(const Layer& layer, const Item* items, int64_t count) {
+  const int64_t H = layer.hidden, F = layer.ffn;
+  const int64_t size = (H + 3 * F) * CHUNK + (F + widest(layer)) * GROUP;
+  if (!layer.bf16) return size;
+  const bool sums = std::any_of(items, items + count, [](const Item& item) { return item.high - item.low > 2 * CHUNK; });
+  const int64_t widths = layer.source[0].width + (layer.sources - 1) * layer.source[1].width;
+  return size + widest(layer) * (BLOCK + CHUNK) + sums * (H * F + 2 * F / layer.sources * widths);
 }
 
 extern "C" {
@@ -135,14 +213,16 @@ extern "C" {
 int dsmoe_swiglu_forward(const Layer* layer, const Item* items, int64_t count, int64_t* next) {
   float* memory = scratch((widest(*layer) + 3 * layer->ffn) * GROUP);
   if (!memory) return 1;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) forward(*layer, items[i], memory);
+  const auto work = layer->bf16 ? forward<BF16> : forward<FP32>;
+  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) work(*layer, items[i], memory);
   return 0;
 }
 
 int dsmoe_swiglu_backward(const Layer* layer, const Item* items, int64_t count, int64_t* next) {
-  float* memory = scratch((layer->hidden + 3 * layer->ffn) * CHUNK + (layer->ffn + widest(*layer)) * GROUP);
+  float* memory = scratch(backward_size(*layer, items, count));
   if (!memory) return 1;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) backward(*layer, items[i], memory);
+  const auto work = layer->bf16 ? backward<BF16> : backward<FP32>;
+  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) work(*layer, items[i], memory);
 #if defined(__AVX__)
   _mm_sfence();
 #endif
