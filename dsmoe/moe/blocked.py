@@ -244,7 +244,7 @@ class _WeightGradient:
     """Gradient [e, N, K] of a packed weight, summed block by block; each (expert, part) by one thread."""
 
     def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype):
-        self.result = kept_memory.empty(weight.shape, weight.dtype)
+        self.result = kept_memory.gradient(weight)
         self.experts = self.result.unbind(0)
         self.ends = list(accumulate(counts))
         for expert, count in zip(self.experts, counts, strict=True):

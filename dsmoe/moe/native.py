@@ -99,7 +99,7 @@ class _WeightGradient:
     into the gradient itself, others into memory of their own that is added at the end."""
 
     def __init__(self, weight: Tensor, counts: list[int], work: np.ndarray):
-        self.result = kept_memory.empty(weight.shape, weight.dtype)
+        self.result = kept_memory.gradient(weight)
         empty = [expert for expert, count in enumerate(counts) if not count]
         if empty:
             self.result[torch.tensor(empty)] = 0

@@ -14,10 +14,10 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 from dsmoe.config import RunConfig, TrainingConfig
-from dsmoe.memory import kept_memory
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
+from dsmoe.training.gradients import spare_copies
 from dsmoe.training.revival import Revival
 
 # On a CPU. DeepSpeed's 500M elements are a fresh 2-GB buffer in every step, whose pages the kernel must zero, and each
@@ -49,24 +49,10 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(config, groups.dp_size))
     if device == "cpu" and config.parallel.zero_stage < 3 and training.precision == "fp32":
-        _keep_gradient_memory(engine)
+        spare_copies(engine)
     if training.revive_idle_experts:
         model.revival = Revival(engine, groups, training.revive_idle_experts, training.seed)
     return engine
-
-
-def _keep_gradient_memory(engine) -> None:
-    """Have ZeRO 1 and 2 collect gradients in the same memory in every step; they would ask for it anew."""
-    optimizer = engine.optimizer
-    optimizer.flatten = kept_memory.flatten
-    owned = sum(parameter.numel() for group in optimizer.params_in_partition for parameter in group)
-
-    def collect(module, inputs) -> None:
-        if module.training and optimizer.grads_in_partition is None:
-            optimizer.grads_in_partition = kept_memory.empty([owned], optimizer.dtype)
-            optimizer.grads_in_partition_offset = 0
-
-    engine.module.register_forward_pre_hook(collect)
 
 
 def deepspeed_json(config: RunConfig, world_size: int) -> dict[str, Any]:

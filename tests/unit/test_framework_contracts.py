@@ -277,26 +277,45 @@ def test_zero_steps_report_the_gradient_norm(stepped):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_zero_collects_gradients_where_it_is_told_to(stage, groups, monkeypatch):
-    """Twice in the same memory, and flattens them with a function of ours."""
-    from dsmoe.training.engine import build_engine
+def test_zero_moves_a_large_gradient_nowhere(stage, groups, monkeypatch):
+    """It finds experts' gradients in their places, copies none, and gives the optimizer those places, the same in every
+    step."""
+    from dsmoe.training import engine as module
 
     monkeypatch.setenv("LOCAL_RANK", "0")
-    engine = build_engine(config_of(stage), groups)
-    optimizer, places, flattened = engine.optimizer, [], []
-    flatten = optimizer.flatten
-    optimizer.flatten = lambda tensors: flattened.append(len(tensors)) or flatten(tensors)
+    monkeypatch.setattr(module, "SMALL_BUCKETS", {"reduce_bucket_size": 1})  # every gradient is reduced where it lies
+    engine = module.build_engine(config_of(stage), groups)
+    optimizer, places, stepped_on = engine.optimizer, [], []
+    experts = {id(p) for name, p in engine.module.named_parameters() if ".experts." in name}
+    copy, step = optimizer.copy_grads_in_partition, optimizer.optimizer.step
+    where = "dsmoe/training/gradients.py"
+
+    def copied(parameter, group_idx=None):
+        found = optimizer.get_gradient_for_reduction(parameter).data_ptr()
+        copy(parameter, group_idx)
+        now = optimizer.get_gradient_for_reduction(parameter).data_ptr()
+        if id(parameter) in experts:
+            assert now == found, f"ZeRO collects a gradient elsewhere than where experts wrote it; {where}"
+
+    def stepped():
+        stepped_on.extend(p.grad.data_ptr() for group in optimizer.optimizer.param_groups for p in group["params"])
+        return step()
+
+    optimizer.copy_grads_in_partition, optimizer.optimizer.step = copied, stepped
     engine.train()
     for _ in range(3):
         text = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
         loss, _ = engine(text[:, :-1].contiguous(), text[:, 1:].contiguous())
-        places.append(optimizer.grads_in_partition.data_ptr())
+        memory = optimizer.grads_in_partition
+        low, high = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        places.append(low)
+        del memory
         engine.backward(loss)
+        stepped_on.clear()
         engine.step()
         assert optimizer.grads_in_partition is None
-    where = "dsmoe/training/engine.py:_keep_gradient_memory"
+        assert stepped_on and all(low <= place < high for place in stepped_on), f"ZeRO copies gradients; {where}"
     assert len(set(places)) == 1, f"ZeRO holds gradients beyond its step; {where}"
-    assert flattened, f"ZeRO no longer flattens gradients with its own attribute; {where}"
 
 
 def test_a_module_hook_can_drop_what_cannot_be_saved(stepped):
