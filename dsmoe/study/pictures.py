@@ -93,18 +93,17 @@ def _loss_by_arm(results: StudyResults) -> Picture | None:
 def _published(results: StudyResults) -> Picture | None:
     """Ours and a paper's side by side, each as the change from its own smallest x."""
     study, colors = results.study, colors_of(results)
-    if not study.published or not has_axis(results):
+    with_shapes = [one for one in study.published if min(map(len, one.values.values())) > 1]  # a place is no shape
+    if not with_shapes or not has_axis(results):
         return None
-    figure, axes = panels(columns=1 + len(study.published), height=3.8)
+    figure, axes = panels(columns=1 + len(with_shapes), height=3.8)
     ours = {
         arm: {numpy.mean([one.x for one in group]): numpy.mean([one.values["val_loss"] for one in group])
               for group in results.by_point(arm).values()}
         for arm in results.arms()
     }  # fmt: skip
     curves = [("dsmoe, here", "held-out loss", ours)]
-    curves += [
-        (published.source.partition(",")[0], published.quantity, published.values) for published in study.published
-    ]
+    curves += [(one.source.partition(",")[0], one.quantity, one.values) for one in with_shapes]
     rows = []
     for axis, (source, quantity, values) in zip(axes[0], curves, strict=True):
         places = sorted({float(x) for curve in values.values() for x in curve})

@@ -162,6 +162,8 @@ def _beside(results: StudyResults) -> list[Table]:
             rows.append([f"{x:g}", *("" if value is None else f"{value:g}" for value in theirs),
                          *("" if value is None else f"{value:.4f}" for value in here)])  # fmt: skip
         headings = [x_title(results.study), *(f"{arm}: paper" for arm in arms), *(f"{arm}: here" for arm in arms)]
+        if not any(value for row in rows for value in row[1 + len(arms) :]):  # our x is measured, and never theirs
+            headings, rows = headings[: 1 + len(arms)], [row[: 1 + len(arms)] for row in rows]
         tables.append(
             Table(f"{published.quantity[0].upper()}{published.quantity[1:]} in {published.source}", headings, rows)
         )
