@@ -21,9 +21,9 @@ from dsmoe.benchmark.jobs import cores, rank_environment
 from dsmoe.benchmark.step import StepJob
 from dsmoe.parallel.groups import free_port
 
-COPIES = (
-    6  # of all parameters that training holds: weights, gradients, both moments, the optimizer's copy, working space
-)
+# Of all parameters that training holds: weights, gradients, both moments, the optimizer's copy; and working space of the
+# same size, which dsmoe's way of writing gradients spares (dsmoe/training/gradients.py).
+COPIES, COPIES_OF_DSMOE = 6, 5.25
 
 
 def peer_jobs(base: StepJob, ranks: int = 2) -> list[StepJob]:
@@ -127,7 +127,8 @@ def run_steps(jobs: list[StepJob], rounds: int = 7, deadline: float = 900) -> li
     with tempfile.TemporaryDirectory() as folder:
         try:
             for job in jobs:
-                need, free = 4 * COPIES * job.parameters(), psutil.virtual_memory().available
+                copies = COPIES_OF_DSMOE if job.kind == "dsmoe" else COPIES
+                need, free = 4 * copies * job.parameters(), psutil.virtual_memory().available
                 if not job.kind.startswith("matmuls") and need > free:
                     rows[job.name]["error"] = f"needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
                     continue
