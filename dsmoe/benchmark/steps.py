@@ -21,8 +21,8 @@ from dsmoe.benchmark.jobs import cores, rank_environment
 from dsmoe.benchmark.step import StepJob
 from dsmoe.parallel.groups import free_port
 
-# Of all parameters that training holds: weights, gradients, both moments, the optimizer's copy; and working space of the
-# same size, which dsmoe's way of writing gradients spares (dsmoe/training/gradients.py).
+# Of all parameters that training holds: weights, gradients, both moments, the optimizer's copy; and working space of
+# the same size, which dsmoe's way of writing gradients spares (dsmoe/training/gradients.py).
 COPIES, COPIES_OF_DSMOE = 6, 5.25
 
 

@@ -35,6 +35,16 @@ class Layout:
     experts_per_token: float | None = None
 
     @property
+    def gradients_in_place(self) -> bool:
+        """Whether experts write their gradients where the optimizer reads them (dsmoe/training/gradients.py)."""
+        return self.gradients_by_block and self.config.parallel.zero_stage < 3
+
+    @property
+    def gradients_by_block(self) -> bool:
+        """Whether their norm is taken where they are, not of a copy in fp64."""
+        return self.hardware.cpu and self.element == 4
+
+    @property
     def model(self) -> ModelConfig:
         return self.config.model
 

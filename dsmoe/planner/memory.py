@@ -1,8 +1,9 @@
 """Bytes that a rank holds at the worst moment of a step, by what they are for.
 
 States follow from the way DeepSpeed keeps them: the weights the model computes with, an fp32 master copy, two moments,
-gradients as the backward pass leaves them, and a flat copy of the rank's own gradients for the optimizer. Activations
-are what a backward pass needs again, layer by layer, and what the busiest rank holds while one layer is at work.
+gradients as the backward pass leaves them, and in bf16 a flat copy of the rank's own ones for the optimizer.
+Activations are what a backward pass needs again, layer by layer, and what the busiest rank holds while one layer is at
+work.
 """
 
 from __future__ import annotations
@@ -56,14 +57,15 @@ def memory(layout: Layout) -> Memory:
     owned = layout.owned_parameters
     largest = largest_parameter(layout)
     accumulated = 4 if layout.element == 2 else element  # bf16 gradients are summed in fp32
-    flat = owned * REDUCED if layout.hardware.cpu and element == 4 and stage < 3 else 0.0  # kept from step to step
+    in_fp64 = 0.0 if layout.gradients_by_block else largest * 8  # for the norm
+    copies = 0 if layout.gradients_in_place else 2 if layout.replicas > 1 else 1
     return Memory(
         process=layout.hardware.process_gib * 2**30,
         weights=element * (owned + 2 * layer_parameters(layout) if stage == 3 else local),
-        gradients=accumulated * (local if stage == 1 else owned + layer_parameters(layout)) + flat,
+        gradients=accumulated * (local if stage == 1 else owned + layer_parameters(layout)),
         optimizer=owned * (MASTER + MOMENTS),
-        update=(owned * REDUCED if element == 2 else 0.0) + largest * 8,  # DeepSpeed takes norms in fp64
-        reduction=layer_parameters(layout) * element * (2 if layout.replicas > 1 else 1),
+        update=(owned * REDUCED if element == 2 else 0.0) + in_fp64,
+        reduction=copies * layer_parameters(layout) * element,
         activations=kept(layout),
         dispatch=at_work(layout),
         logits=logits(layout),

@@ -86,10 +86,11 @@ def rest(layout: Layout) -> Work:
     elements = (30 + 10 * full) * model.hidden_size * tokens * layers
     dense = _mlp(layout, model.dense_ffn_hidden_size, (model.num_layers - layout.moe_layers) * micro)
     embedding = 4 * tokens * model.hidden_size * micro
+    moved = layout.dense_parameters + (0 if layout.gradients_in_place else layout.expert_parameters)
     return Work(
         flops + dense.flops,
         (elements + embedding) * layout.element + dense.activation_bytes,
-        2 * (layout.dense_parameters + layout.expert_parameters) * layout.element * micro,
+        2 * moved * layout.element * micro,
         layers,
     )
 
@@ -150,9 +151,11 @@ def optimizer(layout: Layout) -> Work:
     """AdamW on what the rank owns; before it gradients are flattened, their norm taken, and they are clipped, after it
     the model's weights are copied."""
     owned = layout.owned_parameters
-    flat = owned * (2 + 2 + 2) * 4  # flattened, normed, clipped
+    passes = 0 if layout.gradients_in_place else 2  # to flatten them
+    passes += 1 if layout.gradients_by_block else 2  # for their norm
+    passes += 2  # to clip them
     adam = owned * 7 * 4  # reads weight, gradient and moments; writes all but the gradient
-    return Work(0.0, 0.0, flat + adam + owned * (4 + layout.element), 1.0)
+    return Work(0.0, 0.0, owned * passes * 4 + adam + owned * (4 + layout.element), 1.0)
 
 
 def _rows(layout: Layout) -> float:

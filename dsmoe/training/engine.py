@@ -48,8 +48,8 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
         fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(config, groups.dp_size))
-    if device == "cpu" and config.parallel.zero_stage < 3 and training.precision == "fp32":
-        spare_copies(engine)
+    if device == "cpu" and training.precision == "fp32":
+        spare_copies(engine, config.parallel.zero_stage)
     if training.revive_idle_experts:
         model.revival = Revival(engine, groups, training.revive_idle_experts, training.seed)
     return engine

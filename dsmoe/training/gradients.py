@@ -1,9 +1,10 @@
-"""Gradients under ZeRO 1 and 2 on a CPU: written once, where the optimizer reads them.
+"""Gradients on a CPU: written once, where the optimizer reads them.
 
-DeepSpeed takes a large gradient through memory six times between the backward pass and the optimizer: divided by the
-ranks, flattened, reduced and copied back, copied into the rank's partition, widened to fp64 for its norm, and flattened
-again. With many experts these passes take longer than the experts. What follows changes where tensors lie and nothing
-that DeepSpeed computes, so each of its copies finds source and target to be the same memory.
+Under ZeRO 1 and 2 DeepSpeed takes a large gradient through memory six times between the backward pass and the
+optimizer: divided by the ranks, flattened, reduced and copied back, copied into the rank's partition, widened to fp64
+for its norm, and flattened again. With many experts these passes take longer than the experts. What follows changes
+where tensors lie and nothing that DeepSpeed computes, so each of its copies finds source and target to be the same
+memory.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from dsmoe.memory import kept_memory, part
 BLOCK = 4096  # numbers whose squares are summed in fp32; the sum over blocks is fp64
 
 
-def spare_copies(engine) -> None:
-    """Make DeepSpeed's engine, fp32 on a CPU with ZeRO 1 or 2, spare what it can: see above."""
+def spare_copies(engine, stage: int) -> None:
+    """Make DeepSpeed's engine, in fp32 on a CPU, spare what it can; with ZeRO 3, which collects gradients otherwise, the
+    copy in fp64 alone."""
     optimizer = engine.optimizer
-    optimizer.flatten = kept_memory.flatten
-    _collect_in_place(engine.module, optimizer)
-    _divide_in_the_loss(engine.module, optimizer)
     _norms_by_block(optimizer)
+    if stage < 3:
+        optimizer.flatten = kept_memory.flatten
+        _collect_in_place(engine.module, optimizer)
+        _divide_in_the_loss(engine.module, optimizer)
 
 
 def _collect_in_place(module: torch.nn.Module, optimizer) -> None:
@@ -82,7 +85,10 @@ def _blocks(gradient: Tensor) -> Tensor:
     """fp64 norms of a tensor's blocks."""
     flat = gradient.detach().reshape(-1)
     whole = len(flat) // BLOCK * BLOCK
-    norms = [torch.linalg.vector_norm(flat[:whole].view(-1, BLOCK), dim=1), flat[whole:].norm().view(1)]
+    norms = [
+        torch.linalg.vector_norm(flat[:whole].view(-1, BLOCK), dim=1),
+        torch.linalg.vector_norm(flat[whole:]).view(1),
+    ]
     found = torch.cat(norms).double()
     if getattr(gradient, "_zero_padding", False):
         found._zero_padding = True  # DeepSpeed leaves these out, to have one tensor for each parameter
