@@ -45,6 +45,7 @@ def cases(scale: int, ranks: int) -> list[Case]:
         "many tokens": {batch: 16 * ranks, count: 4},
         "128 experts": {count: 128, ffn: 64 * scale},
         "k 8 of 32": {count: 32, "router.k": 8},
+        "ZeRO 3": {count: 32, "parallel.zero_stage": 3},
     }
     spread = {
         "spread": {count: 8 * ranks},
@@ -52,6 +53,7 @@ def cases(scale: int, ranks: int) -> list[Case]:
         "spread, many tokens": {batch: 16 * ranks},
         "spread, many experts": {count: 128 * ranks, "router.k": 4},
         "spread, k 8": {count: 16 * ranks, "router.k": 8, "model.num_layers": 4},
+        "spread, dense layers": {"model.num_layers": 4, "model.moe_layer_freq": 4},
     }
     found = [Case(name, ranks, {**small, **keys}) for name, keys in varied.items()]
     if ranks > 1:

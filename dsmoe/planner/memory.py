@@ -58,7 +58,8 @@ def memory(layout: Layout) -> Memory:
     largest = largest_parameter(layout)
     accumulated = 4 if layout.element == 2 else element  # bf16 gradients are summed in fp32
     in_fp64 = 0.0 if layout.gradients_by_block else largest * 8  # for the norm
-    copies = 0 if layout.gradients_in_place else 2 if layout.replicas > 1 else 1
+    # Those of the layer at work, where the optimizer does not read them, and what ranks sum them in.
+    copies = (not layout.gradients_in_place) + (layout.replicas > 1)
     return Memory(
         process=layout.hardware.process_gib * 2**30,
         weights=element * (owned + 2 * layer_parameters(layout) if stage == 3 else local),

@@ -77,7 +77,7 @@ def attention(layout: Layout) -> Work:
 
 def rest(layout: Layout) -> Work:
     """Projections around attention, dense MLPs, norms, rotation, residuals, embedding; what ZeRO does to gradients as
-    they come: into a bucket and out of it."""
+    they come: into a bucket and out of it; ZeRO 3 gathers weights from their parts, forward and backward."""
     model, tokens, micro = layout.model, layout.tokens, layout.micro_steps
     full = model.recompute == "full"
     projections = 2 * model.hidden_size * model.head_size * (model.num_attention_heads + model.key_value_heads)
@@ -86,11 +86,14 @@ def rest(layout: Layout) -> Work:
     elements = (30 + 10 * full) * model.hidden_size * tokens * layers
     dense = _mlp(layout, model.dense_ffn_hidden_size, (model.num_layers - layout.moe_layers) * micro)
     embedding = 4 * tokens * model.hidden_size * micro
-    moved = layout.dense_parameters + (0 if layout.gradients_in_place else layout.expert_parameters)
+    everything = layout.dense_parameters + layout.expert_parameters
+    moved = layout.dense_parameters if layout.gradients_in_place else everything
+    gathered = 2 * everything if layout.config.parallel.zero_stage == 3 else 0
+    summed = 3 * everything * (micro - 1)  # over micro-steps: two are read and one written
     return Work(
         flops + dense.flops,
         (elements + embedding) * layout.element + dense.activation_bytes,
-        2 * moved * layout.element * micro,
+        (2 * (moved + gathered) * micro + summed) * layout.element,
         layers,
     )
 

@@ -18,8 +18,8 @@ BLOCK = 4096  # numbers whose squares are summed in fp32; the sum over blocks is
 
 
 def spare_copies(engine, stage: int) -> None:
-    """Make DeepSpeed's engine, in fp32 on a CPU, spare what it can; with ZeRO 3, which collects gradients otherwise, the
-    copy in fp64 alone."""
+    """Make DeepSpeed's engine, in fp32 on a CPU, spare what it can; with ZeRO 3, which collects gradients otherwise,
+    the copy in fp64 alone."""
     optimizer = engine.optimizer
     _norms_by_block(optimizer)
     if stage < 3:
