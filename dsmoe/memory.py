@@ -41,9 +41,7 @@ class KeptMemory:
         A parameter is known by where it lies: a recomputed forward pass saves another tensor over the same memory.
         """
         promised = self._promised.pop((parameter.data_ptr(), parameter.shape), None)
-        if promised is None or promised.dtype != parameter.dtype:
-            return self.empty(parameter.shape, parameter.dtype)
-        return promised
+        return self.empty(parameter.shape, parameter.dtype) if promised is None else promised
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """All tensors in one of one dimension, as DeepSpeed's ZeRO makes one of its gradients in every step. Where they

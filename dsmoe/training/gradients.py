@@ -9,6 +9,8 @@ memory.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,14 @@ def _collect_in_place(module: torch.nn.Module, optimizer) -> None:
     into which experts write their weights' gradients themselves. DeepSpeed asks for it anew in every step, and fills it
     in the order in which gradients come."""
     owned = [parameter for group in optimizer.params_in_partition for parameter in group]
-    sizes = torch.tensor([0] + [parameter.numel() for parameter in owned]).cumsum(0).tolist()
-    start = {id(parameter): at for parameter, at in zip(owned, sizes, strict=False)}
+    *offsets, total = accumulate((parameter.numel() for parameter in owned), initial=0)
+    start = {id(parameter): at for parameter, at in zip(owned, offsets, strict=True)}
 
     def provide(module, inputs) -> None:
         if not (module.training and torch.is_grad_enabled() and optimizer.grads_in_partition is None):
             return
         kept_memory.promise(())  # what was not used holds memory
-        memory = kept_memory.empty([sizes[-1]], optimizer.dtype)
+        memory = kept_memory.empty([total], optimizer.dtype)
         optimizer.grads_in_partition = memory
         kept_memory.promise((parameter, part(memory, start[id(parameter)], parameter.shape)) for parameter in owned)
 
