@@ -32,20 +32,29 @@ def rank_environment(rank: int, ranks: int, port: str, threads: int, huge_pages:
 
 
 def run_job(job: Job, huge_pages: bool = True, deadline: float = 7200) -> list[dict]:
-    """The rows of a job; one row with the error where it failed as a whole. Each has the problem's fields."""
-    problem = job.problem
+    """The rows of a job, its times and then its memory; one row with the error where it failed as a whole. Each has
+    the problem's fields."""
+    rows = _rows_of(job, huge_pages, deadline)
+    memory = {}
+    if any(row["kind"] in ("peer", "ours") and "error" not in row for row in rows):
+        found = _rows_of(replace(job, what="memory"), huge_pages, deadline)
+        memory = {(row["name"], row["load"]): row for row in found if "error" not in row}
+        rows += [row | {"kind": "memory"} for row in found if "error" in row]
+    return [memory.get((row["name"], row["load"]), {}) | asdict(job.problem) | row for row in rows]
+
+
+def _rows_of(job: Job, huge_pages: bool, deadline: float) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "rows.json")
         description = Path(folder, "job.json")
         replace(job, result=str(found)).save(description)
-        error = _run_ranks(
-            ["-m", "dsmoe.benchmark.worker", str(description)], problem.ranks, huge_pages, deadline, Path(folder)
-        )
+        arguments = ["-m", "dsmoe.benchmark.worker", str(description)]
+        error = _run_ranks(arguments, job.problem.ranks, huge_pages, deadline, Path(folder))
         rows = json.loads(found.read_text()) if found.exists() else []
     if error or not rows:
-        rows.append({"name": "the whole job", "kind": "job", "load": "", "error": error or "it left no rows"})
-    sizes = asdict(problem)
-    return [sizes | row for row in rows]
+        error = f"{job.what}: {error or 'it left no rows'}"
+        rows.append({"name": "the whole job", "kind": "job", "load": "", "error": error})
+    return rows
 
 
 def _run_ranks(arguments: list[str], ranks: int, huge_pages: bool, deadline: float, folder: Path) -> str | None:

@@ -124,13 +124,19 @@ def interleave(
     return Timings(found, order)
 
 
+def map_blocks_one_by_one() -> None:
+    """From here on glibc maps every block from 64 KB by itself, and gives it back when it is freed. By itself it would
+    keep freed blocks, more of them the more has run in the process, and put others into parts of them."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+
+
 def peak_growth(case: Case) -> int:
     """Bytes by which memory in use grows while the case runs, at its highest.
 
     On CUDA torch's allocator counts. On a CPU it is the kernel's count of this process's resident pages (VmHWM, reset
-    before the run), which sees every thread and library; small blocks are mapped one by one meanwhile, so that what
-    is freed is given back at once, and pages are small, so that what is counted was touched. The smallest of four runs
-    counts: a library's first use of a buffer of its own is not the layer's.
+    before the run), which sees every thread and library; pages are small meanwhile, so that what is counted was
+    touched. Holes that malloc keeps between blocks count as well, so call `map_blocks_one_by_one` first. The smallest
+    of four runs counts: a library's first use of a buffer of its own is not the layer's.
     """
     case.clear()
     gc.collect()
@@ -141,7 +147,6 @@ def peak_growth(case: Case) -> int:
         wait_for_device()
         return torch.cuda.max_memory_allocated() - before
     libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
     try:
         _run_and_drop(case)

@@ -94,10 +94,11 @@ def _layer_table(rows: list[dict]) -> Table:
     table = _table("forward + backward", "ms", "/ limit", "GFLOP/s", "mean k", "memory", "sent MB", "syncs")
     for row in rows:
         if row["kind"] in ("peer", "ours"):
+            memory = f"{row['memory_over_ideal']:.2f}" if "memory_over_ideal" in row else "-"
             table.add_row(
                 row["name"], f"{row['median_ms']:.1f}", f"{row['over_limit']:.2f}",
                 f"{row['flops_per_second'] / 1e9:.1f}", f"{row['mean_experts']:.2f}",
-                f"{row['memory_over_ideal']:.2f}", f"{row['sent_bytes'] / 1e6:.1f}", str(row["host_syncs"]),
+                memory, f"{row['sent_bytes'] / 1e6:.1f}", str(row["host_syncs"]),
             )  # fmt: skip
     parts = [row for row in rows if row["kind"] == "part"]
     whole = sum(row["median_ms"] for row in parts)

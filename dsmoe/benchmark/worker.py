@@ -1,7 +1,8 @@
 """One process of a measuring job: `python -m dsmoe.benchmark.worker JOB.json`; rank 0 writes the rows it found.
 
-A job is one number of experts, precision and expert-parallel size, so that its memory is clean. All cases of a load
-are built, warmed up and then timed in turn; counters and memory come after all clocks have stopped.
+A job is one number of experts, precision and expert-parallel size. All cases of a load are built, warmed up and then
+timed in turn; counters come after all clocks have stopped. Peak memory is a job of its own, in processes whose malloc
+leaves no holes.
 """
 
 from __future__ import annotations
@@ -16,19 +17,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsmoe.benchmark.measure import Case, barrier, count, interleave, largest, peak_growth
+from dsmoe.benchmark.measure import Case, barrier, count, interleave, largest, map_blocks_one_by_one, peak_growth
 from dsmoe.benchmark.problem import Problem
 
 
 @dataclass
 class Job:
-    """What one worker measures. `names`: parts of names of cases to keep; empty keeps all. The limit always stays."""
+    """What one worker measures. `names`: parts of names of cases to keep; empty keeps all. Of times the limit always
+    stays."""
 
     problem: Problem
     loads: list[str]
@@ -37,6 +39,7 @@ class Job:
     budget: float = 60.0  # seconds of timed rounds for each load
     least: int = 7  # rounds
     most: int = 50
+    what: Literal["times", "memory"] = "times"
 
     def wants(self, name: str) -> bool:
         return not self.names or any(part.lower() in name.lower() for part in self.names)
@@ -75,7 +78,7 @@ def entries_of(world, job: Job) -> list[Entry]:
     for router in cases.ROUTERS:
         found.append(_ours(world, f"dsmoe {router}", router))
         if ranks > 1 and router in ("aoe", "routing_free"):
-            found.append(_ours(world, f"dsmoe {router}, latents recomputed", router, latent="recompute"))
+            found.append(_ours(world, f"dsmoe {router}, latents sent", router, latent="send"))
     return [entry for entry in found if job.wants(entry.name)]
 
 
@@ -106,11 +109,24 @@ def _once(build, world, name: str) -> Build:
 
 def measure(job: Job, world) -> list[dict[str, Any]]:
     """Rows for all loads of a job. Collective over all ranks; what fails on one rank is an error row on all."""
+    return (_memory if job.what == "memory" else _times)(job, world)
+
+
+def _memory(job: Job, world) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for entry in entries_of(world, job):
+        for load in job.loads:
+            found, error = _agreed(partial(_warmed, entry, world.inputs(load, entry.variable)))
+            row = {"name": entry.name, "kind": entry.kind, "load": load}
+            rows.append(row | ({"error": f"memory: {error}"} if error else memory_row(found[0], job.problem)))
+    return rows
+
+
+def _times(job: Job, world) -> list[dict[str, Any]]:
     from dsmoe.benchmark import cases
 
     entries = entries_of(world, job)
     rows: list[dict[str, Any]] = []
-    finished: list[tuple[dict[str, Any], Case]] = []
     for load in job.loads:
         problem = job.problem.with_load(load)
         inputs = {variable: world.inputs(load, variable) for variable in (False, True)}
@@ -141,11 +157,9 @@ def measure(job: Job, world) -> list[dict[str, Any]]:
                 row["limit"] = limit
             if case.name in outputs:
                 row["difference"] = _difference(outputs, case.name)
+            if case.kind in ("peer", "ours"):
+                row.update(counter_row(case))
             rows.append(row)
-            finished.append((row, case))
-    for row, case in finished:
-        if row["kind"] in ("peer", "ours"):
-            row.update(memory_row(case, job.problem))
     return rows
 
 
@@ -214,20 +228,26 @@ def time_row(case: Case, seconds: list[float], problem: Problem, limit: dict[str
     return row
 
 
-def memory_row(case: Case, problem: Problem) -> dict[str, Any]:
-    """Bytes and waits; the largest of all ranks."""
-    gradients = sum(parameter.nbytes for parameter in case.parameters)
+def counter_row(case: Case) -> dict[str, Any]:
+    """Bytes to other ranks and waits; the largest of all ranks."""
     counts = count(case)
+    sent, syncs = largest([counts.sent_bytes, counts.host_syncs])
+    return {"sent_bytes": int(sent), "host_syncs": int(syncs)}
+
+
+def memory_row(case: Case, problem: Problem) -> dict[str, Any]:
+    """Peak bytes; the largest of all ranks."""
+    gradients = sum(parameter.nbytes for parameter in case.parameters)
     barrier()
     try:
         peak = float(peak_growth(case))
     except OSError:  # a kernel without this counter, or that does not allow it
         peak = float("nan")
-    peak, gradient_bytes, sent, syncs = largest([peak, gradients, counts.sent_bytes, counts.host_syncs])
+    peak, gradient_bytes = largest([peak, gradients])
     rows = max(0.0, peak - gradient_bytes)
     return {
         "peak_bytes": peak, "gradient_bytes": gradient_bytes, "activation_bytes": problem.activation_bytes(),
-        "memory_over_ideal": rows / problem.activation_bytes(), "sent_bytes": int(sent), "host_syncs": int(syncs),
+        "memory_over_ideal": rows / problem.activation_bytes(),
     }  # fmt: skip
 
 
@@ -255,6 +275,8 @@ def main() -> None:
     end_with_parent()
     quiet_libraries()
     job = Job.load(Path(sys.argv[1]))
+    if job.what == "memory":
+        map_blocks_one_by_one()
     from dsmoe.benchmark.cases import World
     from dsmoe.parallel.groups import create_groups, start_processes
 

@@ -98,11 +98,21 @@ def test_rows_of_a_job_are_complete(groups):
         assert row["rounds"] == 2 and 0 < row["fastest_ms"] <= row["median_ms"] <= row["slowest_ms"]
         if row["kind"] in ("peer", "ours"):
             assert row["mean_experts"] == 2 and row["over_limit"] > 0 and row["sent_bytes"] == 0
-            assert row["peak_bytes"] > 0 and row["gradient_bytes"] >= 4 * 3 * 4 * 32 * 16 * 0.8
         if row["name"] in SAME_NUMBERS:
             assert row["difference"] < 1e-5
     syncs = {row["name"]: row.get("host_syncs") for row in rows}
     assert syncs["transformers eager"] > 4 * syncs["dsmoe topk"] > 0  # a few for each expert, against one for all
+
+
+def test_memory_of_every_case(groups):
+    job = Job(Problem(experts=4, tokens=64, hidden=32, ffn=16), ["balanced", LOAD], "", what="memory")
+    world = World(job.problem, groups, "cpu")
+    rows = measure(job, world)
+    assert {(row["name"], row["load"]) for row in rows} == {
+        (name, load) for name in entries_of_names(world, job) for load in job.loads
+    }
+    for row in rows:
+        assert row["peak_bytes"] > 0 and row["gradient_bytes"] >= 4 * 3 * 4 * 32 * 16 * 0.8
 
 
 def entries_of_names(world: World, job: Job) -> list[str]:
