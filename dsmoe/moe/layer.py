@@ -9,8 +9,6 @@ and controllers never see a token twice.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
@@ -45,14 +43,15 @@ class VariableMoELayer(MoELayer):
         (hidden_states,) = clock.boundary(REST, "routing", hidden_states)
         probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
         probs_TE, *latent = clock.boundary("routing", "dispatch", probs_TE, *latent)
-        hidden_TH = hidden_states.flatten(0, 1)
-        parts = self._parts(len(hidden_TH))
-        plans = [PlanInProgress(map_TE[part], self.ep_group) for part in parts]
+        # T tokens in all, t in a part.
+        of_tokens = [hidden_states.flatten(0, 1), probs_TE]
+        if latent and self.router.sends_latents:
+            of_tokens.append(latent.pop())
+        plans = [PlanInProgress(map_tE, self.ep_group) for map_tE in self._parts(map_TE)]
         shared = self._shared_experts(hidden_states)  # run while the plans' sizes travel to the host
         outputs = []
-        for part, started in zip(parts, plans, strict=True):
-            own = [latent[0][part]] if latent and self.router.sends_latents else latent
-            inputs = (hidden_TH[part], probs_TE[part], started.finish(), *own)
+        for started, (hidden_tH, probs_tE, *sent) in zip(plans, zip(*map(self._parts, of_tokens)), strict=True):
+            inputs = (hidden_tH, probs_tE, started.finish(), *sent, *latent)
             if self.recompute and self.training:
                 rows_PH = checkpoint(self._at_experts, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -69,12 +68,10 @@ class VariableMoELayer(MoELayer):
         output = self.shared_experts_compute(hidden_states)
         return clock.boundary("shared experts", "dispatch", output)[0]
 
-    def _parts(self, tokens: int) -> list[slice]:
-        """The same number of parts on every rank, with tokens in them or not: each part is collective."""
-        if self.chunks == 1:
-            return [slice(None)]
-        bounds = [tokens * i // self.chunks for i in range(self.chunks + 1)]
-        return [slice(*ends) for ends in pairwise(bounds)]
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The same number of parts on every rank, with tokens in them or not: each part is collective. All in one is
+        no part: the gradient of a slice would be a copy."""
+        return (rows,) if self.chunks == 1 else rows.tensor_split(self.chunks)
 
     def _at_experts(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
         """What this rank's experts make of the tokens that came here, [P, H]. On its way home nothing needs it in the

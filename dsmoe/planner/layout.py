@@ -62,6 +62,16 @@ class Layout:
         return get(self.config.router.name).latent_rank(self.options)
 
     @property
+    def shards_latents(self) -> bool:
+        """Whether each rank scores everyone's tokens for its own experts."""
+        return getattr(self.options, "placement", "") == "sharded"
+
+    @property
+    def sends_latents(self) -> bool:
+        """Whether the latents of all pairs are kept, and those of routes sent."""
+        return not self.shards_latents and getattr(self.options, "latent", "") == "send"
+
+    @property
     def experts(self) -> float:
         """Per token."""
         return self.experts_per_token or self.options.mean_experts(self.model)
@@ -115,8 +125,7 @@ class Layout:
     @cached_property
     def expert_parameters(self) -> int:
         """On one rank, of all layers, with the low-rank matrices of a sharded router."""
-        sharded = getattr(self.options, "placement", "") == "sharded"
-        latent = self.model.num_experts // self.ep * self.latent * self.model.hidden_size if sharded else 0
+        latent = self.local_experts * self.latent * self.model.hidden_size if self.shards_latents else 0
         return self.moe_layers * (self.local_experts * self.size.expert + latent)
 
     @cached_property
@@ -124,8 +133,7 @@ class Layout:
         """Held by every rank alike."""
         model = self.model
         everything = self.moe_layers * model.num_experts * self.size.expert
-        sharded = getattr(self.options, "placement", "") == "sharded"
-        latent = self.moe_layers * model.num_experts * self.latent * model.hidden_size if sharded else 0
+        latent = self.moe_layers * model.num_experts * self.latent * model.hidden_size if self.shards_latents else 0
         return self.size.total - everything - latent
 
     @property

@@ -110,10 +110,10 @@ def attention(layout: Layout) -> float:
 
 
 def routing(layout: Layout) -> float:
-    """What a layer's routing keeps: fp32 scores and weights, the map, and the plan's indices."""
-    model = layout.model
-    scores = layout.tokens * model.num_experts * (4 * 3 + 2)
-    latents = layout.tokens * model.num_experts * layout.latent * (4 + layout.element)
+    """What a layer's routing keeps: fp32 scores and weights, the map, latents to be sent, and the plan's indices."""
+    pairs = layout.tokens * layout.model.num_experts
+    scores = pairs * (4 * 2 + 1)
+    latents = pairs * layout.latent * (4 + layout.element) if layout.sends_latents else 0.0
     return scores + latents + layout.routes * 8 * 4
 
 

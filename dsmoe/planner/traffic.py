@@ -46,11 +46,10 @@ def exchange(layout: Layout) -> Flow:
     # Row numbers go out once, weights out and their gradients home.
     sent += routes * (INDEX + WEIGHT * (2 + again))
     calls = (2 + again) + 2 + 1 + (2 + again)  # rows out and home, both backward, row numbers, weights
-    sharded = getattr(layout.options, "placement", "") == "sharded"
-    if layout.latent and not sharded and getattr(layout.options, "latent", "") == "send":
+    if layout.sends_latents:
         sent += routes * layout.latent * layout.wire * (2 + again)
         calls += 2 + again
-    if sharded:  # tokens to all owners, a score of every expert back, and the gradients of both
+    if layout.shards_latents:  # tokens to all owners, a score of every expert back, and the gradients of both
         sent += 2 * layout.tokens * (layout.ep - 1) * model.hidden_size * layout.element
         sent += 2 * layout.tokens * 4 * model.num_experts * (layout.ep - 1) / layout.ep
         calls += 4

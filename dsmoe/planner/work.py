@@ -114,11 +114,14 @@ def loss(layout: Layout) -> Work:
 
 
 def routing(layout: Layout) -> Work:
-    """Scores of every expert, fp32 whatever the model's precision, and the passes over [T, E] that decide."""
+    """Scores of every expert, fp32 whatever the model's precision, and the passes over [T, E] that decide. Latents that
+    are not kept are made again; that a CPU does so for active pairs only, where the others have no gradient, is not
+    counted."""
     model, times = layout.model, layout.moe_layers * layout.micro_steps
-    width = max(1, layout.latent)
-    flops = 2 * PASSES * layout.tokens * model.num_experts * width * model.hidden_size * times
-    elements = layout.tokens * model.num_experts * (20 + 4 * layout.latent) * times
+    width, kept = max(1, layout.latent), layout.sends_latents
+    passes = PASSES + (layout.latent > 0 and not kept)
+    flops = 2 * passes * layout.tokens * model.num_experts * width * model.hidden_size * times
+    elements = layout.tokens * model.num_experts * (20 + 4 * layout.latent * kept) * times
     return Work(flops, 4 * elements, calls=times)
 
 

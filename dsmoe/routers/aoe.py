@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from dsmoe.routers.base import BalanceScope, Routing
 from dsmoe.routers.losses import balance_product
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
+from dsmoe.routers.scores import map_of, softmax_with_sums, spread
 
 
 class AoEOptions(LowRankOptions):
@@ -46,13 +46,13 @@ class AutonomyOfExperts(LowRankRouter):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         score_TE, latents_TEr = self.score(hidden_TH)
-        softmax_TE = score_TE.softmax(dim=-1)
+        softmax_TE, softmax_sum_E, _ = softmax_with_sums(score_TE)
         score_Tk, expert_Tk = score_TE.topk(self.options.k, dim=-1)
         gate_Tk = softmax_TE.gather(1, expert_Tk) if self.options.gates == "all" else score_Tk.softmax(dim=-1)
         return Routing(
-            torch.zeros_like(softmax_TE).scatter(1, expert_Tk, gate_Tk),
-            torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, expert_Tk, True),
-            kept={"softmax_sum_E": softmax_TE.sum(0)},
+            spread(gate_Tk, expert_Tk, score_TE),
+            map_of(expert_Tk, score_TE),
+            kept={"softmax_sum_E": softmax_sum_E},
             latents_TEr=latents_TEr,
         )
 

@@ -20,13 +20,14 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import PIController
-from dsmoe.routers.losses import entropy_sum
 from dsmoe.routers.registry import register
+from dsmoe.routers.scores import softmax_with_sums
 from dsmoe.routers.top_p import Rule, top_p_losses, top_p_map
 
 
@@ -102,14 +103,14 @@ class DTopPRouter(Router):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)
-        variance_T, mean_T = torch.var_mean(logits_TE, dim=-1, correction=0, keepdim=True)
-        logits_TE = self.scale.float() * (logits_TE - mean_T) * (variance_T + self.options.epsilon).rsqrt()
-        softmax_TE = logits_TE.softmax(dim=-1)
+        standard_TE = F.layer_norm(logits_TE, (self.num_experts,), eps=self.options.epsilon)
+        scaled_TE = self.scale.float() * standard_TE
+        softmax_TE, softmax_sum_E, entropy = softmax_with_sums(scaled_TE, self.options.entropy_coefficient > 0)
         map_TE = top_p_map(softmax_TE, self.controller.value.to(softmax_TE.device), self.options.rule)
         selected_TE = softmax_TE * map_TE
-        kept = {"softmax_sum_E": softmax_TE.sum(0)}
-        if self.options.entropy_coefficient:
-            kept["entropy_sum"] = entropy_sum(logits_TE)
+        kept = {"softmax_sum_E": softmax_sum_E}
+        if entropy is not None:
+            kept["entropy_sum"] = entropy
         return Routing(selected_TE / selected_TE.sum(dim=-1, keepdim=True), map_TE, kept)
 
     def losses(self, routing, loads):

@@ -7,10 +7,11 @@ so a rank's part is its own sum times the number of ranks, over all tokens. Coef
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe.routers.recorder import Load
+
+SMALLEST_SUM = 1e-20  # added to a sum of scores: keeps 0/0 away where all of a token's underflow
 
 
 def mean_over_tokens(value_sum: Tensor, load: Load) -> Tensor:
@@ -26,19 +27,17 @@ def balance_product(score_sum_E: Tensor, load: Load) -> Tensor:
     return score_sum_E.numel() * torch.dot(load.fraction_E(), mean_over_tokens(score_sum_E, load))
 
 
-def entropy_sum(logits_TE: Tensor) -> Tensor:
-    """-sum_t sum_e P log P of P = softmax(logits): nats, summed over this rank's tokens."""
-    return -(logits_TE.softmax(dim=-1) * F.log_softmax(logits_TE, dim=-1)).sum()
-
-
 def sequence_balance_sum(score_TE: Tensor, map_TE: Tensor, sequence_T: Tensor, num_sequences: int) -> Tensor:
     """sum over sequences s of T_s * E * sum_e f_se P_se: the balance product within each sequence, by its tokens T_s.
 
-    f_se = routes of e in s / T_s (no gradient), P_se = mean score of e in s. Divided by the number of tokens it is the
-    plain mean over sequences where all are equally long; a sequence that is all padding counts nothing.
+    f_se = routes of e in s / T_s (no gradient), P_se = mean over s of a token's score of e over the sum of its scores.
+    Divided by the number of tokens it is the plain mean over sequences where all are equally long; a sequence that is
+    all padding counts nothing.
     """
     empty_NE = score_TE.new_zeros(num_sequences, score_TE.size(1))
-    score_sum_NE = empty_NE.index_add(0, sequence_T, score_TE)
+    # A product with the tokens' weights, so that neither shares nor their gradients are ever [T, E].
+    weight_T = 1 / (score_TE.sum(dim=-1) + SMALLEST_SUM)
+    weight_NT = score_TE.new_zeros(num_sequences, len(score_TE)).scatter(0, sequence_T[None], weight_T[None])
     count_NE = empty_NE.index_add(0, sequence_T, map_TE.to(score_TE.dtype))
     tokens_N = score_TE.new_zeros(num_sequences).index_add(0, sequence_T, torch.ones_like(score_TE[:, 0]))
-    return score_TE.size(1) * ((count_NE * score_sum_NE).sum(dim=1) / tokens_N.clamp(min=1)).sum()
+    return score_TE.size(1) * ((count_NE * (weight_NT @ score_TE)).sum(dim=1) / tokens_N.clamp(min=1)).sum()

@@ -24,8 +24,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
-from dsmoe.routers.losses import balance_product, entropy_sum, mean_over_tokens
+from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
+from dsmoe.routers.scores import softmax_with_sums
 
 Rule = Literal["above", "reach"]
 
@@ -70,11 +71,11 @@ class TopPRouter(Router):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)
-        softmax_TE = logits_TE.softmax(dim=-1)
+        softmax_TE, softmax_sum_E, entropy = softmax_with_sums(logits_TE, self.options.entropy_coefficient > 0)
         map_TE = top_p_map(softmax_TE, self.options.p, self.options.rule)
-        kept = {"softmax_sum_E": softmax_TE.sum(0)}
-        if self.options.entropy_coefficient:
-            kept["entropy_sum"] = entropy_sum(logits_TE)
+        kept = {"softmax_sum_E": softmax_sum_E}
+        if entropy is not None:
+            kept["entropy_sum"] = entropy
         gate_TE = softmax_TE * map_TE
         if self.options.renormalize:
             gate_TE = gate_TE / gate_TE.sum(dim=-1, keepdim=True)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
+from dsmoe.routers.scores import map_of, softmax_with_sums, spread
 
 
 class TopKOptions(RouterOptions):
@@ -60,18 +60,16 @@ class TopKRouter(Router):
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         options = self.options
         logits_TE = self.gating(hidden_TH)
-        softmax_TE = logits_TE.softmax(dim=-1)
+        softmax_TE, softmax_sum_E, _ = softmax_with_sums(logits_TE)
         logit_Tk, expert_Tk = logits_TE.topk(options.k, dim=-1)
         if options.softmax == "after" or options.renormalize:
             gate_Tk = logit_Tk.softmax(dim=-1)  # P over its sum in S, without the quotient of two small numbers
         else:
             gate_Tk = softmax_TE.gather(1, expert_Tk)
-        probs_TE = torch.zeros_like(softmax_TE).scatter(1, expert_Tk, gate_Tk)
-        map_TE = torch.zeros_like(softmax_TE, dtype=torch.bool).scatter(1, expert_Tk, True)
-        kept = {"softmax_sum_E": softmax_TE.sum(0)}
+        kept = {"softmax_sum_E": softmax_sum_E}
         if options.z_coefficient:
             kept["z_sum"] = logits_TE.logsumexp(dim=-1).square().sum()
-        return Routing(probs_TE, map_TE, kept)
+        return Routing(spread(gate_Tk, expert_Tk, logits_TE), map_of(expert_Tk, logits_TE), kept)
 
     def losses(self, routing, loads):
         options, load = self.options, loads[self.options.balance_scope]

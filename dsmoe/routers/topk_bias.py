@@ -29,10 +29,9 @@ from torch import Tensor
 
 from dsmoe.routers.base import Router, RouterOptions, Routing
 from dsmoe.routers.controllers import BiasController
-from dsmoe.routers.losses import mean_over_tokens, sequence_balance_sum
+from dsmoe.routers.losses import SMALLEST_SUM, mean_over_tokens, sequence_balance_sum
 from dsmoe.routers.registry import register
-
-TINY = 1e-20  # keeps 0/0 away where all scores of a token underflow
+from dsmoe.routers.scores import map_of, spread
 
 
 class TopKBiasOptions(RouterOptions):
@@ -97,17 +96,15 @@ class TopKBiasRouter(Router):
         expert_Tk = self._within_groups(score_TE.detach() + bias_E).topk(options.k, dim=-1).indices
         gate_Tk = score_TE.gather(1, expert_Tk)
         if options.renormalize:
-            gate_Tk = gate_Tk / (gate_Tk.sum(dim=-1, keepdim=True) + TINY)
-        probs_TE = torch.zeros_like(score_TE).scatter(1, expert_Tk, gate_Tk * options.route_scale)
-        map_TE = _map_of(expert_Tk, score_TE)
+            gate_Tk = gate_Tk / (gate_Tk.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
+        map_TE = map_of(expert_Tk, score_TE)
         kept = {}
         if options.sequence_coefficient:
             counted_TE = map_TE
             if options.sequence_counts == "scores":
-                counted_TE = _map_of(score_TE.detach().topk(options.k, dim=-1).indices, score_TE)
-            share_TE = score_TE / (score_TE.sum(dim=-1, keepdim=True) + TINY)
-            kept["sequence_sum"] = sequence_balance_sum(share_TE, counted_TE, sequence_T, self.num_sequences)
-        return Routing(probs_TE, map_TE, kept)
+                counted_TE = map_of(score_TE.detach().topk(options.k, dim=-1).indices, score_TE)
+            kept["sequence_sum"] = sequence_balance_sum(score_TE, counted_TE, sequence_T, self.num_sequences)
+        return Routing(spread(gate_Tk * options.route_scale, expert_Tk, score_TE), map_TE, kept)
 
     def _within_groups(self, biased_TE: Tensor) -> Tensor:
         """Biased scores with -inf outside each token's groups."""
@@ -116,7 +113,7 @@ class TopKBiasRouter(Router):
             return biased_TE
         biased_TGg = biased_TE.unflatten(1, (groups, -1))
         score_TG = biased_TGg.topk(self.options.group_score_experts, dim=-1).values.sum(dim=-1)
-        open_TG = _map_of(score_TG.topk(allowed, dim=-1).indices, score_TG)
+        open_TG = map_of(score_TG.topk(allowed, dim=-1).indices, score_TG)
         return biased_TGg.masked_fill(~open_TG.unsqueeze(-1), -torch.inf).flatten(1)
 
     def losses(self, routing, loads):
@@ -125,8 +122,3 @@ class TopKBiasRouter(Router):
             return {}
         mean = mean_over_tokens(routing.kept["sequence_sum"], loads["micro_batch"])
         return {"sequence_balance": options.sequence_coefficient / options.k * mean}
-
-
-def _map_of(index_Tk: Tensor, like_TN: Tensor) -> Tensor:
-    """bool like `like_TN`, True at the indices."""
-    return torch.zeros_like(like_TN, dtype=torch.bool).scatter(1, index_Tk, True)

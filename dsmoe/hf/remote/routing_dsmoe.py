@@ -113,9 +113,8 @@ class DTopP(GateRouting):
 
     def forward(self, hidden_TH: Tensor) -> Decision:
         logits_TE = self.logits(hidden_TH)
-        variance_T, mean_T = torch.var_mean(logits_TE, dim=-1, correction=0, keepdim=True)
-        logits_TE = self.scale.float() * (logits_TE - mean_T) * (variance_T + self.options.epsilon).rsqrt()
-        softmax_TE = logits_TE.softmax(dim=-1)
+        standard_TE = F.layer_norm(logits_TE, logits_TE.shape[1:], eps=self.options.epsilon)
+        softmax_TE = (self.scale.float() * standard_TE).softmax(dim=-1)
         map_TE = top_p_map(softmax_TE, self.p.float(), self.options.rule)
         selected_TE = softmax_TE * map_TE
         return selected_TE / selected_TE.sum(dim=-1, keepdim=True), map_TE, None

@@ -8,7 +8,7 @@ from harness import ALONE, HIDDEN, Routers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsmoe.routers import available
+from dsmoe.routers import available, low_rank, scores
 from dsmoe.routers.controllers import CutoffController, PIController
 from dsmoe.routers.losses import balance_product, mean_over_tokens, sequence_balance_sum
 from dsmoe.routers.recorder import Load, RoutingRecorder, RoutingTotals
@@ -20,8 +20,9 @@ ALL = [name for name, router in available().items() if router.__module__.startsw
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ALL)
-def test_nothing_waits_for_the_device(name, training):
+def test_nothing_waits_for_the_device(monkeypatch, name, training):
     """A fake tensor has no values: whoever asks for one (.item(), nonzero, indexing by a mask) gets an exception."""
+    monkeypatch.setattr(low_rank, "may_look", lambda tensor: False)  # as where values are on a device
     with FakeTensorMode():
         routers = Routers(name, {}, 4)
         for router in routers.layers:
@@ -128,7 +129,8 @@ def test_the_recorder_adds_up_the_global_batch_and_starts_anew_with_each_step():
 def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
     score = torch.rand(4, 6, 5)  # sequences, tokens, experts
     routes = torch.rand(score.shape) < 0.5
-    by_hand = torch.stack([5 * (routes[s].float().mean(0) * score[s].mean(0)).sum() for s in range(4)]).mean()
+    share = score / score.sum(-1, keepdim=True)
+    by_hand = torch.stack([5 * (routes[s].float().mean(0) * share[s].mean(0)).sum() for s in range(4)]).mean()
     load = Load(routes.sum((0, 1)), torch.tensor(24), ranks=2)
     place = torch.arange(2).repeat_interleave(6)
     parts = [
@@ -136,6 +138,52 @@ def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
         for own in (slice(0, 2), slice(2, 4))
     ]
     assert sum(parts) / 2 == pytest.approx(float(by_hand), rel=1e-6)
+
+
+@pytest.mark.parametrize("block", [7, 1 << 18])  # elements: a token at a time, and all at once
+@pytest.mark.parametrize("used", [("softmax",), ("sum",), ("entropy",), ("softmax", "sum", "entropy")])
+def test_softmax_with_sums_has_the_gradients_of_its_parts(monkeypatch, used, block):
+    monkeypatch.setattr(scores, "BLOCK", block)
+    logits = 3 * torch.randn(9, 5)
+    logits[0, 0] = 200.0  # the others underflow to a probability of 0
+    weights = {"softmax": torch.randn(9, 5), "sum": torch.randn(5), "entropy": torch.tensor(0.7)}
+    found = logits.clone().requires_grad_()
+    mine = dict(zip(weights, scores.softmax_with_sums(found, entropy=True), strict=True))
+    plain = logits.double().requires_grad_()
+    softmax = plain.softmax(-1)
+    theirs = {"softmax": softmax, "sum": softmax.sum(0), "entropy": -(softmax * plain.log_softmax(-1)).sum()}
+    for parts in (mine, theirs):
+        sum((parts[name] * weights[name]).sum() for name in used).backward()
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name].double(), value, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.grad.double(), plain.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_softmax_with_sums_of_no_token():
+    logits = torch.zeros(0, 5, requires_grad=True)
+    softmax, total, entropy = scores.softmax_with_sums(logits, entropy=True)
+    (softmax.sum() + total.sum() + entropy).backward()
+    assert logits.grad.shape == (0, 5) and entropy == 0
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])  # of pairs with a gradient
+@pytest.mark.parametrize("tokens", [0, 3, 700])
+def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, share, on_device):
+    if on_device:
+        monkeypatch.setattr(low_rank, "may_look", lambda tensor: False)
+    hidden, reduce = torch.randn(tokens, HIDDEN), torch.randn(6, 3, HIDDEN)
+    reduce[2] = 0  # norms of 0
+    grad = torch.randn(tokens, 6) * (torch.rand(tokens, 6) < share)
+    grad[:, 4] = 0  # an expert without any
+    found, plain = ([x.clone().requires_grad_() for x in (hidden, reduce)] for _ in range(2))
+    norms = low_rank.latent_norms(*found)
+    expected = torch.linalg.vector_norm(torch.einsum("th,erh->ter", *plain), dim=-1)
+    norms.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(norms, expected)
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
