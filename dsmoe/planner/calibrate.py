@@ -19,7 +19,7 @@ import torch
 from dsmoe.planner import traffic
 from dsmoe.planner.hardware import Hardware, Link, Speed
 from dsmoe.planner.layout import Layout
-from dsmoe.planner.measure import Case, MeasuredRun, config_of, machine, measure
+from dsmoe.planner.measure import Case, MeasuredRun, config_of, machine, measure_all
 from dsmoe.planner.memory import memory
 from dsmoe.planner.work import work
 
@@ -63,13 +63,14 @@ def cases(scale: int, ranks: int) -> list[Case]:
 
 
 def measure_machine(
-    ranks: int, scale: int = 1, say: Callable[[str], None] = lambda text: None
+    ranks: int, scale: int = 1, rounds: int = 1, say: Callable[[str], None] = lambda text: None
 ) -> tuple[Hardware, list[MeasuredRun]]:
     """Run everything, for `fit`: the machine with what its products and copies alone reach, and the runs. Minutes.
 
     Args:
         ranks: the devices of this node, one process each.
         scale: of the models' widths; more on an accelerator, which small ones keep waiting.
+        rounds: how often everything is run.
         say: is told what is being measured.
 
     Raises:
@@ -84,11 +85,8 @@ def measure_machine(
         peak_tflops={precision: matmul}, within_node=Link(gb_s=copy_gb_s()),
         speeds={"default": Speed(tflops={precision: matmul}, gb_s=copy_gb_s())},
     )  # fmt: skip
-    runs = []
-    for case in cases(scale, ranks):
-        say(f"a run: {case.name}, {case.ranks} rank{'s' if case.ranks > 1 else ''}")
-        runs.append(measure(with_precision(case, precision), VOCABULARY))
-    return alone, runs
+    runs = [with_precision(case, precision) for case in cases(scale, ranks)]
+    return alone, measure_all(runs, VOCABULARY, rounds, say)
 
 
 def with_precision(case: Case, precision: str) -> Case:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, median
@@ -68,6 +69,22 @@ def config_of(case: Case, vocabulary: int) -> RunConfig:
     """Raises `ConfigError`."""
     keys = settings(case, vocabulary)
     return load_config(None, [f"{name}={json.dumps(value)}" for name, value in keys.items()], option_classes())
+
+
+def measure_all(
+    cases: list[Case], vocabulary: int, rounds: int = 1, say: Callable[[str], None] = lambda text: None
+) -> list[MeasuredRun]:
+    """Run every case `rounds` times, each round in the opposite order of the last, so that a machine that drifts hurts
+    none more than others. Of a case the fastest run counts, which others on the machine disturbed least. Raises
+    `TrainingError` where a run fails."""
+    fastest: dict[str, MeasuredRun] = {}
+    for turn in range(rounds):
+        for case in cases[:: -1 if turn % 2 else 1]:
+            say(f"a run: {case.name}, {case.ranks} rank{'s' if case.ranks > 1 else ''}")
+            run = measure(case, vocabulary)
+            if case.name not in fastest or run.seconds < fastest[case.name].seconds:
+                fastest[case.name] = run
+    return [fastest[case.name] for case in cases]
 
 
 def measure(case: Case, vocabulary: int) -> MeasuredRun:

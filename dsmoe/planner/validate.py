@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dsmoe.planner.calibrate import VOCABULARY, layout_of, with_precision
 from dsmoe.planner.hardware import Hardware
-from dsmoe.planner.measure import Case, MeasuredRun, measure, run_from
+from dsmoe.planner.measure import Case, MeasuredRun, measure_all, run_from
 from dsmoe.planner.predict import Prediction, predict
 
 MEMORY_BAR, SECONDS_BAR, BYTES_BAR = 0.10, 0.20, 0.05  # relative errors
@@ -91,16 +91,12 @@ def again(hardware: Hardware, measured: list[dict]) -> list[Checked]:
 
 
 def validate(
-    hardware: Hardware, ranks: int, scale: int = 1, say: Callable[[str], None] = lambda text: None
+    hardware: Hardware, ranks: int, scale: int = 1, rounds: int = 1, say: Callable[[str], None] = lambda text: None
 ) -> list[Checked]:
     """Run every case and predict it. Raises `TrainingError` where a run fails."""
     (precision,) = hardware.peak_tflops
-    found = []
-    for case in cases(ranks, scale):
-        say(f"a run: {case.name}, {ranks} rank{'s' if ranks > 1 else ''}")
-        run = measure(with_precision(case, precision), VOCABULARY)
-        found.append(Checked(run, predict(layout_of(run, hardware))))
-    return found
+    runs = [with_precision(case, precision) for case in cases(ranks, scale)]
+    return [Checked(run, predict(layout_of(run, hardware))) for run in measure_all(runs, VOCABULARY, rounds, say)]
 
 
 def table(found: list[Checked]) -> Table:

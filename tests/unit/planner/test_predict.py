@@ -11,11 +11,12 @@ import yaml
 
 from dsmoe.config import load_config
 from dsmoe.errors import ConfigError
+from dsmoe.planner import measure
 from dsmoe.planner.calibrate import fit, layout_of, non_negative_fit, robust_fit
 from dsmoe.planner.hardware import Hardware, Link, Speed, load_hardware
 from dsmoe.planner.layout import Layout, checked
 from dsmoe.planner.load import even, of_skew
-from dsmoe.planner.measure import MeasuredRun
+from dsmoe.planner.measure import Case, MeasuredRun
 from dsmoe.planner.memory import memory
 from dsmoe.planner.predict import predict
 from dsmoe.planner.replay import cost_of, replay, skewed
@@ -260,3 +261,16 @@ def test_a_layout_is_what_was_asked_for():
     found = laid_out(config_of(), 4, 3, "moe", 2, 8)
     assert (found.parallel.expert_parallel, found.parallel.zero_stage) == (4, 3)
     assert (found.model.recompute, found.model.moe_chunks, found.training.gradient_accumulation) == ("moe", 8, 2)
+
+
+def test_of_several_rounds_the_fastest_run_of_each_case_counts(monkeypatch):
+    order, seconds = [], iter([3.0, 5.0, 4.0, 2.0])
+
+    def run(case, vocabulary):
+        order.append(case.name)
+        return MeasuredRun(case, next(seconds), {}, 0.0, 0.0, 2.0, 1.0)
+
+    monkeypatch.setattr(measure, "measure", run)
+    found = measure.measure_all([Case("a", 1, {}), Case("b", 1, {})], 8, rounds=2)
+    assert order == ["a", "b", "b", "a"]
+    assert [(one.case.name, one.seconds) for one in found] == [("a", 2.0), ("b", 4.0)]
