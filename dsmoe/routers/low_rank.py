@@ -35,7 +35,8 @@ from dsmoe.parallel.groups import mark_expert_parameter
 from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.scores import BLOCK, slices
 
-TOKENS = 512  # of a product with A
+TOKENS = 512  # of a product with A on a CPU
+ON_DEVICE = 1 << 26  # elements of latents at a time
 
 
 class LowRankOptions(RouterOptions):
@@ -144,9 +145,11 @@ def may_look(tensor: Tensor) -> bool:
 
 
 def _tiles(hidden_TH: Tensor, reduce_ErH: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Tokens and experts whose latents a CPU's cache holds."""
-    some = slices(len(reduce_ErH), BLOCK // (TOKENS * reduce_ErH.size(1)), reduce_ErH.device)
-    return product(slices(len(hidden_TH), TOKENS, hidden_TH.device), some)
+    """Tokens and experts whose latents a CPU's cache holds; on a device, all experts and many tokens."""
+    (tokens, _), (experts, rank, _) = hidden_TH.shape, reduce_ErH.shape
+    if hidden_TH.device.type != "cpu":
+        return product(slices(tokens, ON_DEVICE // (experts * rank)), [slice(experts)])
+    return product(slices(tokens, TOKENS), slices(experts, BLOCK // (TOKENS * rank)))
 
 
 def _latents(hidden_tH: Tensor, reduce_erH: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class _SoftmaxWithSums(torch.autograd.Function):
     def backward(ctx, grad_TE: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None):
         (softmax_TE,) = ctx.saved_tensors
         result_TE = torch.empty_like(softmax_TE)
-        for rows in slices(len(softmax_TE), BLOCK // softmax_TE.size(1), softmax_TE.device):
+        tokens, experts = softmax_TE.shape
+        for rows in slices(tokens, BLOCK // experts if softmax_TE.device.type == "cpu" else tokens):
             P = softmax_TE[rows]
             grad = torch.zeros_like(P) if grad_TE is None else grad_TE[rows]
             if grad_E is not None:
@@ -53,7 +54,7 @@ class _SoftmaxWithSums(torch.autograd.Function):
         return result_TE, None
 
 
-def slices(length: int, step: int, device: torch.device) -> list[slice]:
-    """Parts of a dimension, of `step` each on a CPU; on a device, which would wait for each, all in one."""
-    step = max(1, step if device.type == "cpu" else length)
+def slices(length: int, step: int) -> list[slice]:
+    """Parts of a dimension, of `step` each."""
+    step = max(1, step)
     return [slice(low, low + step) for low in range(0, length, step)]

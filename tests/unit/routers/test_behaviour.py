@@ -186,6 +186,18 @@ def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, sh
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_latents_on_a_device_exist_for_some_tokens_at_a_time(monkeypatch):
+    monkeypatch.setattr(low_rank, "ON_DEVICE", 100)
+    shapes = []
+    plain = low_rank._latents
+    monkeypatch.setattr(low_rank, "_latents", lambda *args: shapes.append(plain(*args).shape) or plain(*args))
+    sizes = (40, HIDDEN), (6, 3, HIDDEN)
+    hidden, reduce = (torch.empty(size, device="meta", requires_grad=True) for size in sizes)
+    low_rank.latent_norms(hidden, reduce).sum().backward()
+    assert shapes == 2 * [(5, 6, 3)] * 8  # forward, and again backward
+    assert hidden.grad.shape == hidden.shape and reduce.grad.shape == reduce.shape
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize(
     ("probs", "p", "rule", "expected"),
