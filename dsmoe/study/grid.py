@@ -47,6 +47,8 @@ from dsmoe.study.results import sized
 ALWAYS = {"logging.tensorboard": False}  # a study reads metrics.jsonl
 ACTIVE, GRANULARITY, MEASURED = "active_experts", "granularity", "experts_per_token"
 TOLERANCE = 0.02  # of active compute: a width is a whole number
+# Of mixture-of-experts models at scale; `dsmoe.study.limits` has what shows each.
+LIMITS = ("routing", "memory", "communication", "starved", "redundant", "imbalance", "latency", "energy")
 NAME = r"^[\w .,()+=-]+$"
 
 
@@ -92,7 +94,7 @@ class Study(Section):
     law: bool = False  # fit loss = a + b x^-c
     quality: bool = True  # False: too short to say anything of losses, which are left out
     timed: bool = False  # seconds are of a quiet machine and may be compared
-    limits: list[str] = []  # of dsmoe.study.limits, which this study speaks to
+    limits: list[str] = []  # of `LIMITS`, which this study speaks to
     watts_per_core: float = Field(4.0, gt=0)  # for modelled energy
     published: list[Published] = []
 
@@ -218,8 +220,6 @@ def _aim(router: str, experts: int, total: int) -> tuple[str | None, Any]:
 
 def _problems(study: Study) -> list[str]:
     """What does not fit together in the study itself."""
-    from dsmoe.study.limits import LIMITS
-
     found, names = [], [arm.name for arm in study.arms]
     if len({slug(name) for name in names}) < len(names):
         found.append(f"arms: found the names {names}, expected each to be different")

@@ -6,14 +6,9 @@ column for each of the limit's quantities that any of them measured.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dsmoe.study.measures import MEASURES, StudyResults, centre_and_band
 
-from dsmoe.study.measures import MEASURES, centre_and_band
-
-if TYPE_CHECKING:
-    from dsmoe.study.measures import StudyResults
-
-LIMITS = {
+SHOWN_BY = {
     "routing": ("step_seconds", "passes_seconds", "optimizer_seconds", "routing_share", "exchange_share"),
     "memory": ("parameters", "peak_memory", "bytes_per_flop", "step_seconds"),
     "communication": ("all_to_all", "exchange_share", "by_route", "step_seconds"),
@@ -29,7 +24,7 @@ Rows = tuple[list[str], list[list[str]]]
 def limit_tables(every: list[StudyResults]) -> dict[str, Rows]:
     """Headings and rows for each limit that a study with results speaks to."""
     tables = {}
-    for limit, names in LIMITS.items():
+    for limit, names in SHOWN_BY.items():
         speaking = [results for results in every if limit in results.study.limits and results.found]
         shown = [name for name in names if any(name in one.values for results in speaking for one in results.found)]
         if not shown:

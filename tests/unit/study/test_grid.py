@@ -10,7 +10,9 @@ from plan_files import edit
 from dsmoe.errors import ConfigError
 from dsmoe.routers import get
 from dsmoe.study import grid
-from dsmoe.study.grid import cell_config, load_study
+from dsmoe.study.grid import LIMITS, cell_config, load_study
+from dsmoe.study.limits import SHOWN_BY
+from dsmoe.study.measures import MEASURES
 from dsmoe.study.results import router_parameters, sized
 
 FOLDER = Path(__file__).parents[3] / "configs" / "studies"
@@ -25,6 +27,11 @@ def problems(path) -> list[str]:
 def configs(path):
     study = load_study(path)
     return {str(cell): cell_config(study, cell, Path("runs")) for cell in study.cells()}
+
+
+def test_every_limit_that_a_study_may_name_has_quantities_that_show_it():
+    assert set(SHOWN_BY) == set(LIMITS)
+    assert {name for names in SHOWN_BY.values() for name in names} <= set(MEASURES)
 
 
 def test_cells_come_seed_by_seed_and_small_ones_first(study_file):
