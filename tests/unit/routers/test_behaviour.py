@@ -144,19 +144,18 @@ def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
 @pytest.mark.parametrize("used", [("softmax",), ("sum",), ("entropy",), ("softmax", "sum", "entropy")])
 def test_softmax_with_sums_has_the_gradients_of_its_parts(monkeypatch, used, block):
     monkeypatch.setattr(scores, "BLOCK", block)
-    logits = 3 * torch.randn(9, 5)
-    logits[0, 0] = 200.0  # the others underflow to a probability of 0
+    logits = 3 * torch.randn(9, 5, dtype=torch.float64)
+    logits[0, 0] = 2000.0  # the others underflow to a probability of 0
     weights = {"softmax": torch.randn(9, 5), "sum": torch.randn(5), "entropy": torch.tensor(0.7)}
-    found = logits.clone().requires_grad_()
+    found, plain = (logits.clone().requires_grad_() for _ in range(2))
     mine = dict(zip(weights, scores.softmax_with_sums(found, entropy=True), strict=True))
-    plain = logits.double().requires_grad_()
     softmax = plain.softmax(-1)
     theirs = {"softmax": softmax, "sum": softmax.sum(0), "entropy": -(softmax * plain.log_softmax(-1)).sum()}
     for parts in (mine, theirs):
         sum((parts[name] * weights[name]).sum() for name in used).backward()
     for name, value in theirs.items():
-        torch.testing.assert_close(mine[name].double(), value, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found.grad.double(), plain.grad, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(mine[name], value)
+    torch.testing.assert_close(found.grad, plain.grad)
 
 
 def test_softmax_with_sums_of_no_token():
@@ -172,7 +171,7 @@ def test_softmax_with_sums_of_no_token():
 def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, share, on_device):
     if on_device:
         monkeypatch.setattr(low_rank, "may_look", lambda tensor: False)
-    hidden, reduce = torch.randn(tokens, HIDDEN), torch.randn(6, 3, HIDDEN)
+    hidden, reduce = (torch.randn(size, dtype=torch.float64) for size in ((tokens, HIDDEN), (6, 3, HIDDEN)))
     reduce[2] = 0  # norms of 0
     grad = torch.randn(tokens, 6) * (torch.rand(tokens, 6) < share)
     grad[:, 4] = 0  # an expert without any
@@ -183,7 +182,7 @@ def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, sh
     expected.backward(grad)
     torch.testing.assert_close(norms, expected)
     for mine, theirs in zip(found, plain, strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_latents_on_a_device_exist_for_some_tokens_at_a_time(monkeypatch):
