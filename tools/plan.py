@@ -183,7 +183,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
         alone, runs = Hardware.model_validate(measured["alone"]), [run_from(one) for one in measured["runs"]]
     else:
         say = lambda text: console.print(f"measuring {text}")  # noqa: E731
-        alone, runs = measure_machine(_ranks(arguments), arguments.scale, max(1, arguments.rounds), say)
+        alone, runs = measure_machine(_ranks(arguments), arguments.scale, arguments.rounds, say)
     hardware = fit(alone, runs)
     written = hardware.model_dump(exclude_none=True, exclude_defaults=True)
     write_atomically(arguments.out, yaml.safe_dump(written, sort_keys=False).encode())
@@ -209,7 +209,7 @@ def validate(arguments: argparse.Namespace) -> None:
         found = again(hardware, json.loads(arguments.again.read_text()))
     else:
         found = validated(
-            hardware, arguments.ranks or hardware.devices_per_node, arguments.scale, max(1, arguments.rounds),
+            hardware, arguments.ranks or hardware.devices_per_node, arguments.scale, arguments.rounds,
             lambda text: console.print(f"measuring {text}"),
         )  # fmt: skip
     console.print(table(found))

@@ -114,9 +114,11 @@ def measure(job: Job, world) -> list[dict[str, Any]]:
 
 def _memory(job: Job, world) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for entry in entries_of(world, job):
-        for load in job.loads:
-            found, error = _agreed(partial(_warmed, entry, world.inputs(load, entry.variable)))
+    entries = entries_of(world, job)
+    for load in job.loads:
+        inputs = {variable: world.inputs(load, variable) for variable in (False, True)}
+        for entry in entries:
+            found, error = _agreed(partial(_warmed, entry, inputs[entry.variable]))
             row = {"name": entry.name, "kind": entry.kind, "load": load}
             rows.append(row | ({"error": f"memory: {error}"} if error else memory_row(found[0], job.problem)))
     return rows

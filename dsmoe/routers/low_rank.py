@@ -78,8 +78,7 @@ class LowRankRouter(Router):
             return self._score_at_owners(hidden_TH), None
         if not self.sends_latents:
             return latent_norms(hidden_TH.float(), self.reduce_proj.float()), None
-        flat = F.linear(hidden_TH.float(), self.reduce_proj.flatten(0, 1).float())
-        latents_TEr = flat.unflatten(1, self.reduce_proj.shape[:2])
+        latents_TEr = _latents(hidden_TH.float(), self.reduce_proj.float())
         return torch.linalg.vector_norm(latents_TEr, dim=-1), latents_TEr.to(hidden_TH.dtype)
 
     def _score_at_owners(self, hidden_TH: Tensor) -> Tensor:

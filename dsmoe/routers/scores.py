@@ -23,7 +23,7 @@ def softmax_with_sums(logits_TE: Tensor, entropy: bool = False) -> tuple[Tensor,
     """P = softmax(logits) [T, E]; its sum over tokens [E]; and, if asked for, -sum_te P log P in nats, a scalar.
 
     Their gradients meet in one buffer [T, E]. By itself each would bring its own and a copy of it, which with many
-    experts is most of what routing costs.
+    experts is a good part of what routing costs (docs/performance.md).
     """
     return _SoftmaxWithSums.apply(logits_TE, entropy)
 
