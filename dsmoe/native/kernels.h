@@ -55,6 +55,16 @@ INLINE Integers rounded(Vector x) {
   return (Integers)choose(x == x, (Vector)(bits + 0x7fff + ((bits >> 16) & 1)), (Vector)nan);
 }
 
+// Two vectors as bf16 numbers, one after the other.
+INLINE Halves halves(Vector a, Vector b) {
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  return (Halves)_mm256_cvtne2ps_pbh((__m256)b, (__m256)a);
+#else
+  return __builtin_shuffle((Halves)rounded(a), (Halves)rounded(b),
+                           (Halves){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
+#endif
+}
+
 struct FP32 {
   static constexpr int PACKED = 1;  // numbers in a cell
   static INLINE void add(Vector& sum, float a, Vector b) { sum += a * b; }
@@ -70,7 +80,8 @@ struct BF16 {
     numbers[1] = (Vector)((Integers)cells & UPPER);
   }
   static INLINE Vector close(const Vector* numbers) {
-    return (Vector)(((rounded(numbers[0]) >> 16) & 0xffff) | (rounded(numbers[1]) & UPPER));
+    return (Vector)__builtin_shuffle(halves(numbers[0], numbers[1]),
+                                     (Halves){0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15});
   }
   static INLINE void add(Vector& sum, float a, Vector b) {
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
@@ -88,11 +99,6 @@ struct BF16 {
 };
 
 // ---- pairs ----------------------------------------------------------------------------------------------------------
-
-// The upper halves of a, then of b: bf16 numbers in order.
-INLINE Halves upper_halves(Integers a, Integers b) {
-  return __builtin_shuffle((Halves)a, (Halves)b, (Halves){1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31});
-}
 
 // n bf16 rows of K cells -> [n / 2, rounded up][2 K] cells that pair a row's numbers with the next row's; 0 for a row
 // that is not there.
@@ -182,14 +188,14 @@ void times(const float* w, int64_t N, int64_t K, const float* x, float* y, int c
   product<false, Number>(N, K, w, K, 1, x, y, columns, w + 2 * TALL[1] * K);
 }
 
-constexpr int64_t BLOCK = 32;  // most rows of W that `times_transposed` takes at a time
+constexpr int64_t BLOCK = 64;  // most rows of W that `times_transposed` takes at a time
 
 // X^T [K numbers][c] = W^T Y^T, K in cells: some rows of W at a time, so that it is read in the order it lies in. `room`:
 // BLOCK * K cells where a cell holds two numbers.
 template <class Number = FP32>
 void times_transposed(const float* w, int64_t N, int64_t K, const float* y, float* x, int columns, float* room = nullptr) {
   constexpr int P = Number::PACKED;
-  const int64_t block = columns > 2 * LANES ? BLOCK : BLOCK / 2;
+  const int64_t block = columns > 2 * LANES ? BLOCK : BLOCK / 4;
   for (int64_t n = 0; n < N; n += block) {
     const int64_t rows = std::min(block, N - n);
     const float *from = w + n * K, *next = from + rows * K, *by = y + n / P * columns;
@@ -219,7 +225,7 @@ INLINE void write(Half* to, const Vector* sums, Write how) {
   static_assert(V % 2 == 0, "two vectors become one");
 #pragma GCC unroll 2
   for (int v = 0; v < V; v += 2) {
-    const Halves both = upper_halves(rounded(sums[v]), rounded(sums[v + 1]));
+    const Halves both = halves(sums[v], sums[v + 1]);
 #if defined(__AVX__)
     if (how == Write::PAST_CACHE) _mm256_stream_si256((__m256i*)(to + v * LANES), (__m256i)both);
     else
