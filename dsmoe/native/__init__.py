@@ -1,5 +1,5 @@
 """What dsmoe has in C++, as one library that ctypes loads: `swiglu.cpp` for `dsmoe.moe.native`, `loss.cpp`,
-`attention.cpp` and `norm.cpp` for `dsmoe.model`, all made of `kernels.h`.
+`attention.cpp` and `norm.cpp` for `dsmoe.model`, all made of `kernels.h`, and `share.cpp` for a thread's part in them.
 
 It is compiled once for each kind of CPU, with the machine's own compiler, and kept in $DSMOE_CACHE, or ~/.cache/dsmoe,
 under a name made of its source, the compiler and the CPU, so that machines which share a home do not share a library
@@ -25,10 +25,6 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
-FUNCTIONS = (
-    "dsmoe_swiglu_forward", "dsmoe_swiglu_backward", "dsmoe_loss_rows", "dsmoe_loss_weights",
-    "dsmoe_attention_forward", "dsmoe_attention_backward", "dsmoe_norm_forward", "dsmoe_norm_backward",
-)  # fmt: skip
 DEADLINE = 300  # seconds for the compiler, which takes about 5
 LANES, GROUP = 8, 32  # widths are multiples of LANES; rows that are multiplied side by side (kernels.h)
 
@@ -61,6 +57,13 @@ def takes(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) 
     )
 
 
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("kernel", "arguments", "items")),
+        ("count", ctypes.c_int64), ("next", ctypes.c_int64), ("failed", ctypes.c_int32),
+    ]  # fmt: skip
+
+
 def run(name: str, arguments: ctypes.Structure, count: int, items: int | None = None, least: int = 1) -> None:
     """Call a kernel on `count` items, on as many threads as torch may use; they take items from one counter.
 
@@ -71,13 +74,36 @@ def run(name: str, arguments: ctypes.Structure, count: int, items: int | None = 
     Raises:
         MemoryError: there was none to work in.
     """
-    function, threads = getattr(library(), name), min(torch.get_num_threads(), -(-count // least))
-    following = ctypes.c_int64(0)
-    call = ctypes.byref(arguments), items, count, ctypes.byref(following)
-    others = [_workers(threads).submit(function, *call) for _ in range(threads - 1)]
-    codes = [function(*call), *(other.result() for other in others)]
-    if any(codes):
+    kernel = ctypes.cast(getattr(library(), name), ctypes.c_void_p)
+    call = _Call(kernel, ctypes.addressof(arguments), items, count)
+    _in_team(min(torch.get_num_threads(), -(-count // least)), library().dsmoe_share, ctypes.byref(call))
+    if call.failed:
         raise MemoryError(f"{name} found no memory for its working space")
+
+
+def _in_team(threads: int, work, argument) -> None:
+    """Have each of `threads` call `work(argument)`, a function of C: torch's own, where its OpenMP can be asked. They
+    wait for more work at full speed for some milliseconds after each of torch's operators; others beside them would get
+    what is left of the cores."""
+    if threads == 1:
+        work(argument)
+    elif team := _openmp():
+        team(work, argument, threads, 0)
+    else:
+        others = [_workers(threads).submit(work, argument) for _ in range(threads - 1)]
+        work(argument)
+        for other in others:
+            other.result()
+
+
+@lru_cache(maxsize=1)
+def _openmp():
+    """GNU's entry into the OpenMP that torch was linked with, which those of Intel and LLVM have too; or None."""
+    try:
+        torch_cpu = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+        return ctypes.CDLL(str(torch_cpu)).GOMP_parallel
+    except (StopIteration, OSError, AttributeError):
+        return None
 
 
 @lru_cache(maxsize=1)
@@ -94,10 +120,7 @@ def compiler() -> str | None:
 def _found() -> ctypes.CDLL | str:
     """A failure is remembered too: nobody waits for a compiler twice."""
     try:
-        loaded = ctypes.CDLL(str(_compiled()))
-        for name in FUNCTIONS:
-            getattr(loaded, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
-        return loaded
+        return ctypes.CDLL(str(_compiled()))
     except NoKernel as reason:
         return str(reason)
     except (OSError, subprocess.SubprocessError) as error:

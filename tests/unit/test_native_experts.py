@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +179,30 @@ def build_experts(implementation: str) -> GroupedExperts:
     shapes = SimpleNamespace(num_moe_experts=2, hidden_size=16, moe_ffn_hidden_size=8)
     alone = SimpleNamespace(ep=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
     return GroupedExperts(2, shapes, pg_collection=alone, implementation=implementation)
+
+
+def test_threads_are_torchs_own_or_else_a_pools(monkeypatch, threads):
+    """The same numbers from both, and for a caller that is not the main thread."""
+    counts = [1100, 2, 0, 1]
+    inputs = tensors(counts, 40, 8, None)
+    assert build._openmp() is not None
+    with ThreadPoolExecutor(1) as other:
+        found = [results(native.swiglu_experts, inputs, counts)]
+        found.append(other.submit(results, native.swiglu_experts, inputs, counts).result(timeout=60))
+        monkeypatch.setattr(build, "_openmp", lambda: None)
+        found.append(results(native.swiglu_experts, inputs, counts))
+    for ways in zip(*found, strict=True):
+        torch.testing.assert_close(ways[1], ways[0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(ways[2], ways[0], rtol=1e-6, atol=1e-7)
+
+
+def test_without_memory_a_kernel_says_so(fresh, monkeypatch):
+    program = '#include <cstdint>\nextern "C" int nothing(const void*, const void*, int64_t, int64_t*) { return 1; }'
+    (fresh / "nothing.cpp").write_text(program)
+    shutil.copy(build.FOLDER / "share.cpp", fresh)
+    monkeypatch.setattr(build, "FOLDER", fresh)
+    with pytest.raises(MemoryError, match="nothing found no memory"):
+        build.run("nothing", ctypes.c_int64(0), count=4)
 
 
 def test_compiled_once_and_kept(fresh):
