@@ -1,4 +1,4 @@
-"""Attention and rotary embedding that run on any device; Megatron-Core's own ones ask for CUDA.
+"""Attention with rotary embedding that runs on any device; Megatron-Core's own asks for CUDA.
 
 Shapes: S tokens, B sequences, n query heads, g key/value heads, d head size.
 """
@@ -10,14 +10,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe.clock import REST, clock
-from dsmoe.model import native_attention
+from dsmoe.model import native_attention, rotary
 
 
 class KeyValueCache:
@@ -32,7 +30,11 @@ class KeyValueCache:
     @property
     def length(self) -> int:
         """Tokens held."""
-        return next(iter(self._layers.values()))[0].size(0) if self._layers else 0
+        return self.seen_by(next(iter(self._layers), None))
+
+    def seen_by(self, layer: int | None) -> int:
+        """Tokens held of one layer: in the midst of a pass some layers have the new ones already."""
+        return self._layers[layer][0].size(0) if layer in self._layers else 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values [S, B, g, d] of new tokens; returns those of all tokens."""
@@ -44,7 +46,7 @@ class KeyValueCache:
     @contextmanager
     def of(self, model: nn.Module) -> Iterator[KeyValueCache]:
         """Let the passes of a model inside the block continue from this cache."""
-        users = [module for module in model.modules() if isinstance(module, CausalAttention | AnyDeviceRotary)]
+        users = [module for module in model.modules() if isinstance(module, CausalAttention)]
         for module in users:
             module.cache = self
         try:
@@ -55,15 +57,24 @@ class KeyValueCache:
 
 
 class CausalAttention(nn.Module):
-    """Megatron's core-attention slot. Causal, grouped-query, no dropout; torch's scaled_dot_product_attention, and on a
-    CPU dsmoe's own kernel where it can do it."""
+    """Megatron's core-attention slot. Rotary embedding, then causal, grouped-query attention without dropout: torch's
+    scaled_dot_product_attention, and on a CPU dsmoe's own kernel where it can do it.
+
+    Args:
+        rotary_base: of the angles; None leaves queries and keys as they come.
+        Others: Megatron-Core's.
+    """
 
     cache: KeyValueCache | None = None
 
-    def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale=None, **kwargs):
+    def __init__(
+        self, config, layer_number: int, attn_mask_type, attention_type: str, softmax_scale: float | None = None,
+        rotary_base: float | None = None, **kwargs,
+    ):  # fmt: skip
         super().__init__()
         self.layer = layer_number
         self.scale = softmax_scale
+        self.rotary_base = rotary_base
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs
@@ -72,43 +83,35 @@ class CausalAttention(nn.Module):
 
         attention_mask: None, or bool [B, 1, S, S] in Megatron's sense (True = may not look); causality is added.
         """
-        if self.cache is not None:
-            key, value = self.cache.extend(self.layer, key, value)
-        seen = key.size(0) - query.size(0)  # tokens of the cache, which all of these may look at
         query, key, value = clock.boundary(REST, "attention", query, key, value)
+        seen = 0 if self.cache is None else self.cache.seen_by(self.layer)  # tokens that all of these may look at
+        angles = self._angles(query, seen)
+        if self.cache is not None:  # it keeps keys as they are turned
+            query, key, angles = rotary.turn(query, angles), rotary.turn(key, angles), None
+            key, value = self.cache.extend(self.layer, key, value)
         if attention_mask is None and not seen and native_attention.takes(query, key, value):
-            out = native_attention.causal_attention(query, key, value, self.scale)
-            return clock.boundary("attention", REST, out)[0].flatten(2)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        grouped = query.size(1) != key.size(1)
-        if attention_mask is None and not seen:
-            out = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.scale, enable_gqa=grouped
-            )
+            out = native_attention.causal_attention(query, key, value, self.scale, angles)
         else:
-            masked = query.new_zeros(query.size(2), key.size(2)).bool() if attention_mask is None else attention_mask
+            out = self._with_torch(rotary.turn(query, angles), rotary.turn(key, angles), value, attention_mask, seen)
+        return clock.boundary("attention", REST, out)[0].flatten(2)
+
+    def _angles(self, query: Tensor, seen: int) -> rotary.Angles | None:
+        if self.rotary_base is None:
+            return None
+        positions_S = torch.arange(seen, seen + query.size(0), device=query.device)
+        return rotary.angles(positions_S, query.size(-1), self.rotary_base)
+
+    def _with_torch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seen: int) -> Tensor:
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        allowed = None
+        if mask is not None or seen:
+            masked = query.new_zeros(query.size(2), key.size(2)).bool() if mask is None else mask
             allowed = (~masked).tril(seen)
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=allowed, scale=self.scale, enable_gqa=grouped
-            )
-        (out,) = clock.boundary("attention", REST, out)
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
-class AnyDeviceRotary(RotaryEmbedding):
-    """Rotary angles on DeepSpeed's device; Megatron's version asks for CUDA."""
-
-    cache: KeyValueCache | None = None
-
-    def forward(self, max_seq_len: int, offset: int = 0, **kwargs) -> Tensor:
-        """Angles [max_seq_len, 1, 1, d] from position `offset` on, counted from the end of the cache."""
-        return super().forward(max_seq_len, offset + (self.cache.length if self.cache else 0), **kwargs)
-
-    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
-        self.inv_freq = self.inv_freq.to(get_accelerator().current_device_name())
-        freqs = self.get_freqs_non_repeated(max_seq_len, offset)
-        emb = freqs.repeat(1, 2) if not self.rotary_interleaved else freqs.repeat_interleave(2, dim=-1)
-        return emb[:, None, None, :]
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=self.scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )  # fmt: skip
+        return out.permute(2, 0, 1, 3)
 
 
 class RecomputedAttentionLayer(TransformerLayer):

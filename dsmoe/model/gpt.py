@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dsmoe.accelerate import rms_norm_class
 from dsmoe.config import ModelConfig
-from dsmoe.model.attention import AnyDeviceRotary, CausalAttention, RecomputedAttentionLayer
+from dsmoe.model.attention import CausalAttention, RecomputedAttentionLayer
 from dsmoe.model.initialize import initialize
 from dsmoe.model.loss import OutputLayer
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
@@ -117,13 +117,10 @@ def build_gpt(model: ModelConfig, router, groups: ParallelGroups) -> GPTModel:
         vocab_size=model.vocab_size,
         max_sequence_length=model.sequence_length,
         share_embeddings_and_output_weights=model.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=model.rotary_base,
+        position_embedding_type="none",  # attention turns its queries and keys itself
         pg_collection=groups.for_megatron(),
     )
-    # GPTModel builds these two itself; each differs in one method.
-    gpt.rotary_pos_emb.__class__ = AnyDeviceRotary
-    gpt.output_layer.__class__ = OutputLayer
+    gpt.output_layer.__class__ = OutputLayer  # GPTModel builds it itself; it differs in one method
     return gpt
 
 
@@ -171,7 +168,7 @@ def _layer_spec(
 ) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(qk_layernorm=bool(model.qk_layernorm), normalization="RMSNorm")
     layer = spec.submodules
-    layer.self_attention.submodules.core_attention = CausalAttention
+    layer.self_attention.submodules.core_attention = ModuleSpec(CausalAttention, {"rotary_base": model.rotary_base})
     layer.input_layernorm = layer.pre_mlp_layernorm = _Norm
     if model.qk_layernorm:
         attention = layer.self_attention.submodules

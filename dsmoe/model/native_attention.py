@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsmoe import native
+from dsmoe.model.rotary import Angles
 
 
 class _View(ctypes.Structure):
@@ -27,6 +28,7 @@ class _View(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("length", "heads", "groups", "size")), ("scale", ctypes.c_double),
+        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
         *((name, _View) for name in ("query", "key", "value", "out")), ("logsum", ctypes.c_void_p),
         *((name, _View) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
     ]  # fmt: skip
@@ -37,29 +39,34 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return native.takes(query, key, value) and len(query) == len(key) and query.numel() > 0 and not native.unavailable()
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, angles: Angles | None = None
+) -> Tensor:
     """softmax(scale q k^T) v over the keys up to each query.
 
     Args:
         query: fp32 [S, B, n, d]. key, value: [S, B, g, d], n a multiple of g.
         scale: None is 1 / sqrt(d).
+        angles: by which queries and keys are turned first, as by `dsmoe.model.rotary.turn`; None leaves them.
 
     Returns:
         [S, B, n, d].
     """
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
-    return _CausalAttention.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)), scale)
+    tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return _CausalAttention.apply(*tensors, scale, angles)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float, angles: Angles | None) -> Tensor:
         length, batch, heads, _ = query.shape
         out = query.new_empty(query.shape)
         logsum = query.new_empty(batch, heads, length)
-        native.run("dsmoe_attention_forward", _arguments(query, key, value, out, logsum, scale), batch * heads)
+        arguments = _arguments(query, key, value, out, logsum, scale, angles)
+        native.run("dsmoe_attention_forward", arguments, batch * heads)
         ctx.save_for_backward(query, key, value, out, logsum)
-        ctx.scale = scale
+        ctx.scale, ctx.angles = scale, angles
         return out
 
     @staticmethod
@@ -68,15 +75,18 @@ class _CausalAttention(torch.autograd.Function):
         query, key, value, out, logsum = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         grads = [x.new_empty(x.shape) for x in (query, key, value)]
-        arguments = _arguments(query, key, value, out, logsum, ctx.scale)
+        arguments = _arguments(query, key, value, out, logsum, ctx.scale, ctx.angles)
         arguments.grad_out = _View.of(grad)
         arguments.grad_query, arguments.grad_key, arguments.grad_value = map(_View.of, grads)
         native.run("dsmoe_attention_backward", arguments, query.size(1) * key.size(2))
-        return *grads, None
+        return *grads, None, None
 
 
-def _arguments(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tensor, scale: float) -> _Attention:
+def _arguments(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tensor, scale: float, angles: Angles | None
+) -> _Attention:
     length, _, heads, size = query.shape
+    tables = (None, None) if angles is None else (table.data_ptr() for table in angles)
     return _Attention(
-        length, heads, key.size(2), size, scale, *map(_View.of, (query, key, value, out)), logsum.data_ptr()
+        length, heads, key.size(2), size, scale, *tables, *map(_View.of, (query, key, value, out)), logsum.data_ptr()
     )

@@ -175,14 +175,15 @@ def test_gpt_model_hands_the_padding_mask_down_to_the_router():
         )
 
 
-def test_rotary_embedding_asks_get_emb_for_its_angles():
-    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+def test_gpt_model_can_leave_positions_to_its_attention():
+    from megatron.core.models.gpt import GPTModel
 
-    assert list(inspect.signature(RotaryEmbedding.get_emb).parameters)[:3] == ["self", "max_seq_len", "offset"], (
-        "RotaryEmbedding.get_emb has another signature; dsmoe/model/attention.py:AnyDeviceRotary replaces it"
+    assert '"none"' in str(inspect.signature(GPTModel.__init__).parameters["position_embedding_type"]).replace(
+        "'", '"'
+    ), (
+        'GPTModel no longer takes position_embedding_type="none"; dsmoe/model/gpt.py asks for it, since '
+        "dsmoe/model/attention.py turns queries and keys itself"
     )
-    for name in ("get_freqs_non_repeated", "forward"):
-        assert hasattr(RotaryEmbedding, name), f"RotaryEmbedding.{name} is gone; dsmoe/model/attention.py calls it"
 
 
 def test_transformer_layer_keeps_attention_in_a_method_of_its_own():

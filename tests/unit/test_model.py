@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe.config import validate_config
-from dsmoe.model.attention import CausalAttention
+from dsmoe.model import rotary
+from dsmoe.model.attention import CausalAttention, KeyValueCache
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors, parameter_pieces
 from dsmoe.model.size import model_size
@@ -188,16 +189,44 @@ def test_an_attention_mask_is_added_to_causality():
     torch.testing.assert_close(found, attend(query[1:], key[1:], value[1:]))
 
 
-def test_rotary_turns_pairs_by_the_angle_of_their_place(groups):
-    model = build(config_of(), groups)
-    head = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
-    angles = model.gpt.rotary_pos_emb(SHAPE["sequence_length"])
-    assert angles.shape == (SHAPE["sequence_length"], 1, 1, head)
-    for place in range(SHAPE["sequence_length"]):
-        for i in range(head // 2):  # dimension i turns together with i + head / 2
-            expected = place * 10000.0 ** (-2 * i / head)
-            assert angles[place, 0, 0, i].item() == pytest.approx(expected, rel=1e-5)
-            assert angles[place, 0, 0, i + head // 2].item() == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("start", [0, 7])
+def test_rotary_turns_pairs_by_the_angle_of_their_place(start):
+    """As complex numbers: elements i and i + d / 2 are one, times e^(i place base^(-2 i / d))."""
+    x = torch.randn(5, 2, 3, 16, generator=torch.Generator().manual_seed(0))
+    places = torch.arange(start, start + 5)
+    found = rotary.turn(x, rotary.angles(places, 16, 50.0))
+    angle = places.double().unsqueeze(1) * 50.0 ** (-torch.arange(8).double() / 8)
+    expected = (
+        torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones(5, 8).double(), angle)[:, None, None]
+    )
+    torch.testing.assert_close(found.double(), torch.cat((expected.real, expected.imag), dim=-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_with_rotary_depends_on_distances_alone(key_heads):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(9, 2, n, 8, generator=generator) for n in (4, key_heads, key_heads))
+    attend = CausalAttention(None, 1, None, "self", rotary_base=100.0)
+    found = attend(query, key, value)
+    with_mask = attend(query, key, value, torch.zeros(2, 1, 9, 9, dtype=torch.bool))  # hides nothing; torch's way
+    turned = [rotary.turn(x, rotary.angles(torch.arange(40, 49), 8, 100.0)) for x in (query, key)]
+    expected = plain_attention(*turned, value, 8**-0.5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(with_mask, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_attention_goes_on_from_a_cache(first):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(9, 1, 2, 8, generator=generator) for _ in range(3))
+    attend = CausalAttention(None, 1, None, "self", rotary_base=100.0)
+    whole = attend(query, key, value)
+    parts = []
+    with KeyValueCache().of(attend) as cache:
+        for low, high in ((0, first), (first, 8), (8, 9)):
+            parts.append(attend(query[low:high], key[low:high], value[low:high]))
+            assert cache.length == high
+    torch.testing.assert_close(torch.cat(parts), whole)
 
 
 class Plain:

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe import native
-from dsmoe.model import native_attention
+from dsmoe.model import native_attention, rotary
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no C++ kernels here")
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None, by=None) -> Tensor:
+    query, key = (rotary.turn(x, by) for x in (query, key))
     heads = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=query.size(2) != key.size(2))
     return out.permute(2, 0, 1, 3)
@@ -26,16 +27,18 @@ def inputs(length: int, batch: int, heads: int, groups: int, size: int, scale: f
     return [x.detach().requires_grad_() for x in together.split([heads, groups, groups], dim=2)]
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1, 8), (7, 3, 2, 2, 16), (32, 2, 4, 2, 8), (33, 1, 4, 1, 24), (150, 2, 6, 3, 40)]
 )
-def test_the_kernel_is_torchs_attention(shape, scale, threads):
+def test_the_kernel_is_torchs_attention(shape, scale, turned, threads):
+    angles = rotary.angles(torch.arange(shape[0]), shape[-1], 100.0) if turned else None
     tensors = inputs(*shape)
     assert native_attention.takes(*tensors)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    found = native_attention.causal_attention(*tensors, scale)
-    expected = reference(*exact, scale)
+    found = native_attention.causal_attention(*tensors, scale, angles)
+    expected = reference(*exact, scale, angles)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     gradient = torch.linspace(-1, 1, found.numel()).view(found.transpose(0, 1).shape).transpose(0, 1)
     here, there = torch.autograd.grad(found, tensors, gradient), torch.autograd.grad(expected, exact, gradient.double())
