@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dsmoe.maps import any_in_row, count_columns
 from dsmoe.parallel.collectives import all_to_all_counts, all_to_all_rows
 
 
@@ -66,9 +67,9 @@ class PlanInProgress:
     def __init__(self, map_TE: Tensor, group):
         tokens, experts = map_TE.shape
         self.map_TE, self.group, self.ep = map_TE, group, group.size()
-        self.reach_TP = map_TE.view(tokens, self.ep, experts // self.ep).any(2)  # which token goes to which rank
+        self.reach_TP = any_in_row(map_TE.view(-1, experts // self.ep)).view(tokens, self.ep)  # which token goes where
         # For each rank, routes to each of its experts and, last, rows.
-        sent = torch.cat((map_TE.sum(0).view(self.ep, -1), self.reach_TP.sum(0).unsqueeze(1)), dim=1)
+        sent = torch.cat((count_columns(map_TE).view(self.ep, -1), self.reach_TP.sum(0).unsqueeze(1)), dim=1)
         self.received = all_to_all_counts(sent, group)
         both = torch.stack((sent, self.received))
         self.sizes = _HostCopy(torch.stack((both[..., :-1].sum(2), both[..., -1])))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dsmoe.config import ModelConfig, Section
 from dsmoe.errors import RouterError
+from dsmoe.maps import count_columns
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.recorder import Load, RoutingRecorder
 
@@ -204,7 +205,7 @@ class Router(megatron_router.Router):
         """In a stock MoELayer: losses over this rank's tokens, through Megatron's hook."""
         probs = routing.probs_TE
         if self.training and torch.is_grad_enabled():
-            own = Load(routing.map_TE.sum(0), tokens, 1)
+            own = Load(count_columns(routing.map_TE), tokens, 1)
             for loss in self.model_losses([self], [routing], [dict.fromkeys(get_args(BalanceScope), own)]).values():
                 probs = MoEAuxLossAutoScaler.apply(probs, loss)
         return probs

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsmoe.maps import any_in_row, count_columns
 from dsmoe.parallel.collectives import sum_over
 
 
@@ -76,8 +77,8 @@ class RoutingRecorder:
         """Reduce the counts and return the router losses of this pass by name, ready to be added to the language-model
         loss. Collective over `group`."""
         routings, tokens = [routing for routing, _ in self._passes], self._passes[0][1]
-        own_LE = torch.stack([routing.map_TE.sum(0) for routing in routings])
-        without_L = torch.stack([tokens - routing.map_TE.any(1).sum() for routing in routings])
+        own_LE = torch.stack([count_columns(routing.map_TE) for routing in routings])
+        without_L = torch.stack([tokens - any_in_row(routing.map_TE).sum() for routing in routings])
         everywhere = sum_over(self.group, torch.cat((own_LE.flatten(), without_L, tokens.view(1))))
         counts_LE, without_L = everywhere[: own_LE.numel()].view_as(own_LE), everywhere[own_LE.numel() : -1]
         totals = RoutingTotals(counts_LE, everywhere[-1], without_L, self._mean_statistic(routings))

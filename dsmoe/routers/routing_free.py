@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dsmoe.maps import count_rows
 from dsmoe.routers.base import BalanceScope, Router, Routing
 from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import mean_over_tokens
@@ -99,7 +100,7 @@ class RoutingFree(LowRankRouter):
         kept = {
             "score_sum_E": balanced_TE.sum(0),
             "score_sum_T": balanced_TE.sum(1),
-            "active_T": map_TE.sum(1).to(torch.float32),
+            "active_T": count_rows(map_TE).to(torch.float32),
         }
         return Routing(probs_TE, map_TE, kept, latents_TEr=latents_TEr)
 
