@@ -63,7 +63,9 @@ class KeptMemory:
 def part(of: Tensor, start: int, shape: Sequence[int]) -> Tensor:
     """A contiguous tensor over the same memory from element `start` on, and a view of nothing: what is written to it
     does not count as a change of `of`."""
-    return torch.empty(0, dtype=of.dtype).set_(of.untyped_storage(), of.storage_offset() + start, tuple(shape))
+    return torch.empty(0, dtype=of.dtype, device=of.device).set_(
+        of.untyped_storage(), of.storage_offset() + start, tuple(shape)
+    )
 
 
 kept_memory = KeptMemory()

@@ -45,7 +45,7 @@ class AutonomyOfExperts(LowRankRouter):
     Options = AoEOptions
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        score_TE, latents_TEr = self.score(hidden_TH)
+        score_TE, latents = self.score(hidden_TH)
         softmax_TE, softmax_sum_E, _ = softmax_with_sums(score_TE)
         score_Tk, expert_Tk = score_TE.topk(self.options.k, dim=-1)
         gate_Tk = softmax_TE.gather(1, expert_Tk) if self.options.gates == "all" else score_Tk.softmax(dim=-1)
@@ -53,7 +53,7 @@ class AutonomyOfExperts(LowRankRouter):
             spread(gate_Tk, expert_Tk, score_TE),
             map_of(expert_Tk, score_TE),
             kept={"softmax_sum_E": softmax_sum_E},
-            latents_TEr=latents_TEr,
+            **latents,
         )
 
     def losses(self, routing, loads):

@@ -64,6 +64,7 @@ class Routing:
     kept: dict[str, Tensor] = field(default_factory=dict)  # what the losses need, with its gradient
     statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
     latents_TEr: Tensor | None = None  # what a self-scoring expert was scored by, in the model's dtype
+    reduce_erH: Tensor | None = None  # or, for this rank's experts, the matrices that it is made with
 
 
 class Router(megatron_router.Router):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import PIController
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import softmax_with_sums
+from dsmoe.routers.scores import shares_of, softmax_with_sums
 from dsmoe.routers.top_p import Rule, top_p_losses, top_p_map
 
 
@@ -103,15 +103,14 @@ class DTopPRouter(Router):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)
-        standard_TE = F.layer_norm(logits_TE, (self.num_experts,), eps=self.options.epsilon)
-        scaled_TE = self.scale.float() * standard_TE
+        scale_E = self.scale.float().expand(self.num_experts)  # as the norm's weight: standardised logits are not kept
+        scaled_TE = F.layer_norm(logits_TE, (self.num_experts,), scale_E, eps=self.options.epsilon)
         softmax_TE, softmax_sum_E, entropy = softmax_with_sums(scaled_TE, self.options.entropy_coefficient > 0)
         map_TE = top_p_map(softmax_TE, self.controller.value.to(softmax_TE.device), self.options.rule)
-        selected_TE = softmax_TE * map_TE
         kept = {"softmax_sum_E": softmax_sum_E}
         if entropy is not None:
             kept["entropy_sum"] = entropy
-        return Routing(selected_TE / selected_TE.sum(dim=-1, keepdim=True), map_TE, kept)
+        return Routing(shares_of(softmax_TE, map_TE, renormalize=True), map_TE, kept)
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)

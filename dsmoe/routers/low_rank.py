@@ -30,6 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dsmoe.memory import part
 from dsmoe.parallel.collectives import all_gather_rows, all_to_all_rows
 from dsmoe.parallel.groups import mark_expert_parameter
 from dsmoe.routers.base import Router, RouterOptions
@@ -72,24 +73,28 @@ class LowRankRouter(Router):
     def parameter_count(cls, model, options: LowRankOptions) -> int:
         return model.num_experts * options.rank * model.hidden_size
 
-    def score(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Norms of all latents, fp32 [T, E], and the latents [T, E, r] in the tokens' dtype if they are to be sent."""
+    def score(self, hidden_TH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Norms of all latents, fp32 [T, E], and what gives a chosen expert its own, as a part of a `Routing`: all
+        latents in the tokens' dtype if they are to be sent, else this rank's part of A."""
+        if self.sends_latents:
+            latents_TEr = _latents(hidden_TH.float(), self.reduce_proj.float())
+            return torch.linalg.vector_norm(latents_TEr, dim=-1), {"latents_TEr": latents_TEr.to(hidden_TH.dtype)}
         if self.sharded:
-            return self._score_at_owners(hidden_TH), None
-        if not self.sends_latents:
-            return latent_norms(hidden_TH.float(), self.reduce_proj.float()), None
-        latents_TEr = _latents(hidden_TH.float(), self.reduce_proj.float())
-        return torch.linalg.vector_norm(latents_TEr, dim=-1), latents_TEr.to(hidden_TH.dtype)
+            norms_TE, own_erH = self._score_at_owners(hidden_TH)
+        else:
+            norms_TE, own_erH = latent_norms(hidden_TH, self.reduce_proj, self.own_experts)
+        return norms_TE, {"reduce_erH": own_erH.to(hidden_TH.dtype)}
 
-    def _score_at_owners(self, hidden_TH: Tensor) -> Tensor:
+    def _score_at_owners(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
         ranks, tokens = self.ep.size(), hidden_TH.size(0)
         sizes = [tokens] * ranks
         if self.has_padding:  # ranks may have dropped different numbers of tokens, and all must know how many
             sizes = self.once_a_pass("sizes", lambda: self._tokens_by_rank(hidden_TH))
         everyone_H = all_gather_rows(hidden_TH, sizes, self.ep)
-        score_e = latent_norms(everyone_H.float(), self.reduce_proj.float())
-        back = all_to_all_rows(score_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
-        return back.view(ranks, tokens, self.own_experts[1]).transpose(0, 1).reshape(tokens, self.num_experts)
+        norms_e, own_erH = latent_norms(everyone_H, self.reduce_proj, self.own_experts)
+        back = all_to_all_rows(norms_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
+        norms_TE = back.view(ranks, tokens, self.own_experts[1]).transpose(0, 1).reshape(tokens, self.num_experts)
+        return norms_TE, own_erH
 
     def _tokens_by_rank(self, hidden_TH: Tensor) -> list[int]:
         counts = torch.empty(self.ep.size(), dtype=torch.int64, device=hidden_TH.device)
@@ -100,42 +105,50 @@ class LowRankRouter(Router):
         """Megatron's contract and, for `VariableMoELayer`, what gives the experts their latents: those of all pairs
         [S * B, E, r] to be sent, or this rank's part of A, [e, r, H]."""
         routing = self.decide(hidden, padding_mask)
-        if self.sends_latents:
-            return routing.probs_TE, routing.map_TE, routing.latents_TEr
-        first, count = self.own_experts
-        own = self.reduce_proj if count == len(self.reduce_proj) else self.reduce_proj[first : first + count]
-        # A copy, since ZeRO-3 takes the parameter apart again when this module is done.
-        return routing.probs_TE, routing.map_TE, own.clone().to(hidden.dtype)
+        latents = routing.latents_TEr if self.sends_latents else routing.reduce_erH
+        return routing.probs_TE, routing.map_TE, latents
 
 
-def latent_norms(hidden_TH: Tensor, reduce_ErH: Tensor) -> Tensor:
-    """||x A_i||_2 of every token and expert: [T, E], all in one floating dtype.
+def latent_norms(hidden_TH: Tensor, reduce_ErH: Tensor, own: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """||x A_i||_2 of every token and expert, fp32 or wider: [T, E]; and A of `own` experts (first, count), over
+    the same memory: [e, r, H]. What comes back of both meets in one gradient of A.
 
     Latents exist for some tokens and experts at a time. The backward pass makes them again, on a CPU those of pairs
     with a gradient only: where an inactive pair has none that is less work than to keep all of them. At a norm of 0
     the gradient is 0.
     """
-    return _LatentNorms.apply(hidden_TH, reduce_ErH)
+    return _LatentNorms.apply(hidden_TH, reduce_ErH, *own)
 
 
 class _LatentNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, reduce_ErH: Tensor) -> Tensor:
-        norms_TE = hidden_TH.new_empty(len(hidden_TH), len(reduce_ErH))
+    def forward(ctx, hidden_TH: Tensor, reduce_ErH: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        norms_TE = hidden_TH.new_empty(len(hidden_TH), len(reduce_ErH), dtype=_wide(hidden_TH))
         for tokens, experts in _tiles(hidden_TH, reduce_ErH):
             latents_ter = _latents(hidden_TH[tokens], reduce_ErH[experts])
             norms_TE[tokens, experts] = torch.linalg.vector_norm(latents_ter, dim=-1)
         ctx.save_for_backward(hidden_TH, reduce_ErH, norms_TE)
-        return norms_TE
+        ctx.own = slice(first, first + count)
+        ctx.set_materialize_grads(False)
+        # Not the parameter, nor a view of it: ZeRO-3 empties that when the router is done. Its memory stays.
+        return norms_TE, part(reduce_ErH, first * reduce_ErH[0].numel(), [count, *reduce_ErH.shape[1:]])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TE: Tensor):
+    def backward(ctx, grad_TE: Tensor | None, grad_erH: Tensor | None):
         hidden_TH, reduce_ErH, norms_TE = ctx.saved_tensors
-        # The gradient of a latent is this times the latent.
-        factor_TE = (grad_TE / norms_TE).masked_fill_(norms_TE == 0, 0)
-        few = may_look(factor_TE) and 2 * int(factor_TE.count_nonzero()) < factor_TE.numel()
-        return (_from_pairs if few else _from_tiles)(hidden_TH, reduce_ErH, factor_TE)
+        grad_TH, grad_ErH = (torch.zeros_like(x, dtype=norms_TE.dtype) for x in (hidden_TH, reduce_ErH))
+        if grad_TE is not None:
+            few = may_look(grad_TE) and 2 * int(grad_TE.count_nonzero()) < grad_TE.numel()
+            (_add_pairs if few else _add_tiles)(grad_TH, grad_ErH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
+        if grad_erH is not None:
+            grad_ErH[ctx.own] += grad_erH
+        return grad_TH.to(hidden_TH.dtype), grad_ErH.to(reduce_ErH.dtype), None, None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """What norms and sums are taken in."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def may_look(tensor: Tensor) -> bool:
@@ -152,30 +165,37 @@ def _tiles(hidden_TH: Tensor, reduce_ErH: Tensor) -> Iterator[tuple[slice, slice
 
 
 def _latents(hidden_tH: Tensor, reduce_erH: Tensor) -> Tensor:
-    return F.linear(hidden_tH, reduce_erH.flatten(0, 1)).unflatten(1, reduce_erH.shape[:2])
+    wide_tH, wide_erH = (x.to(_wide(x)) for x in (hidden_tH, reduce_erH))
+    return F.linear(wide_tH, wide_erH.flatten(0, 1)).unflatten(1, reduce_erH.shape[:2])
 
 
-def _from_tiles(hidden_TH: Tensor, reduce_ErH: Tensor, factor_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of tokens and A, some tokens and experts at a time."""
-    grad_TH, grad_ErH = torch.zeros_like(hidden_TH), torch.zeros_like(reduce_ErH)
+def _factor(grad: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of a latent over the latent."""
+    return (grad / norm).masked_fill_(norm == 0, 0)
+
+
+def _add_tiles(
+    grad_TH: Tensor, grad_ErH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor, norms_TE: Tensor
+) -> None:
+    """Add the gradients of tokens and A, some tokens and experts at a time."""
     for tokens, experts in _tiles(hidden_TH, reduce_ErH):
-        latents_ter = _latents(hidden_TH[tokens], reduce_ErH[experts])
-        latents_tN = latents_ter.mul_(factor_TE[tokens, experts].unsqueeze(2)).flatten(1)
-        grad_TH[tokens].addmm_(latents_tN, reduce_ErH[experts].flatten(0, 1))
-        grad_ErH[experts].flatten(0, 1).addmm_(latents_tN.t(), hidden_TH[tokens])
-    return grad_TH, grad_ErH
+        hidden_tH, reduce_erH = hidden_TH[tokens].to(grad_TH.dtype), reduce_ErH[experts].to(grad_TH.dtype)
+        factor_te = _factor(grad_TE[tokens, experts], norms_TE[tokens, experts])
+        latents_tN = _latents(hidden_tH, reduce_erH).mul_(factor_te.unsqueeze(2)).flatten(1)
+        grad_TH[tokens].addmm_(latents_tN, reduce_erH.flatten(0, 1))
+        grad_ErH[experts].flatten(0, 1).addmm_(latents_tN.t(), hidden_tH)
 
 
-def _from_pairs(hidden_TH: Tensor, reduce_ErH: Tensor, factor_TE: Tensor) -> tuple[Tensor, Tensor]:
+def _add_pairs(
+    grad_TH: Tensor, grad_ErH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor, norms_TE: Tensor
+) -> None:
     """The same, an expert at a time with the tokens that have a gradient there."""
-    grad_TH, grad_ErH = torch.zeros_like(hidden_TH), torch.zeros_like(reduce_ErH)
-    expert_N, token_N = factor_TE.t().nonzero().unbind(1)
-    factor_N = factor_TE[token_N, expert_N].unsqueeze(1)
+    expert_N, token_N = grad_TE.t().nonzero().unbind(1)
+    factor_N = _factor(grad_TE[token_N, expert_N], norms_TE[token_N, expert_N]).unsqueeze(1)
     counts = torch.bincount(expert_N, minlength=len(reduce_ErH)).tolist()
     for expert, (tokens, factors) in enumerate(zip(token_N.split(counts), factor_N.split(counts), strict=True)):
         if len(tokens):
-            rows_nH = hidden_TH[tokens]
-            latents_nr = F.linear(rows_nH, reduce_ErH[expert]).mul_(factors)
-            torch.mm(latents_nr.t(), rows_nH, out=grad_ErH[expert])
-            grad_TH.index_add_(0, tokens, latents_nr @ reduce_ErH[expert])
-    return grad_TH, grad_ErH
+            rows_nH, reduce_rH = hidden_TH[tokens].to(grad_TH.dtype), reduce_ErH[expert].to(grad_TH.dtype)
+            latents_nr = F.linear(rows_nH, reduce_rH).mul_(factors)
+            grad_ErH[expert].addmm_(latents_nr.t(), rows_nH)
+            grad_TH.index_add_(0, tokens, latents_nr @ reduce_rH)

@@ -90,19 +90,19 @@ class RoutingFree(LowRankRouter):
         )
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        score_TE, latents_TEr = self.score(hidden_TH)
+        score_TE, latents = self.score(hidden_TH)
         if self.scale is not None:
             score_TE = score_TE * self.scale.float()
         score_TE = (score_TE - self.bias.float()).relu()
         map_TE = score_TE >= self.options.threshold
-        probs_TE = score_TE * map_TE
+        probs_TE = score_TE.where(map_TE, 0)
         balanced_TE = probs_TE if self.options.form == "code" else score_TE
         kept = {
             "score_sum_E": balanced_TE.sum(0),
             "score_sum_T": balanced_TE.sum(1),
             "active_T": count_rows(map_TE).to(torch.float32),
         }
-        return Routing(probs_TE, map_TE, kept, latents_TEr=latents_TEr)
+        return Routing(probs_TE, map_TE, kept, **latents)
 
     @staticmethod
     def model_losses(routers: list[Router], routings: list[Routing], loads):

@@ -26,7 +26,7 @@ from torch import Tensor
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import softmax_with_sums
+from dsmoe.routers.scores import shares_of, softmax_with_sums
 
 Rule = Literal["above", "reach"]
 
@@ -76,10 +76,7 @@ class TopPRouter(Router):
         kept = {"softmax_sum_E": softmax_sum_E}
         if entropy is not None:
             kept["entropy_sum"] = entropy
-        gate_TE = softmax_TE * map_TE
-        if self.options.renormalize:
-            gate_TE = gate_TE / gate_TE.sum(dim=-1, keepdim=True)
-        return Routing(gate_TE, map_TE, kept)
+        return Routing(shares_of(softmax_TE, map_TE, self.options.renormalize), map_TE, kept)
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)

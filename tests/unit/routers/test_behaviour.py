@@ -158,6 +158,26 @@ def test_softmax_with_sums_has_the_gradients_of_its_parts(monkeypatch, used, blo
     torch.testing.assert_close(found.grad, plain.grad)
 
 
+@pytest.mark.parametrize("block", [1, 1 << 18])
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("tokens", [0, 37])
+def test_shares_have_the_gradients_of_plain_operators(monkeypatch, tokens, renormalize, block):
+    monkeypatch.setattr(scores, "BLOCK", block)
+    P = torch.randn(tokens, 6, dtype=torch.float64).softmax(dim=-1)
+    map_TE = torch.rand(tokens, 6) < 0.4
+    map_TE[:, 1] = True
+    found, plain = (P.clone().requires_grad_() for _ in range(2))
+    shares = scores.shares_of(found, map_TE, renormalize)
+    expected = plain * map_TE
+    if renormalize:
+        expected = expected / expected.sum(dim=-1, keepdim=True)
+    grad = torch.randn(tokens, 6, dtype=torch.float64)
+    shares.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(shares, expected)
+    torch.testing.assert_close(found.grad, plain.grad)
+
+
 def test_softmax_with_sums_of_no_token():
     logits = torch.zeros(0, 5, requires_grad=True)
     softmax, total, entropy = scores.softmax_with_sums(logits, entropy=True)
@@ -176,11 +196,13 @@ def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, sh
     grad = torch.randn(tokens, 6) * (torch.rand(tokens, 6) < share)
     grad[:, 4] = 0  # an expert without any
     found, plain = ([x.clone().requires_grad_() for x in (hidden, reduce)] for _ in range(2))
-    norms = low_rank.latent_norms(*found)
+    norms, own = low_rank.latent_norms(*found, (2, 3))
     expected = torch.linalg.vector_norm(torch.einsum("th,erh->ter", *plain), dim=-1)
-    norms.backward(grad)
-    expected.backward(grad)
+    own_weights = torch.randn(3, 3, HIDDEN)
+    torch.autograd.backward((norms, own), (grad, own_weights))
+    torch.autograd.backward((expected, plain[1][2:5]), (grad, own_weights.double()))
     torch.testing.assert_close(norms, expected)
+    assert torch.equal(own, reduce[2:5]) and own.data_ptr() == found[1][2].data_ptr()
     for mine, theirs in zip(found, plain, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
@@ -192,7 +214,7 @@ def test_latents_on_a_device_exist_for_some_tokens_at_a_time(monkeypatch):
     monkeypatch.setattr(low_rank, "_latents", lambda *args: shapes.append(plain(*args).shape) or plain(*args))
     sizes = (40, HIDDEN), (6, 3, HIDDEN)
     hidden, reduce = (torch.empty(size, device="meta", requires_grad=True) for size in sizes)
-    low_rank.latent_norms(hidden, reduce).sum().backward()
+    low_rank.latent_norms(hidden, reduce, (0, 6))[0].sum().backward()
     assert shapes == 2 * [(5, 6, 3)] * 8  # forward, and again backward
     assert hidden.grad.shape == hidden.shape and reduce.grad.shape == reduce.shape
 
