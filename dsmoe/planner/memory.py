@@ -25,6 +25,7 @@ class Memory:
     gradients: float
     optimizer: float  # master weights and moments
     update: float  # flat gradients and what the norm is computed in, while the optimizer runs
+    gathered: float  # weights of the layers at work, where ranks hold parts of them
     reduction: float  # gradients of the layer at work, and the copy in which ranks sum those of experts they share
     activations: float  # kept for the backward pass
     dispatch: float  # rows and buffers of the layer at work, on the busiest rank
@@ -39,7 +40,7 @@ class Memory:
     @property
     def transient(self) -> float:
         """At the worst moment: the backward pass, when activations are there, or the update, when they are not."""
-        return max(self.update, self.activations + self.dispatch + self.logits + self.reduction)
+        return max(self.update, self.activations + self.dispatch + self.logits + self.gathered + self.reduction)
 
     @property
     def total(self) -> float:
@@ -58,15 +59,19 @@ def memory(layout: Layout) -> Memory:
     largest = largest_parameter(layout)
     accumulated = 4 if layout.element == 2 else element  # bf16 gradients are summed in fp32
     in_fp64 = 0.0 if layout.gradients_by_block else largest * 8  # for the norm
-    # Those of the layer at work, where the optimizer does not read them, and what ranks sum them in.
+    layer = layer_parameters(layout) * element
+    # Those of the layer at work, where the optimizer does not read them, what ranks sum them in, and the sum of all
+    # micro-steps, of which a rank keeps its part.
     copies = (not layout.gradients_in_place) + (layout.replicas > 1)
+    summed = layer_parameters(layout) * accumulated if stage > 1 else 0.0
     return Memory(
         process=layout.hardware.process_gib * 2**30,
-        weights=element * (owned + 2 * layer_parameters(layout) if stage == 3 else local),
-        gradients=accumulated * (local if stage == 1 else owned + layer_parameters(layout)),
+        weights=element * (owned if stage == 3 else local),
+        gradients=accumulated * (local if stage == 1 else owned),
         optimizer=owned * (MASTER + MOMENTS),
         update=(owned * REDUCED if element == 2 else 0.0) + in_fp64,
-        reduction=copies * layer_parameters(layout) * element,
+        gathered=2 * layer if stage == 3 else 0.0,
+        reduction=copies * layer + summed,
         activations=kept(layout),
         dispatch=at_work(layout),
         logits=logits(layout),
@@ -92,7 +97,7 @@ def kept(layout: Layout) -> float:
     inputs = tokens * model.hidden_size * layout.element
     found = 0.0
     for is_moe in model.moe_layers():
-        own = moe_activations(layout) if is_moe else 3 * tokens * model.dense_ffn_hidden_size * layout.element
+        own = moe_activations(layout) if is_moe else dense(layout, model.dense_ffn_hidden_size)
         if model.recompute == "full":
             found += 2 * inputs + (routing(layout) if is_moe else own)
         else:
@@ -101,12 +106,18 @@ def kept(layout: Layout) -> float:
 
 
 def attention(layout: Layout) -> float:
-    """Kept of one layer: the norm's input and output, queries and keys before and after rotation, values, what
-    attention gives, the residual."""
+    """Kept of one layer: the input and output of both norms, queries, keys and values, the first two again where they
+    are normalised, and what attention gives."""
     model = layout.model
     heads = model.num_attention_heads * model.head_size
     groups = model.key_value_heads * model.head_size
-    return layout.tokens * (4 * model.hidden_size + 3 * heads + 3 * groups) * layout.element
+    normalised = heads + groups if model.qk_layernorm else 0
+    return layout.tokens * (4 * model.hidden_size + 2 * heads + 2 * groups + normalised) * layout.element
+
+
+def dense(layout: Layout, width: int) -> float:
+    """Kept of a SwiGLU for all tokens, of torch operators: gate and up, silu of the gate, its product with up."""
+    return 4 * layout.tokens * width * layout.element
 
 
 def routing(layout: Layout) -> float:
@@ -121,8 +132,7 @@ def moe_activations(layout: Layout) -> float:
     """Kept of one MoE layer: routing, rows by expert, gate and up, and what a shared expert keeps."""
     model = layout.model
     rows = layout.routes * (model.hidden_size + 2 * model.moe_ffn_hidden_size + layout.latent) * layout.element
-    shared = layout.tokens * 3 * (model.moe_shared_expert_intermediate_size or 0) * layout.element
-    return routing(layout) + rows + shared
+    return routing(layout) + rows + dense(layout, model.moe_shared_expert_intermediate_size or 0)
 
 
 def at_work(layout: Layout) -> float:
