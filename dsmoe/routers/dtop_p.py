@@ -20,15 +20,14 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import PIController
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import shares_of, softmax_with_sums
-from dsmoe.routers.top_p import Rule, top_p_losses, top_p_map
+from dsmoe.routers.scores import chosen_shares
+from dsmoe.routers.top_p import Rule, kept_for_losses, top_p_losses, top_p_map
 
 
 class DTopPOptions(RouterOptions):
@@ -103,14 +102,12 @@ class DTopPRouter(Router):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)
-        scale_E = self.scale.float().expand(self.num_experts)  # as the norm's weight: standardised logits are not kept
-        scaled_TE = F.layer_norm(logits_TE, (self.num_experts,), scale_E, eps=self.options.epsilon)
-        softmax_TE, softmax_sum_E, entropy = softmax_with_sums(scaled_TE, self.options.entropy_coefficient > 0)
-        map_TE = top_p_map(softmax_TE, self.controller.value.to(softmax_TE.device), self.options.rule)
-        kept = {"softmax_sum_E": softmax_sum_E}
-        if entropy is not None:
-            kept["entropy_sum"] = entropy
-        return Routing(shares_of(softmax_TE, map_TE, renormalize=True), map_TE, kept)
+        p = self.controller.value.to(logits_TE.device)
+        shares = chosen_shares(
+            logits_TE, lambda P: top_p_map(P, p, self.options.rule), renormalize=True,
+            entropy=self.options.entropy_coefficient > 0, scale=self.scale.float(), epsilon=self.options.epsilon,
+        )  # fmt: skip
+        return Routing(shares.share_TE, shares.map_TE, kept_for_losses(shares))
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)

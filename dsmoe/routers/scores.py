@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -42,45 +45,102 @@ class _SoftmaxWithSums(torch.autograd.Function):
         (softmax_TE,) = ctx.saved_tensors
         result_TE = torch.empty_like(softmax_TE)
         for rows in _blocks(softmax_TE):
-            P = softmax_TE[rows]
-            grad = torch.zeros_like(P) if grad_TE is None else grad_TE[rows]
-            if grad_E is not None:
-                grad = grad + grad_E
-            if grad_entropy is not None:
-                # d entropy / dP is -(log P + 1), and the softmax's own derivative takes a constant out again.
-                grad = grad - grad_entropy * P.clamp(min=torch.finfo(P.dtype).tiny).log()
-            result_TE[rows] = torch._softmax_backward_data(grad, P, -1, P.dtype)
+            grad = None if grad_TE is None else grad_TE[rows].clone()
+            result_TE[rows] = _softmax_backward(softmax_TE[rows], grad, grad_E, grad_entropy)
         return result_TE, None
 
 
-def shares_of(softmax_TE: Tensor, map_TE: Tensor, renormalize: bool) -> Tensor:
-    """Weights [T, E]: P where an expert was chosen, else 0; with `renormalize` over the sum of the token's chosen P.
+def _softmax_backward(P: Tensor, grad: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """The gradient of some tokens' logits, from those of P, whose memory it uses, of the sum and of the entropy."""
+    grad = torch.zeros_like(P) if grad is None else grad
+    if grad_E is not None:
+        grad += grad_E
+    if grad_entropy is not None:
+        # d entropy / dP is -(log P + 1), and the softmax's own derivative takes a constant out again.
+        grad -= grad_entropy * P.clamp(min=torch.finfo(P.dtype).tiny).log()
+    return torch._softmax_backward_data(grad, P, -1, P.dtype)
 
-    Keeps P and the map alone, and works out its gradient in one buffer [T, E].
+
+class Shares(NamedTuple):
+    """What `chosen_shares` makes of logits."""
+
+    share_TE: Tensor  # P where an expert was chosen, else 0
+    map_TE: Tensor  # bool, the chosen
+    sum_E: Tensor  # of P over tokens
+    entropy: Tensor | None  # -sum_te P log P in nats, a scalar
+
+
+def chosen_shares(
+    logits_TE: Tensor,
+    choose: Callable[[Tensor], Tensor],
+    *,
+    renormalize: bool,
+    entropy: bool,
+    scale: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> Shares:
+    """P = softmax(logits), and weights for the experts that are chosen by it.
+
+    Keeps logits and map alone: P is made again in the backward pass, some tokens at a time.
+
+    Args:
+        choose: bool [T, E] from P.
+        renormalize: divide by the sum of the token's chosen P.
+        entropy: whether it is asked for.
+        scale: fp32 [1]; with it P is the softmax of scale * (logits - their mean over experts) / their deviation.
+        epsilon: added to the variance then.
     """
-    return _Shares.apply(softmax_TE, map_TE, renormalize)
+    return Shares(*_ChosenShares.apply(logits_TE, scale, epsilon, choose, renormalize, entropy))
 
 
-class _Shares(torch.autograd.Function):
+class _ChosenShares(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, softmax_TE: Tensor, map_TE: Tensor, renormalize: bool) -> Tensor:
-        share_TE = softmax_TE * map_TE
-        total_T1 = share_TE.sum(dim=-1, keepdim=True) if renormalize else None
-        ctx.save_for_backward(softmax_TE, map_TE, total_T1)
-        return share_TE if total_T1 is None else share_TE.div_(total_T1)
+    def forward(ctx, logits_TE: Tensor, scale: Tensor | None, epsilon: float, choose, renormalize: bool, entropy: bool):
+        scores_TE = logits_TE if scale is None else scale * _standardised(logits_TE, epsilon)[0]
+        softmax_TE = scores_TE.softmax(dim=-1)
+        sum_E = softmax_TE.sum(0)
+        total_entropy = torch.special.entr(softmax_TE).sum() if entropy else None
+        map_TE = choose(softmax_TE)
+        share_TE = softmax_TE.mul_(map_TE)
+        if renormalize:
+            share_TE /= share_TE.sum(dim=-1, keepdim=True)
+        ctx.save_for_backward(logits_TE, scale, map_TE)
+        ctx.epsilon, ctx.renormalize = epsilon, renormalize
+        ctx.mark_non_differentiable(map_TE)
+        ctx.set_materialize_grads(False)
+        return share_TE, map_TE, sum_E, total_entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TE: Tensor):
-        softmax_TE, map_TE, total_T1 = ctx.saved_tensors
-        result_TE = torch.empty_like(softmax_TE)
-        for rows in _blocks(softmax_TE):
-            grad = torch.mul(grad_TE[rows], map_TE[rows], out=result_TE[rows])
-            if total_T1 is not None:
-                total_t1 = total_T1[rows]
-                along_t1 = torch.linalg.vecdot(grad, softmax_TE[rows]).unsqueeze(1) / total_t1
-                grad.sub_(along_t1 * map_TE[rows]).div_(total_t1)
-        return result_TE, None, None
+    def backward(ctx, grad_TE: Tensor | None, _, grad_E: Tensor | None, grad_entropy: Tensor | None):
+        logits_TE, scale, map_TE = ctx.saved_tensors
+        result_TE = torch.empty_like(logits_TE)
+        grad_scale = None if scale is None else torch.zeros_like(scale)
+        for rows in _blocks(logits_TE):
+            scores = logits_TE[rows]
+            if scale is not None:
+                standard, mean, inverse = _standardised(scores, ctx.epsilon)
+                scores = scale * standard
+            P, chosen = scores.softmax(dim=-1), map_TE[rows]
+            grad = None if grad_TE is None else grad_TE[rows] * chosen
+            if grad is not None and ctx.renormalize:
+                selected = P * chosen
+                total = selected.sum(dim=-1, keepdim=True)
+                along = torch.linalg.vecdot(grad, selected).unsqueeze(1) / total
+                grad = (grad - along * chosen) / total
+            grad = _softmax_backward(P, grad, grad_E, grad_entropy)
+            if scale is not None:
+                grad_scale += torch.sum(grad * standard)
+                norm = torch.ops.aten.native_layer_norm_backward
+                shape, wanted = [logits_TE.size(1)], [True, False, False]
+                grad = norm(grad * scale, logits_TE[rows], shape, mean, inverse, None, None, wanted)[0]
+            result_TE[rows] = grad
+        return result_TE, grad_scale, None, None, None, None
+
+
+def _standardised(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits with mean 0 and variance 1 over a token's experts; their mean and 1 / deviation."""
+    return torch.native_layer_norm(logits, [logits.size(-1)], None, None, epsilon)
 
 
 def _blocks(tensor_TE: Tensor) -> list[slice]:

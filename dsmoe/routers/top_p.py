@@ -26,7 +26,7 @@ from torch import Tensor
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import shares_of, softmax_with_sums
+from dsmoe.routers.scores import Shares, chosen_shares
 
 Rule = Literal["above", "reach"]
 
@@ -71,15 +71,20 @@ class TopPRouter(Router):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)
-        softmax_TE, softmax_sum_E, entropy = softmax_with_sums(logits_TE, self.options.entropy_coefficient > 0)
-        map_TE = top_p_map(softmax_TE, self.options.p, self.options.rule)
-        kept = {"softmax_sum_E": softmax_sum_E}
-        if entropy is not None:
-            kept["entropy_sum"] = entropy
-        return Routing(shares_of(softmax_TE, map_TE, self.options.renormalize), map_TE, kept)
+        shares = chosen_shares(
+            logits_TE, lambda P: top_p_map(P, self.options.p, self.options.rule), renormalize=self.options.renormalize,
+            entropy=self.options.entropy_coefficient > 0,
+        )  # fmt: skip
+        return Routing(shares.share_TE, shares.map_TE, kept_for_losses(shares))
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)
+
+
+def kept_for_losses(shares: Shares) -> dict[str, Tensor]:
+    """As `top_p_losses` finds it."""
+    kept = {"softmax_sum_E": shares.sum_E}
+    return kept if shares.entropy is None else {**kept, "entropy_sum": shares.entropy}
 
 
 def top_p_losses(router: Router, routing: Routing, loads: dict) -> dict[str, Tensor]:

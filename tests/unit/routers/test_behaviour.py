@@ -159,23 +159,51 @@ def test_softmax_with_sums_has_the_gradients_of_its_parts(monkeypatch, used, blo
 
 
 @pytest.mark.parametrize("block", [1, 1 << 18])
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("tokens", [0, 37])
-def test_shares_have_the_gradients_of_plain_operators(monkeypatch, tokens, renormalize, block):
+def test_shares_have_the_gradients_of_plain_operators(monkeypatch, tokens, renormalize, scaled, block):
     monkeypatch.setattr(scores, "BLOCK", block)
-    P = torch.randn(tokens, 6, dtype=torch.float64).softmax(dim=-1)
-    map_TE = torch.rand(tokens, 6) < 0.4
-    map_TE[:, 1] = True
-    found, plain = (P.clone().requires_grad_() for _ in range(2))
-    shares = scores.shares_of(found, map_TE, renormalize)
-    expected = plain * map_TE
-    if renormalize:
-        expected = expected / expected.sum(dim=-1, keepdim=True)
-    grad = torch.randn(tokens, 6, dtype=torch.float64)
-    shares.backward(grad)
-    expected.backward(grad)
-    torch.testing.assert_close(shares, expected)
-    torch.testing.assert_close(found.grad, plain.grad)
+    logits, weights = torch.randn(2, tokens, 6, dtype=torch.float64)
+    scale = torch.tensor([1.7], dtype=torch.float64)
+    sums = torch.randn(6, dtype=torch.float64)
+
+    def choose(P):
+        largest = P.amax(dim=-1, keepdim=True)
+        return (P > 0.2) | (largest <= P)
+
+    def plain(logits, scale):
+        if scaled:
+            centred = logits - logits.mean(dim=-1, keepdim=True)
+            logits = scale * centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+        P = logits.softmax(dim=-1)
+        share = P * choose(P)
+        if renormalize:
+            share = share / share.sum(dim=-1, keepdim=True)
+        return share, choose(P), P.sum(0), -(P * P.log()).sum()
+
+    def ours(logits, scale):
+        options = {"scale": scale, "epsilon": 1e-6} if scaled else {}
+        return scores.chosen_shares(logits, choose, renormalize=renormalize, entropy=True, **options)
+
+    found, expected = [], []
+    for way, results in ((ours, found), (plain, expected)):
+        inputs = [logits.clone().requires_grad_(), scale.clone().requires_grad_()]
+        share, map_TE, sum_E, entropy = way(*inputs)
+        loss = (share * weights).sum() + sum_E @ sums + 0.3 * entropy
+        results += [share, map_TE, sum_E, entropy]
+        results += torch.autograd.grad(loss, inputs[: 1 + scaled])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_shares_without_entropy_or_a_gradient_of_the_shares():
+    logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    shares = scores.chosen_shares(logits, lambda P: P > 0.2, renormalize=False, entropy=False)
+    assert shares.entropy is None
+    (found,) = torch.autograd.grad(shares.sum_E[0], logits)
+    (expected,) = torch.autograd.grad(logits.softmax(dim=-1).sum(0)[0], logits)
+    torch.testing.assert_close(found, expected)
 
 
 def test_softmax_with_sums_of_no_token():
