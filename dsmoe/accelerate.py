@@ -48,9 +48,9 @@ def find_accelerations() -> list[Acceleration]:
     return [_probe(name) for name in PROBES]
 
 
-def rms_norm_class() -> type[nn.Module]:
-    """The fastest RMSNorm of this machine: NVIDIA Apex, else Transformer Engine (both only with CUDA); on a CPU dsmoe's
-    own, which is torch's where it cannot be compiled; else torch's.
+def rms_norm_class(on_cpu: type[nn.Module]) -> type[nn.Module]:
+    """The fastest RMSNorm of this machine: with CUDA NVIDIA Apex's, else Transformer Engine's, else torch's; `on_cpu`
+    without.
 
     All are built as `cls(hidden_size, eps=eps)` and hold one parameter, `weight`. Transformer Engine creates it
     on the current CUDA device, so move the finished model to its device rather than relying on where a norm starts.
@@ -63,11 +63,7 @@ def rms_norm_class() -> type[nn.Module]:
             return getattr(importlib.import_module(module), attribute)
     import torch
 
-    if _has_cuda():
-        return torch.nn.RMSNorm
-    from dsmoe.model.native_norm import RMSNorm
-
-    return RMSNorm
+    return torch.nn.RMSNorm if _has_cuda() else on_cpu
 
 
 def _probe(name: str) -> Acceleration:

@@ -26,6 +26,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.model.attention import CausalAttention, RecomputedAttentionLayer
 from dsmoe.model.initialize import initialize
 from dsmoe.model.loss import OutputLayer
+from dsmoe.model.native_norm import RMSNorm
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.parallel.collectives import sum_over
@@ -211,7 +212,7 @@ class AllHeadsNorm(nn.Module):
 
     def __init__(self, config, hidden_size: int, heads: int, eps: float = 1e-5, **kwargs):
         super().__init__()
-        self.norm = rms_norm_class()(heads * hidden_size, eps=eps)
+        self.norm = rms_norm_class(RMSNorm)(heads * hidden_size, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, heads, d] -> the same shape."""
@@ -222,7 +223,7 @@ class _Norm:
     """Megatron's norm slot: the fastest RMSNorm this machine has."""
 
     def __new__(cls, config, hidden_size: int, eps: float = 1e-5, **kwargs):
-        return rms_norm_class()(hidden_size, eps=eps)
+        return rms_norm_class(RMSNorm)(hidden_size, eps=eps)
 
 
 def _drop_extra_state(module, state: dict, prefix: str, metadata) -> None:
