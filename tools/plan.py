@@ -169,6 +169,19 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_devices(arguments: argparse.Namespace) -> None:
+    from dsmoe.errors import ConfigError
+
+    given = {name: getattr(arguments, name) for name in ("ranks", "scale", "rounds")}
+    found = [
+        f"--{name}: found {value}, expected at least 1"
+        for name, value in given.items()
+        if value is not None and value < 1
+    ]
+    if found:
+        raise ConfigError(found, "the measurement")
+
+
 def calibrate(arguments: argparse.Namespace) -> None:
     import yaml
 
@@ -177,6 +190,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     from dsmoe.planner.hardware import Hardware
     from dsmoe.planner.measure import run_from
 
+    _check_devices(arguments)
     console = _console()
     if arguments.again:
         measured = json.loads(arguments.again.read_text())
@@ -204,6 +218,7 @@ def validate(arguments: argparse.Namespace) -> None:
     from dsmoe.planner.validate import again, summary, table
     from dsmoe.planner.validate import validate as validated
 
+    _check_devices(arguments)
     console, hardware = _console(), load_hardware(arguments.hardware)
     if arguments.again:
         found = again(hardware, json.loads(arguments.again.read_text()))

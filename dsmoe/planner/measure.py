@@ -78,7 +78,7 @@ def measure_all(
     none more than others. Of a case the fastest run counts, which others on the machine disturbed least. Raises
     `TrainingError` where a run fails."""
     fastest: dict[str, MeasuredRun] = {}
-    for turn in range(max(1, rounds)):
+    for turn in range(rounds):
         for case in cases[:: -1 if turn % 2 else 1]:
             say(f"a run: {case.name}, {case.ranks} rank{'s' if case.ranks > 1 else ''}")
             run = measure(case, vocabulary)

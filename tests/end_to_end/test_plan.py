@@ -32,6 +32,10 @@ def test_a_bad_plan_is_refused_with_all_its_mistakes(place):
     assert all(name in result.output for name in named), result.output
     result = run(python(TOOL, "plan", *TRILLION, "--nodes", "3,0", "--imbalance", "0.5", "training.precision=fp32"))
     assert result.code == 2 and "has 5 mistakes" in result.output, result.output
+    nothing = ["--rounds", "0", "--scale", "-1", "--ranks", "0"]
+    for command in (["calibrate"], ["validate", "--hardware", "configs/hardware/two_cores.yaml"]):
+        result = run(python(TOOL, *command, *nothing))
+        assert result.code == 2 and "has 3 mistakes" in result.output, result.output
 
 
 def test_routes_are_replayed_up_to_a_rank_for_each_expert(place):
