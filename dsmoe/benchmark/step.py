@@ -271,7 +271,7 @@ def transformers_step(job: StepJob, rank: int) -> Step:
 
 def matmuls_step(job: StepJob, rank: int) -> Step:
     """The products of all linear layers, forward and both of the backward pass, into memory that is there already; and,
-    as a stage of its own, torch's attention, which no model here replaces.
+    as a stage of its own, torch's attention.
 
     An expert's rows count as if all were one expert's: no layout of the same work multiplies less.
     """
