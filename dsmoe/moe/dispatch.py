@@ -67,7 +67,9 @@ class PlanInProgress:
     def __init__(self, map_TE: Tensor, group):
         tokens, experts = map_TE.shape
         self.map_TE, self.group, self.ep = map_TE, group, group.size()
-        self.reach_TP = any_in_row(map_TE.view(-1, experts // self.ep)).view(tokens, self.ep)  # which token goes where
+        self.reach_TP = any_in_row(map_TE.reshape(-1, experts // self.ep)).view(
+            tokens, self.ep
+        )  # which token goes where
         # For each rank, routes to each of its experts and, last, rows.
         sent = torch.cat((count_columns(map_TE).view(self.ep, -1), self.reach_TP.sum(0).unsqueeze(1)), dim=1)
         self.received = all_to_all_counts(sent, group)

@@ -78,6 +78,18 @@ def test_one_rank_is_the_loop(tokens, density):
         assert_same(through_dispatch(*case, ALONE), loop_reference(*case), case)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_map_may_lie_in_memory_as_it_likes(monkeypatch, ranks):
+    """A router's map may be an expanded row, or columns one after another."""
+    monkeypatch.setattr(module, "all_to_all_counts", lambda sent, group: sent)
+    group = SimpleNamespace(size=lambda: ranks)
+    for map_TE in (random_case(0, 12, 0.3)[2], torch.arange(EXPERTS).remainder(3).eq(0).expand(12, EXPERTS)):
+        ways = (map_TE.contiguous(), map_TE, map_TE.t().contiguous().t())
+        first, *others = [module.PlanInProgress(found, group) for found in ways]
+        for other in others:
+            assert torch.equal(other.reach_TP, first.reach_TP) and other.sizes.tolist() == first.sizes.tolist()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("density", DENSITIES)
 def test_one_gpu_is_the_loop(density):
