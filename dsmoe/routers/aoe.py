@@ -46,7 +46,7 @@ class AutonomyOfExperts(LowRankRouter):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         score_TE, latents = self.score(hidden_TH)
-        softmax_TE, softmax_sum_E, _ = softmax_with_sums(score_TE)
+        softmax_TE, softmax_sum_E = softmax_with_sums(score_TE)
         score_Tk, expert_Tk = score_TE.topk(self.options.k, dim=-1)
         gate_Tk = softmax_TE.gather(1, expert_Tk) if self.options.gates == "all" else score_Tk.softmax(dim=-1)
         return Routing(

@@ -77,7 +77,7 @@ class LowRankRouter(Router):
         """Norms of all latents, fp32 [T, E], and what gives a chosen expert its own, as a part of a `Routing`: all
         latents in the tokens' dtype if they are to be sent, else this rank's part of A."""
         if self.sends_latents:
-            latents_TEr = _latents(hidden_TH.float(), self.reduce_proj.float())
+            latents_TEr = _latents(hidden_TH, self.reduce_proj)
             return torch.linalg.vector_norm(latents_TEr, dim=-1), {"latents_TEr": latents_TEr.to(hidden_TH.dtype)}
         if self.sharded:
             norms_TE, own_erH = self._score_at_owners(hidden_TH)

@@ -22,35 +22,37 @@ def map_of(expert_Tk: Tensor, like_TE: Tensor) -> Tensor:
     return torch.zeros_like(like_TE, dtype=torch.bool).scatter_(1, expert_Tk, True)
 
 
-def softmax_with_sums(logits_TE: Tensor, entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """P = softmax(logits) [T, E]; its sum over tokens [E]; and, if asked for, -sum_te P log P in nats, a scalar.
+def softmax_with_sums(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """P = softmax(logits) [T, E], and its sum over tokens [E].
 
     Their gradients meet in one buffer [T, E]. By itself each would bring its own and a copy of it, which with many
     experts is a good part of what routing costs (docs/performance.md).
     """
-    return _SoftmaxWithSums.apply(logits_TE, entropy)
+    return _SoftmaxWithSums.apply(logits_TE)
 
 
 class _SoftmaxWithSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE: Tensor, entropy: bool):
+    def forward(ctx, logits_TE: Tensor):
         softmax_TE = logits_TE.softmax(dim=-1)
         ctx.save_for_backward(softmax_TE)
         ctx.set_materialize_grads(False)
-        return softmax_TE, softmax_TE.sum(0), torch.special.entr(softmax_TE).sum() if entropy else None
+        return softmax_TE, softmax_TE.sum(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TE: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None):
+    def backward(ctx, grad_TE: Tensor | None, grad_E: Tensor | None):
         (softmax_TE,) = ctx.saved_tensors
         result_TE = torch.empty_like(softmax_TE)
         for rows in _blocks(softmax_TE):
             grad = None if grad_TE is None else grad_TE[rows].clone()
-            result_TE[rows] = _softmax_backward(softmax_TE[rows], grad, grad_E, grad_entropy)
-        return result_TE, None
+            result_TE[rows] = _softmax_backward(softmax_TE[rows], grad, grad_E)
+        return result_TE
 
 
-def _softmax_backward(P: Tensor, grad: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+def _softmax_backward(
+    P: Tensor, grad: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None = None
+) -> Tensor:
     """The gradient of some tokens' logits, from those of P, whose memory it uses, of the sum and of the entropy."""
     grad = torch.zeros_like(P) if grad is None else grad
     if grad_E is not None:

@@ -60,7 +60,7 @@ class TopKRouter(Router):
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         options = self.options
         logits_TE = self.gating(hidden_TH)
-        softmax_TE, softmax_sum_E, _ = softmax_with_sums(logits_TE)
+        softmax_TE, softmax_sum_E = softmax_with_sums(logits_TE)
         logit_Tk, expert_Tk = logits_TE.topk(options.k, dim=-1)
         if options.softmax == "after" or options.renormalize:
             gate_Tk = logit_Tk.softmax(dim=-1)  # P over its sum in S, without the quotient of two small numbers

@@ -141,20 +141,30 @@ def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
 
 
 @pytest.mark.parametrize("block", [7, 1 << 18])  # elements: a token at a time, and all at once
-@pytest.mark.parametrize("used", [("softmax",), ("sum",), ("entropy",), ("softmax", "sum", "entropy")])
-def test_softmax_with_sums_has_the_gradients_of_its_parts(monkeypatch, used, block):
+@pytest.mark.parametrize(
+    ("chosen", "used"),  # chosen: by `chosen_shares`, which chooses all and has the entropy, too
+    [(chosen, used) for chosen in (False, True) for used in (("softmax",), ("sum",), ("softmax", "sum"))]
+    + [(True, ("entropy",)), (True, ("softmax", "sum", "entropy"))],
+)
+def test_softmax_with_sums_has_the_gradients_of_its_parts(monkeypatch, used, block, chosen):
     monkeypatch.setattr(scores, "BLOCK", block)
     logits = 3 * torch.randn(9, 5, dtype=torch.float64)
     logits[0, 0] = 2000.0  # the others underflow to a probability of 0
     weights = {"softmax": torch.randn(9, 5), "sum": torch.randn(5), "entropy": torch.tensor(0.7)}
     found, plain = (logits.clone().requires_grad_() for _ in range(2))
-    mine = dict(zip(weights, scores.softmax_with_sums(found, entropy=True), strict=True))
+    if chosen:
+        shares = scores.chosen_shares(
+            found, lambda P: torch.ones_like(P, dtype=torch.bool), renormalize=False, entropy=True
+        )
+        mine = {"softmax": shares.share_TE, "sum": shares.sum_E, "entropy": shares.entropy}
+    else:
+        mine = dict(zip(("softmax", "sum"), scores.softmax_with_sums(found), strict=True))
     softmax = plain.softmax(-1)
     theirs = {"softmax": softmax, "sum": softmax.sum(0), "entropy": -(softmax * plain.log_softmax(-1)).sum()}
     for parts in (mine, theirs):
         sum((parts[name] * weights[name]).sum() for name in used).backward()
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value)
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name])
     torch.testing.assert_close(found.grad, plain.grad)
 
 
@@ -208,9 +218,10 @@ def test_shares_without_entropy_or_a_gradient_of_the_shares():
 
 def test_softmax_with_sums_of_no_token():
     logits = torch.zeros(0, 5, requires_grad=True)
-    softmax, total, entropy = scores.softmax_with_sums(logits, entropy=True)
-    (softmax.sum() + total.sum() + entropy).backward()
-    assert logits.grad.shape == (0, 5) and entropy == 0
+    softmax, total = scores.softmax_with_sums(logits)
+    shares = scores.chosen_shares(logits, lambda P: P > 0.5, renormalize=True, entropy=True)
+    (softmax.sum() + total.sum() + shares.share_TE.sum() + shares.entropy).backward()
+    assert logits.grad.shape == (0, 5) and shares.entropy == 0
 
 
 @pytest.mark.parametrize("on_device", [False, True])
