@@ -23,6 +23,7 @@ from dsmoe.model.gpt import transformer_config
 from dsmoe.moe import blocked, dispatch
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.moe.plan import plan_routes
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers import get
 from dsmoe.routers.base import Router
@@ -103,7 +104,7 @@ def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:
     layer.router.recorder.begin()
     with torch.no_grad():
         probs_TE, map_TE = layer.router(hidden.transpose(0, 1))[:2]
-        plan = dispatch.plan_routes(map_TE, layer.ep_group)
+        plan = plan_routes(map_TE, layer.ep_group)
         rows_RH, _ = dispatch.dispatch(hidden.flatten(0, 1), probs_TE, plan)
     layer.router.recorder.finish()
     layer.router.recorder.take()
@@ -156,7 +157,7 @@ def router_options(name: str, problem: Problem) -> dict:
 ROUTERS = ("topk", "topk_bias", "relu", "top_p", "dtop_p", "expert_threshold", "aoe", "routing_free")
 
 
-def build_layer(world: World, name: str, **more) -> VariableMoELayer:
+def build_layer(world: World, name: str, chunks: int = 1, **more) -> VariableMoELayer:
     """dsmoe's layer as a model has it, with a recorder and a controller of its own, routing as the tokens ask.
 
     more: further options of the router.
@@ -175,6 +176,7 @@ def build_layer(world: World, name: str, **more) -> VariableMoELayer:
         config=transformer_config(model, groups.ep_size),
         submodules=MoESubmodules(router=partial(router_class, options=options), experts=experts, shared_experts=None),
         pg_collection=groups.for_megatron(),
+        chunks=chunks,
     )
     _share_weights(world, layer)
     layer.to(world.device, problem.torch_dtype)
@@ -240,7 +242,7 @@ def part_cases(world: World, inputs: tuple[Tensor, Tensor]) -> list[Case]:
     recorder.begin()
     with torch.no_grad():
         probs_TE, map_TE = router(length_first)[:2]
-        plan = dispatch.plan_routes(map_TE, layer.ep_group)
+        plan = plan_routes(map_TE, layer.ep_group)
         rows_RH, probs_R = dispatch.dispatch(hidden_TH, probs_TE, plan)
         out_RH, _ = layer.experts(rows_RH, plan.routes_per_expert_e, probs_R)
     recorder.finish()
@@ -256,7 +258,7 @@ def part_cases(world: World, inputs: tuple[Tensor, Tensor]) -> list[Case]:
         return [probs_TE, *recorder.finish().values()]
 
     def send(hidden_TH: Tensor, probs_TE: Tensor) -> list[Tensor]:
-        return list(dispatch.dispatch(hidden_TH, probs_TE, dispatch.plan_routes(map_TE, layer.ep_group)))
+        return list(dispatch.dispatch(hidden_TH, probs_TE, plan_routes(map_TE, layer.ep_group)))
 
     def compute(rows_RH: Tensor, probs_R: Tensor) -> list[Tensor]:
         return [layer.experts(rows_RH, plan.routes_per_expert_e, probs_R)[0]]

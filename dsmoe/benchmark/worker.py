@@ -53,6 +53,7 @@ class Job:
         return cls(**{**tree, "problem": Problem(**tree["problem"])})
 
 
+PARTS = 4  # of the top-k layer that works part by part
 Build = Callable[[tuple[Tensor, Tensor]], Case]
 
 
@@ -79,17 +80,19 @@ def entries_of(world, job: Job) -> list[Entry]:
         found.append(_ours(world, f"dsmoe {router}", router))
         if ranks > 1 and router in ("aoe", "routing_free"):
             found.append(_ours(world, f"dsmoe {router}, latents sent", router, latent="send"))
+        if ranks > 1 and router == "topk":
+            found.append(_ours(world, f"dsmoe {router}, {PARTS} parts", router, chunks=PARTS))
     return [entry for entry in found if job.wants(entry.name)]
 
 
-def _ours(world, name: str, router: str, **options) -> Entry:
+def _ours(world, name: str, router: str, chunks: int = 1, **options) -> Entry:
     from dsmoe.benchmark import cases
 
     layers: list = []
 
     def build(inputs: tuple[Tensor, Tensor]) -> Case:
         if not layers:
-            layers.append(cases.build_layer(world, router, **options))
+            layers.append(cases.build_layer(world, router, chunks, **options))
         return cases.layer_case(world, layers[0], name, inputs)
 
     return Entry(name, "ours", router in cases.VARIABLE, build)

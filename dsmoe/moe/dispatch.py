@@ -1,158 +1,28 @@
 """Dispatch and combine without capacity, padding or drops.
 
-Shapes: T tokens here, E experts, e = E / EP experts on this rank, H hidden. A *route* is an active (token, expert)
-pair: N of this rank's tokens, R to this rank's experts. A *row* is a token on its way to one rank, however many of that
-rank's experts it goes to: M rows leave, P arrive.
+Shapes as in `dsmoe.moe.plan`: T tokens, N routes and M rows of this rank, R routes and P rows that come here, H hidden.
 
     hidden_TH --gather--> rows_MH --all-to-all--> rows_PH --one copy a route, by expert--> rows_RH
 
 and back the same way: what the experts of a rank made of a row is summed before it travels home, and what comes home is
 summed per token, so a token without experts gets exactly 0. On one rank nothing travels: P is T.
-A plan decides everything about indices and counts once, and is reused when activations are recomputed. Its one host
-synchronisation fetches all split lists together; other work can be queued before the host waits for it.
+
+Exchanges are begun early and waited for late: a `Shipment` is on its way from when it is made until `arrive`, a
+`Return` likewise, and their gradients on the way back from the gradient of `arrive` until that of where they were made.
+Autograd goes back through a forward pass last operation first, so work that hides an exchange in the forward pass has
+its own gradient hide the exchange of gradients.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dsmoe.maps import any_in_row, count_columns
-from dsmoe.parallel.collectives import all_to_all_counts, all_to_all_rows
-
-
-@dataclass(frozen=True)
-class Splits:
-    """How many go to and come from each rank of the group."""
-
-    send: list[int]
-    receive: list[int]
-
-
-@dataclass(frozen=True)
-class Travel:
-    """What more than one rank adds to a plan."""
-
-    token_M: Tensor  # int64, the token of each row sent; rows are ordered by destination, then token
-    rows: Splits
-    routes: Splits
-    expert_order_R: Tensor  # int64, gathers received routes, ordered by (source, expert), by expert
-    source_order_R: Tensor  # int64, the inverse
-    received: int  # P
-
-
-@dataclass(frozen=True)
-class RoutePlan:
-    """Where every route goes. Routes are ordered by expert, then token."""
-
-    tokens: int  # T
-    flat_N: Tensor  # int64, token * E + expert of each route sent
-    row_R: Tensor  # int64, the received row of each route, ordered by expert
-    routes_per_expert_e: Tensor  # int64, R split over this rank's experts
-    travel: Travel | None  # None on one rank
-    group: object  # the EP group
-
-
-class PlanInProgress:
-    """A plan whose sizes are on their way to the host: `finish` waits for them. Collective over the EP group.
-
-    Args:
-        map_TE: bool, which token uses which expert.
-        group: EP group; its rank r owns the experts r * e ... (r + 1) * e - 1.
-    """
-
-    def __init__(self, map_TE: Tensor, group):
-        tokens, experts = map_TE.shape
-        self.map_TE, self.group, self.ep = map_TE, group, group.size()
-        self.reach_TP = any_in_row(map_TE.reshape(-1, experts // self.ep)).view(
-            tokens, self.ep
-        )  # which token goes where
-        # For each rank, routes to each of its experts and, last, rows.
-        sent = torch.cat((count_columns(map_TE).view(self.ep, -1), self.reach_TP.sum(0).unsqueeze(1)), dim=1)
-        self.received = all_to_all_counts(sent, group)
-        both = torch.stack((sent, self.received))
-        self.sizes = _HostCopy(torch.stack((both[..., :-1].sum(2), both[..., -1])))
-
-    def finish(self) -> RoutePlan:
-        """The plan. Its sizes are known to the host from here on, so nothing in it asks the device again."""
-        (routes_to, routes_from), (rows_to, rows_from) = self.sizes.tolist()
-        tokens, experts = self.map_TE.shape
-        place_N = _places(self.map_TE, sum(routes_to))
-        token_N = place_N % max(tokens, 1)
-        expert_N = place_N // max(tokens, 1)
-        flat_N = token_N * experts + expert_N
-        if self.ep == 1:
-            return RoutePlan(tokens, flat_N, token_N, self.received[0, :-1], None, self.group)
-
-        # A route names its row by the row's place among those that go to the same rank.
-        row_TP = self.reach_TP.cumsum(0) - 1
-        own_N = row_TP.flatten().index_select(0, token_N * self.ep + expert_N // (experts // self.ep))
-        row_R = all_to_all_rows(own_N.to(torch.int32), routes_to, routes_from, self.group)
-        counts, rows_P = self.received[:, :-1], self.received[:, -1]
-        row_R = row_R + torch.repeat_interleave(rows_P.cumsum(0) - rows_P, counts.sum(1), output_size=sum(routes_from))
-        expert_order = _by_expert(counts, sum(routes_from))
-        source_order = torch.empty_like(expert_order)
-        source_order[expert_order] = torch.arange(sum(routes_from), device=expert_order.device)
-        travel = Travel(
-            token_M=_places(self.reach_TP, sum(rows_to)) % max(tokens, 1),
-            rows=Splits(rows_to, rows_from),
-            routes=Splits(routes_to, routes_from),
-            expert_order_R=expert_order,
-            source_order_R=source_order,
-            received=sum(rows_from),
-        )
-        return RoutePlan(tokens, flat_N, row_R.index_select(0, expert_order), counts.sum(0), travel, self.group)
-
-
-def plan_routes(map_TE: Tensor, group) -> RoutePlan:
-    """Turn a routing map into indices and split sizes, at once."""
-    return PlanInProgress(map_TE, group).finish()
-
-
-class _HostCopy:
-    """A small tensor on its way to the host: from a GPU through pinned memory on a stream of its own, so that the host
-    waits for these numbers and for nothing that was queued after them."""
-
-    def __init__(self, values: Tensor):
-        self.values, self.arrived = values, None
-        if values.device.type == "cuda":
-            stream = _side_stream(values.device)
-            stream.wait_stream(torch.cuda.current_stream(values.device))
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            with torch.cuda.stream(stream):
-                self.values.copy_(values, non_blocking=True)
-            values.record_stream(stream)
-            self.arrived = stream.record_event()
-
-    def tolist(self) -> list:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.values.tolist()
-
-
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def _places(map_TX: Tensor, count: int) -> Tensor:
-    """int64 [count]: x * T + t of every true (t, x), ordered by x, then t."""
-    return torch.nonzero_static(map_TX.t().reshape(-1), size=count).squeeze(1)
-
-
-def _by_expert(counts: Tensor, total: int) -> Tensor:
-    """Index that turns rows ordered by (source, expert) into rows ordered by (expert, source).
-
-    counts: int64 [sources, experts], the size of each block. Both orders consist of the same blocks, so a block's
-    rows move by the difference of its two starting points.
-    """
-    start = (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts).t().flatten()
-    size = counts.t().flatten()
-    shift = start - (size.cumsum(0) - size)
-    return torch.repeat_interleave(shift, size, output_size=total) + torch.arange(total, device=counts.device)
+from dsmoe.clock import clock
+from dsmoe.moe.plan import RoutePlan, Splits
+from dsmoe.parallel.collectives import start_all_to_all
 
 
 class _Reorder(torch.autograd.Function):
@@ -169,38 +39,150 @@ class _Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
+class _Leg:
+    """Rows of a tensor on their way to other ranks, or their gradients on the way back.
+
+    Args:
+        index: which rows, in the order of `splits.send`; None: all.
+        part: whose time it is, for the clock.
+        dtype: of rows and gradients on the way; None: as they are. Sums are taken in the tensor's own.
+    """
+
+    def __init__(self, index: Tensor | None, splits: Splits, group, part: str, dtype: torch.dtype | None = None):
+        self.index, self.splits, self.group, self.part, self.dtype = index, splits, group, part, dtype
+        self.under_way: Callable[[], Tensor] | None = None
+
+    def depart(self, source: Tensor) -> Tensor:
+        """A ticket: the shape of what will arrive, without its memory."""
+        return _Depart.apply(source, self)
+
+    def arrive(self, ticket: Tensor, returning: Callable[[], None] | None = None) -> Tensor:
+        """The rows; `returning` is called when their gradients have set out."""
+        return _Arrive.apply(ticket, self, returning)
+
+    def start(self, source: Tensor) -> None:
+        """Send, unless they are on their way."""
+        if self.under_way is None:
+            self._send(source if self.index is None else source.index_select(0, self.index), self.splits)
+
+    def start_back(self, grad: Tensor) -> None:
+        self._send(grad, Splits(self.splits.receive, self.splits.send))
+
+    def finish(self, dtype: torch.dtype) -> Tensor:
+        arrived, self.under_way = self.under_way, None
+        return arrived().to(dtype)
+
+    def _send(self, rows: Tensor, splits: Splits) -> None:
+        rows = rows if self.dtype is None else rows.to(self.dtype)
+        self.under_way = start_all_to_all(rows, splits.send, splits.receive, self.group)
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, source: Tensor, leg: _Leg) -> Tensor:
+        clock.switch(leg.part)
+        ctx.leg, ctx.shape = leg, source.shape
+        leg.start(source)
+        return source.new_zeros(()).expand(sum(leg.splits.receive), *source.shape[1:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        clock.switch(ctx.leg.part)
+        rows = ctx.leg.finish(grad.dtype)
+        return rows if ctx.leg.index is None else _sum_rows(rows, ctx.leg.index, ctx.shape[0]), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ticket: Tensor, leg: _Leg, returning: Callable[[], None] | None) -> Tensor:
+        clock.switch(leg.part)
+        ctx.leg, ctx.returning = leg, returning
+        return leg.finish(ticket.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        clock.switch(ctx.leg.part)
+        ctx.leg.start_back(grad)
+        if ctx.returning is not None:
+            ctx.returning()
+        return grad.new_zeros(()).expand_as(grad), None, None
+
+
+class Shipment:
+    """Rows, weights and latents of tokens on their way to the experts' owners. Collective over the EP group.
+
+    Args:
+        hidden_TH, probs_TE, latents_TEr: of this rank's tokens.
+        exchange_dtype: of rows and their gradients on the way to other ranks; None: as they are. Weights and latents
+            stay as they are.
+    """
+
+    def __init__(
+        self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None,
+        latents_TEr: Tensor | None = None,
+    ):  # fmt: skip
+        self.plan = plan
+        of_routes = [probs_TE.flatten()] if latents_TEr is None else [probs_TE.flatten(), latents_TEr.flatten(0, 1)]
+        self.sources = [hidden_TH, *of_routes]
+        self.legs = []
+        if (travel := plan.travel) is not None:
+            self.legs = [_Leg(travel.token_M, travel.rows, plan.group, "dispatch", exchange_dtype)]
+            self.legs += [_Leg(plan.flat_N, travel.routes, plan.group, "dispatch") for _ in of_routes]
+        self.tickets = [leg.depart(source) for leg, source in zip(self.legs, self.sources, strict=False)]
+
+    def start(self) -> None:
+        """Send once more what has arrived before: a recompute keeps nothing of it."""
+        with torch.no_grad():
+            for leg, source in zip(self.legs, self.sources, strict=False):
+                leg.start(source)
+
+    def arrive(self) -> list[Tensor]:
+        """rows_RH, probs_R and, where there are latents, latents_Rr, ordered by expert."""
+        plan = self.plan
+        if plan.travel is None:
+            hidden_TH, *of_routes = self.sources
+            return [hidden_TH.index_select(0, plan.row_R), *(x.index_select(0, plan.flat_N) for x in of_routes)]
+        self.start()
+        rows_PH, *of_routes = (leg.arrive(ticket) for leg, ticket in zip(self.legs, self.tickets, strict=True))
+        order, inverse = plan.travel.expert_order_R, plan.travel.source_order_R
+        return [rows_PH.index_select(0, plan.row_R), *(_Reorder.apply(values, order, inverse) for values in of_routes)]
+
+
+class Return:
+    """What this rank's experts made of a shipment, on its way home. Collective over the EP group.
+
+    Args:
+        rows_PH: from `sum_of_routes`.
+        again: a shipment that will be needed once more in the backward pass; sent when the gradients of these rows are.
+    """
+
+    def __init__(
+        self, rows_PH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None, again: Shipment | None = None
+    ):
+        self.rows_PH, self.plan, self.again = rows_PH, plan, again
+        if (travel := plan.travel) is not None:
+            self.leg = _Leg(None, Splits(travel.rows.receive, travel.rows.send), plan.group, "combine", exchange_dtype)
+            self.rows_PH = self.leg.depart(rows_PH)
+
+    def arrive(self) -> Tensor:
+        """The sum for each token, [T, H], exactly 0 where a token has no route."""
+        if self.plan.travel is None:
+            return self.rows_PH
+        rows_MH = self.leg.arrive(self.rows_PH, None if self.again is None else self.again.start)
+        return _sum_rows(rows_MH, self.plan.travel.token_M, self.plan.tokens)
+
+
 def dispatch(
     hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by expert.
-
-    exchange_dtype: of rows and their gradients on the way to other ranks; None: as they are. Weights stay as they are.
-    """
-    rows_PH = hidden_TH
-    if plan.travel is not None:
-        rows_MH = hidden_TH.index_select(0, plan.travel.token_M)
-        rows_PH = _exchange(rows_MH, plan.travel.rows.send, plan.travel.rows.receive, plan, exchange_dtype)
-    return rows_PH.index_select(0, plan.row_R), _send_routes(probs_TE.flatten(), plan)
-
-
-def dispatch_latents(latents_TEr: Tensor, plan: RoutePlan) -> Tensor:
-    """Bring the latent of every route to the expert's owner: [R, r], ordered by expert."""
-    return _send_routes(latents_TEr.flatten(0, 1), plan)
-
-
-def _send_routes(values: Tensor, plan: RoutePlan) -> Tensor:
-    """values [T * E, ...] of the active routes, at the experts' owners: [R, ...], ordered by expert."""
-    values_N = values.index_select(0, plan.flat_N)
-    if plan.travel is None:
-        return values_N
-    routes = plan.travel.routes
-    values_R = all_to_all_rows(values_N, routes.send, routes.receive, plan.group)
-    return _Reorder.apply(values_R, plan.travel.expert_order_R, plan.travel.source_order_R)
+    """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by expert."""
+    rows_RH, probs_R = Shipment(hidden_TH, probs_TE, plan, exchange_dtype).arrive()
+    return rows_RH, probs_R
 
 
 def combine(rows_RH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
     """Bring weighted expert outputs home and sum them per token: [T, H], exactly 0 where a token has no route."""
-    return bring_home(sum_of_routes(rows_RH, plan), plan, exchange_dtype)
+    return Return(sum_of_routes(rows_RH, plan), plan, exchange_dtype).arrive()
 
 
 def sum_of_routes(rows_RH: Tensor, plan: RoutePlan) -> Tensor:
@@ -208,19 +190,5 @@ def sum_of_routes(rows_RH: Tensor, plan: RoutePlan) -> Tensor:
     return _sum_rows(rows_RH, plan.row_R, plan.tokens if plan.travel is None else plan.travel.received)
 
 
-def bring_home(rows_PH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
-    """From the ranks that it went to, the sum for each token: [T, H]."""
-    if plan.travel is None:
-        return rows_PH
-    rows_MH = _exchange(rows_PH, plan.travel.rows.receive, plan.travel.rows.send, plan, exchange_dtype)
-    return _sum_rows(rows_MH, plan.travel.token_M, plan.tokens)
-
-
-def _exchange(rows: Tensor, send: list[int], receive: list[int], plan: RoutePlan, dtype: torch.dtype | None) -> Tensor:
-    """All-to-all in `dtype`, in the backward pass too: sums are taken in the rows' own dtype, before and after."""
-    sent = rows if dtype is None else rows.to(dtype)
-    return all_to_all_rows(sent, send, receive, plan.group).to(rows.dtype)
-
-
 def _sum_rows(rows: Tensor, to: Tensor, count: int) -> Tensor:
-    return rows.new_zeros(count, rows.size(1)).index_add(0, to, rows)
+    return rows.new_zeros(count, *rows.shape[1:]).index_add(0, to, rows)

@@ -5,9 +5,15 @@ route -> plan -> [dispatch -> experts] -> combine -> + shared experts
 The part in brackets can be recomputed in the backward pass, and from there to combine some of the tokens can be done at
 a time. Routing and plans stay outside, so a recompute reuses the route that was taken: it cannot flip one, and counts
 and controllers never see a token twice.
+
+While the experts work on one part of the tokens, the next part is on its way to them and the one before on its way
+home; in the backward pass likewise, the other way round. Shared experts work while the first part travels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -15,7 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe.clock import REST, clock
-from dsmoe.moe.dispatch import PlanInProgress, RoutePlan, bring_home, dispatch, dispatch_latents, sum_of_routes
+from dsmoe.moe.dispatch import Return, Shipment, sum_of_routes
+from dsmoe.moe.plan import PlanInProgress
 
 
 class VariableMoELayer(MoELayer):
@@ -23,8 +30,8 @@ class VariableMoELayer(MoELayer):
 
     Args:
         recompute: redo dispatch and experts in the backward pass instead of keeping their activations.
-        chunks: bring the tokens to the experts in that many parts, one after another. With `recompute`, buffers and
-            activations of one part are all that exists at a time, however many routes a rank receives.
+        chunks: bring the tokens to the experts in that many parts, of which two travel while one is worked on. With
+            `recompute`, that is all that exists of buffers and activations, however many routes a rank receives.
         exchange_dtype: of rows and their gradients while they travel between ranks; None keeps that of the model.
         Others: Megatron-Core's. `submodules.experts` builds `dsmoe.moe.experts.GroupedExperts`.
     """
@@ -47,16 +54,19 @@ class VariableMoELayer(MoELayer):
         of_tokens = [hidden_states.flatten(0, 1), probs_TE]
         if latent and self.router.sends_latents:
             of_tokens.append(latent.pop())
+        of_router = {"reduce_erH": latent[0]} if latent else {}
         plans = [PlanInProgress(map_tE, self.ep_group) for map_tE in self._parts(map_TE)]
-        shared = self._shared_experts(hidden_states)  # run while the plans' sizes travel to the host
-        outputs = []
-        for started, (hidden_tH, probs_tE, *sent) in zip(plans, zip(*map(self._parts, of_tokens)), strict=True):
-            inputs = (hidden_tH, probs_tE, started.finish(), *sent, *latent)
-            if self.recompute and self.training:
-                rows_PH = checkpoint(self._at_experts, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                rows_PH = self._at_experts(*inputs)
-            outputs.append(bring_home(rows_PH, inputs[2], self.exchange_dtype))
+        alone = self.ep_group.size() == 1
+        shared = self._shared_experts(hidden_states) if alone else None  # while the plans' sizes travel to the host
+        shipments = one_ahead(
+            Shipment(hidden_tH, probs_tE, plan.finish(), self.exchange_dtype, *sent)
+            for plan, (hidden_tH, probs_tE, *sent) in zip(plans, zip(*map(self._parts, of_tokens)), strict=True)
+        )
+        first = next(shipments)
+        if not alone:
+            shared = self._shared_experts(hidden_states)
+        returns = one_ahead(self._to_experts(shipment, of_router) for shipment in chain([first], shipments))
+        outputs = [rows.arrive() for rows in returns]
         output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(hidden_states)
         (output,) = clock.boundary("combine", REST, output if shared is None else output + shared)
         return output, None
@@ -71,18 +81,34 @@ class VariableMoELayer(MoELayer):
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The same number of parts on every rank, with tokens in them or not: each part is collective. All in one is
         no part: the gradient of a slice would be a copy."""
-        return (rows,) if self.chunks == 1 else rows.tensor_split(self.chunks)
+        if self.chunks == 1:
+            return (rows,)
+        least, more = divmod(len(rows), self.chunks)
+        return rows.split([least + (part < more) for part in range(self.chunks)])
 
-    def _at_experts(self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, *latent: Tensor) -> Tensor:
+    def _to_experts(self, shipment: Shipment, of_router: dict[str, Tensor]) -> Return:
+        recompute = self.recompute and self.training
+        if recompute:
+            rows_PH = checkpoint(self._at_experts, shipment, of_router, use_reentrant=False, preserve_rng_state=False)
+        else:
+            rows_PH = self._at_experts(shipment, of_router)
+        return Return(rows_PH, shipment.plan, self.exchange_dtype, shipment if recompute else None)
+
+    def _at_experts(self, shipment: Shipment, of_router: dict[str, Tensor]) -> Tensor:
         """What this rank's experts make of the tokens that came here, [P, H]. On its way home nothing needs it in the
         backward pass, so a recompute ends here."""
-        rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan, self.exchange_dtype)
-        more = {}
-        if latent and self.router.sends_latents:
-            more["latents_Rr"] = dispatch_latents(latent[0], plan)
-        elif latent:
-            more["reduce_erH"] = latent[0]
+        rows_RH, probs_R, *latents_Rr = shipment.arrive()
         rows_RH, probs_R = clock.boundary("dispatch", "experts", rows_RH, probs_R)
-        out_RH, _ = self.experts(rows_RH, plan.routes_per_expert_e, probs_R, **more)
+        sent = {"latents_Rr": latents_Rr[0]} if latents_Rr else {}
+        out_RH, _ = self.experts(rows_RH, shipment.plan.routes_per_expert_e, probs_R, **sent, **of_router)
         (out_RH,) = clock.boundary("experts", "combine", out_RH)
-        return sum_of_routes(out_RH, plan)
+        return sum_of_routes(out_RH, shipment.plan)
+
+
+def one_ahead(items: Iterable) -> Iterator:
+    """The same items, each once the next has been made."""
+    held: list = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held

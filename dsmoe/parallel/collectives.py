@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import deepspeed.comm as dist
 import torch
 from torch import Tensor
@@ -30,20 +32,32 @@ class _AllToAllRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, send: list[int], receive: list[int], group) -> Tensor:
         ctx.splits, ctx.group = (send, receive), group
-        return _exchange(rows, send, receive, group)
+        return start_all_to_all(rows, send, receive, group)()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         send, receive = ctx.splits
-        return _exchange(grad, receive, send, ctx.group), None, None, None
+        return start_all_to_all(grad, receive, send, ctx.group)(), None, None, None
 
 
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group) -> Tensor:
+def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group) -> Callable[[], Tensor]:
+    """Begin what `all_to_all_rows` does, without a gradient. What it returns waits for the rows: what is done before it
+    is called hides the exchange. Every rank must begin its exchanges in the same order."""
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
     traffic.sent_bytes += (len(rows) - send[group.rank()]) * rows[:1].numel() * rows.element_size()
+    return _begin(received, rows, receive, send, group)
+
+
+def _begin(received: Tensor, sent: Tensor, receive, send, group) -> Callable[[], Tensor]:
     with clock.within("exchange"):
-        dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+        work = dist.all_to_all_single(received, sent.contiguous(), receive, send, group=group, async_op=True)
+
+    def arrived() -> Tensor:
+        with clock.within("exchange"):
+            work.wait()
+        return received
+
+    return arrived
 
 
 def all_to_all_rows(rows: Tensor, send: list[int], receive: list[int], group) -> Tensor:
@@ -67,13 +81,12 @@ def all_gather_rows(rows: Tensor, sizes: list[int], group) -> Tensor:
     return all_to_all_rows(rows.repeat(ranks, *[1] * (rows.dim() - 1)), [rows.size(0)] * ranks, sizes, group)
 
 
-def all_to_all_counts(counts: Tensor, group) -> Tensor:
-    """Exchange one row of counts with each rank: int64 [ranks, n] by destination -> int64 [ranks, n] by source."""
+def start_counts(counts: Tensor, group) -> Callable[[], Tensor]:
+    """Begin to exchange one row of counts with each rank: int64 [ranks, n] by destination. What it returns waits for
+    int64 [ranks, n] by source."""
     if group.size() == 1:
-        return counts
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=group)
-    return received
+        return lambda: counts
+    return _begin(torch.empty_like(counts), counts, None, None, group)
 
 
 def sum_over(group, values: Tensor) -> Tensor:

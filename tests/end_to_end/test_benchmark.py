@@ -26,7 +26,7 @@ def test_layer_on_two_ranks_has_every_row(layer):
     names = {"dense SwiGLU", "copy", "experts' products alone", "DeepSpeed AutoEP", "DeepSpeed MoE"}
     names |= {f"dsmoe {name}" for name in routers}
     names |= {"route", "plan + dispatch", "experts", "combine"}
-    names |= {"dsmoe aoe, latents sent", "dsmoe routing_free, latents sent"}
+    names |= {"dsmoe aoe, latents sent", "dsmoe routing_free, latents sent", "dsmoe topk, 4 parts"}
     assert [row for row in found["layer"] if "error" in row] == []
     assert {row["name"] for row in found["layer"]} == names
     assert all(name in output for name in names - {"copy"})
