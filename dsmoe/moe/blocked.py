@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.memory import kept_memory
+from dsmoe.moe.sums import gradient_sum
 
 BLOCK = 512  # rows whose activations a core's cache can hold
 FEW = 8  # experts of a block that are multiplied one by one; of more, a loop in Python costs more than a copy
@@ -130,8 +130,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def swiglu_experts(
-    projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int]
-) -> Tensor:
+    projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int],
+    sums: dict[int, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Weighted expert outputs [R, H].
 
     Args:
@@ -140,14 +141,15 @@ def swiglu_experts(
         down_eHF: down projections.
         probs_R: fp32 weight of each row.
         counts: rows of each expert.
+        sums: of the weights' gradients, shared with other parts of the pass (`dsmoe.moe.sums`).
     """
     flat = [tensor for pair in projections for tensor in pair]
-    return _SwiGLUExperts.apply(counts, probs_R, down_eHF, *flat)
+    return _SwiGLUExperts.apply(counts, sums, probs_R, down_eHF, *flat)
 
 
 class _SwiGLUExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, counts: list[int], probs_R: Tensor, down_eHF: Tensor, *flat: Tensor) -> Tensor:
+    def forward(ctx, counts: list[int], sums, probs_R: Tensor, down_eHF: Tensor, *flat: Tensor) -> Tensor:
         rows, weights = flat[0::2], flat[1::2]
         dtype, (_, hidden, ffn) = rows[0].dtype, down_eHF.shape
         wide = _compute_dtype(dtype)
@@ -169,7 +171,7 @@ class _SwiGLUExperts(torch.autograd.Function):
                     out_RH[low:high] = out
 
         run_tasks(work, split_work(counts, torch.get_num_threads(), BLOCK))
-        ctx.counts = counts
+        ctx.counts, ctx.sums = counts, sums
         ctx.save_for_backward(h_RF, probs_R, down_eHF, *flat)
         return out_RH
 
@@ -184,8 +186,8 @@ class _SwiGLUExperts(torch.autograd.Function):
         grad_rows = [torch.empty_like(source) for source in rows]
         columns = _columns(weights)
         tasks = split_work(ctx.counts, torch.get_num_threads(), BLOCK)
-        down = _WeightGradient(down_eHF, ctx.counts, wide)
-        others = [_WeightGradient(weight, ctx.counts, wide) for weight in weights]
+        down = _WeightGradient(down_eHF, ctx.counts, wide, ctx.sums)
+        others = [_WeightGradient(weight, ctx.counts, wide, ctx.sums) for weight in weights]
 
         def work(task: Task) -> None:
             for block in task:
@@ -212,7 +214,7 @@ class _SwiGLUExperts(torch.autograd.Function):
 
         run_tasks(work, tasks)
         found = [x for pair in zip(grad_rows, (to.finish() for to in others), strict=True) for x in pair]
-        return None, grad_probs_R, down.finish(), *found
+        return None, None, grad_probs_R, down.finish(), *found
 
 
 def _multiply(left_BK: Tensor, weight_eKN: Tensor, block: list[Segment], out_BN: Tensor) -> None:
@@ -241,17 +243,20 @@ def _columns(weights: list[Tensor]) -> list[slice]:
 
 
 class _WeightGradient:
-    """Gradient [e, N, K] of a packed weight, summed block by block; each (expert, part) by one thread."""
+    """Gradient [e, N, K] of a packed weight, summed block by block; each (expert, part) by one thread. It may go onto
+    what other parts of the pass have put there."""
 
-    def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype):
-        self.result = kept_memory.gradient(weight)
+    def __init__(self, weight: Tensor, counts: list[int], wide: torch.dtype, sums: dict[int, Tensor] | None):
+        self.result, self.adds = gradient_sum(weight, sums)
         self.experts = self.result.unbind(0)
         self.ends = list(accumulate(counts))
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count == 0:
-                expert.zero_()
         self.wide = wide
         self.sums: dict[tuple[int, int], Tensor] = {}
+        for expert, count in enumerate(counts):
+            if count and self.adds and wide == self.result.dtype:
+                self.sums[expert, 0] = self.experts[expert]
+            elif not count and not self.adds:
+                self.experts[expert].zero_()
 
     def add(self, block: list[Segment], left_BN: Tensor, right_BK: Tensor) -> None:
         """Add left^T right of every segment."""
@@ -265,13 +270,19 @@ class _WeightGradient:
             else:
                 self.sums[key] = torch.mm(left.t(), right)
             if self.wide != self.result.dtype and s.part == 0 and s.rows.stop == self.ends[s.expert]:
-                self.experts[s.expert].copy_(self.sums.pop(key))  # whole: no need to keep it wide
+                self._put(s.expert, self.sums.pop(key))  # whole: no need to keep it wide
 
-    def finish(self) -> Tensor:
-        """The whole gradient, once all threads are done."""
+    def finish(self) -> Tensor | None:
+        """The whole gradient, once all threads are done; None where another part returns it."""
         for (expert, part), total in sorted(self.sums.items(), reverse=True):
             if part:
                 self.sums[expert, 0].add_(total)
             elif self.wide != self.result.dtype:
-                self.experts[expert].copy_(total)
-        return self.result
+                self._put(expert, total)
+        return None if self.adds else self.result
+
+    def _put(self, expert: int, total: Tensor) -> None:
+        if self.adds:
+            self.experts[expert].add_(total)
+        else:
+            self.experts[expert].copy_(total)

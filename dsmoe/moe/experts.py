@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dsmoe.errors import ConfigError
 from dsmoe.moe import blocked, native
+from dsmoe.moe.sums import GradientSums
 from dsmoe.native import takes, unavailable
 from dsmoe.parallel.groups import mark_expert_parameter
 
@@ -108,19 +109,29 @@ class GroupedExperts(AutoEPMoELayer):
     def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
         """Called by DeepSpeed's engine; the groups exist already."""
 
-    def forward(self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor) -> tuple[Tensor, None]:
-        """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide."""
+    def forward(
+        self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor, sums: GradientSums | None = None
+    ) -> tuple[Tensor, None]:
+        """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide.
+
+        `sums`: shared by the parts of a pass through these experts.
+        """
         if self.implementation in ON_CPU:
-            return self._on_cpu([(rows_RH, self.gate_up_proj)], routes_per_expert_e, probs_R), None
+            return self._on_cpu([(rows_RH, self.gate_up_proj)], routes_per_expert_e, probs_R, sums), None
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
         gate, up = self.linear(rows_RH, self.gate_up_proj, ends).chunk(2, dim=-1)
         return self._down(gate, up, probs_R, ends), None
 
-    def _on_cpu(self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor) -> Tensor:
-        tensors = [tensor for pair in projections for tensor in pair]
-        fits = self.implementation == "native" and takes(*tensors, self.down_proj, dtypes=native.DTYPES)
-        way = native if fits else blocked
-        return way.swiglu_experts(projections, self.down_proj, probs_R, counts_e.tolist())  # on a CPU nothing waits
+    def _on_cpu(
+        self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor, sums: GradientSums | None
+    ) -> Tensor:
+        rows, weights = zip(*projections, strict=True)
+        fits = self.implementation == "native" and takes(*rows, *weights, self.down_proj, dtypes=native.DTYPES)
+        way, counts = native if fits else blocked, counts_e.tolist()  # on a CPU nothing waits
+        if sums is None or hasattr(self.down_proj, "ds_id"):  # ZeRO 3 gathers a parameter, and would keep its views
+            return way.swiglu_experts(projections, self.down_proj, probs_R, counts)
+        *weights, down = sums.shared(*weights, self.down_proj)
+        return way.swiglu_experts(list(zip(rows, weights, strict=True)), down, probs_R, counts, sums.sums)
 
     def _down(self, gate_RF: Tensor, up_RF: Tensor, probs_R: Tensor, ends_e: Tensor) -> Tensor:
         inner = F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(gate_RF.dtype)
@@ -147,7 +158,7 @@ class LowRankExperts(GroupedExperts):
 
     def forward(
         self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor,
-        latents_Rr: Tensor | None = None, reduce_erH: Tensor | None = None,
+        sums: GradientSums | None = None, latents_Rr: Tensor | None = None, reduce_erH: Tensor | None = None,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Weighted expert outputs [R, H], from the latents of these rows or from the matrices A that give them."""
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
@@ -155,6 +166,6 @@ class LowRankExperts(GroupedExperts):
             latents_Rr = self.linear(rows_RH, reduce_erH, ends)
         if self.implementation in ON_CPU:
             projections = [(latents_Rr, self.gate_proj), (rows_RH, self.up_proj)]
-            return self._on_cpu(projections, routes_per_expert_e, probs_R), None
+            return self._on_cpu(projections, routes_per_expert_e, probs_R, sums), None
         gate = self.linear(latents_Rr, self.gate_proj, ends)
         return self._down(gate, self.linear(rows_RH, self.up_proj, ends), probs_R, ends), None

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from dsmoe.clock import REST, clock
 from dsmoe.moe.dispatch import Return, Shipment, sum_of_routes
 from dsmoe.moe.plan import PlanInProgress
+from dsmoe.moe.sums import GradientSums
 
 
 class VariableMoELayer(MoELayer):
@@ -54,7 +55,9 @@ class VariableMoELayer(MoELayer):
         of_tokens = [hidden_states.flatten(0, 1), probs_TE]
         if latent and self.router.sends_latents:
             of_tokens.append(latent.pop())
-        of_router = {"reduce_erH": latent[0]} if latent else {}
+        more = {"reduce_erH": latent[0]} if latent else {}
+        if self.chunks > 1:
+            more["sums"] = GradientSums()
         plans = [PlanInProgress(map_tE, self.ep_group) for map_tE in self._parts(map_TE)]
         alone = self.ep_group.size() == 1
         shared = self._shared_experts(hidden_states) if alone else None  # while the plans' sizes travel to the host
@@ -65,7 +68,7 @@ class VariableMoELayer(MoELayer):
         first = next(shipments)
         if not alone:
             shared = self._shared_experts(hidden_states)
-        returns = one_ahead(self._to_experts(shipment, of_router) for shipment in chain([first], shipments))
+        returns = one_ahead(self._to_experts(shipment, more) for shipment in chain([first], shipments))
         outputs = [rows.arrive() for rows in returns]
         output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(hidden_states)
         (output,) = clock.boundary("combine", REST, output if shared is None else output + shared)
@@ -86,21 +89,21 @@ class VariableMoELayer(MoELayer):
         least, more = divmod(len(rows), self.chunks)
         return rows.split([least + (part < more) for part in range(self.chunks)])
 
-    def _to_experts(self, shipment: Shipment, of_router: dict[str, Tensor]) -> Return:
+    def _to_experts(self, shipment: Shipment, more: dict) -> Return:
         recompute = self.recompute and self.training
         if recompute:
-            rows_PH = checkpoint(self._at_experts, shipment, of_router, use_reentrant=False, preserve_rng_state=False)
+            rows_PH = checkpoint(self._at_experts, shipment, more, use_reentrant=False, preserve_rng_state=False)
         else:
-            rows_PH = self._at_experts(shipment, of_router)
+            rows_PH = self._at_experts(shipment, more)
         return Return(rows_PH, shipment.plan, self.exchange_dtype, shipment if recompute else None)
 
-    def _at_experts(self, shipment: Shipment, of_router: dict[str, Tensor]) -> Tensor:
+    def _at_experts(self, shipment: Shipment, more: dict) -> Tensor:
         """What this rank's experts make of the tokens that came here, [P, H]. On its way home nothing needs it in the
         backward pass, so a recompute ends here."""
         rows_RH, probs_R, *latents_Rr = shipment.arrive()
         rows_RH, probs_R = clock.boundary("dispatch", "experts", rows_RH, probs_R)
         sent = {"latents_Rr": latents_Rr[0]} if latents_Rr else {}
-        out_RH, _ = self.experts(rows_RH, shipment.plan.routes_per_expert_e, probs_R, **sent, **of_router)
+        out_RH, _ = self.experts(rows_RH, shipment.plan.routes_per_expert_e, probs_R, **sent, **more)
         (out_RH,) = clock.boundary("experts", "combine", out_RH)
         return sum_of_routes(out_RH, shipment.plan)
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.memory import kept_memory
+from dsmoe.moe.sums import gradient_sum
 from dsmoe.native import LANES, run
 
 DTYPES = (torch.float32, torch.bfloat16)
 LEAST = 512  # rows of a part of an expert that several threads work on
-ITEM = np.dtype([("expert", "i8"), ("low", "i8"), ("high", "i8"), ("grad_weight", "u8", 2), ("grad_down", "u8")])
+ITEM = np.dtype([("expert", "i8"), ("low", "i8"), ("high", "i8"), ("adds", "i8"), ("grad_weight", "u8", 2),
+                 ("grad_down", "u8")])  # fmt: skip
 
 
 class _Source(ctypes.Structure):
@@ -34,23 +35,24 @@ class _Layer(ctypes.Structure):
 
 
 def swiglu_experts(
-    projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int]
-) -> Tensor:
+    projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int],
+    sums: dict[int, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Weighted expert outputs [R, H]: as `dsmoe.moe.blocked.swiglu_experts`, for what `dsmoe.native.takes` in one of
     `DTYPES`; weights of rows in any dtype. Raises `NoKernel`."""
     flat = [tensor.contiguous() for pair in projections for tensor in pair]
-    return _SwiGLU.apply(counts, probs_R.float().contiguous(), down_eHF.contiguous(), *flat)
+    return _SwiGLU.apply(counts, sums, probs_R.float().contiguous(), down_eHF.contiguous(), *flat)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, counts: list[int], probs_R: Tensor, down_eHF: Tensor, *flat: Tensor) -> Tensor:
+    def forward(ctx, counts: list[int], sums, probs_R: Tensor, down_eHF: Tensor, *flat: Tensor) -> Tensor:
         _, hidden, ffn = down_eHF.shape
         ctx.items = items(counts, torch.get_num_threads())
         out_RH = flat[0].new_empty(len(probs_R), hidden)
         h = flat[0].new_empty(len(probs_R) * 2 * ffn + 2 * LANES)  # a vector may be read that begins in its last line
         run("dsmoe_swiglu_forward", _layer(flat, down_eHF, probs_R, h, out_RH), len(ctx.items), ctx.items.ctypes.data)
-        ctx.counts = counts
+        ctx.counts, ctx.sums = counts, sums
         ctx.save_for_backward(h, probs_R, down_eHF, *flat)
         return out_RH
 
@@ -66,14 +68,14 @@ class _SwiGLU(torch.autograd.Function):
         for source, grad in zip(layer.source, grad_rows, strict=False):
             source.grad_rows = grad.data_ptr()
         work = ctx.items.copy()
-        sums = [_WeightGradient(weight, ctx.counts, work) for weight in (*flat[1::2], down_eHF)]
-        for place, total in enumerate(sums[:-1]):
+        totals = [_WeightGradient(weight, ctx.counts, work, ctx.sums) for weight in (*flat[1::2], down_eHF)]
+        for place, total in enumerate(totals[:-1]):
             work["grad_weight"][:, place] = total.pointers
-        work["grad_down"] = sums[-1].pointers
+        work["grad_down"] = totals[-1].pointers
         run("dsmoe_swiglu_backward", layer, len(work), work.ctypes.data)
-        *grad_weights, grad_down = (total.finish() for total in sums)
+        *grad_weights, grad_down = (total.finish() for total in totals)
         found = [x for pair in zip(grad_rows, grad_weights, strict=True) for x in pair]
-        return None, grad_probs_R, grad_down, *found
+        return None, None, grad_probs_R, grad_down, *found
 
 
 def items(counts: list[int], threads: int) -> np.ndarray:
@@ -96,12 +98,13 @@ def items(counts: list[int], threads: int) -> np.ndarray:
 
 class _WeightGradient:
     """The gradient [e, ...] of a packed weight, and where each item writes its part of it: the first item of an expert
-    into the gradient itself, others into memory of their own that is added at the end."""
+    into the gradient itself, or onto what other parts of the pass have put there; others into memory of their own that
+    is added at the end."""
 
-    def __init__(self, weight: Tensor, counts: list[int], work: np.ndarray):
-        self.result = kept_memory.gradient(weight)
+    def __init__(self, weight: Tensor, counts: list[int], work: np.ndarray, sums: dict[int, Tensor] | None):
+        self.result, self.adds = gradient_sum(weight, sums)
         empty = [expert for expert, count in enumerate(counts) if not count]
-        if empty:
+        if empty and not self.adds:
             self.result[torch.tensor(empty)] = 0
         experts = work["expert"]
         self.pointers = (self.result.data_ptr() + experts * self.result[0].nbytes).astype("u8")
@@ -109,11 +112,12 @@ class _WeightGradient:
         others = np.setdiff1d(np.arange(len(work)), first)
         self.others = [(int(experts[place]), torch.empty_like(weight[0])) for place in others]
         self.pointers[others] = [part.data_ptr() for _, part in self.others]
+        work["adds"][first] = self.adds
 
-    def finish(self) -> Tensor:
+    def finish(self) -> Tensor | None:
         for expert, part in self.others:
             self.result[expert] += part
-        return self.result
+        return None if self.adds else self.result
 
 
 def _layer(flat, down_eHF: Tensor, probs_R: Tensor, h: Tensor, out_RH: Tensor) -> _Layer:

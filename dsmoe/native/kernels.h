@@ -55,6 +55,12 @@ INLINE Integers rounded(Vector x) {
   return (Integers)choose(x == x, (Vector)(bits + 0x7fff + ((bits >> 16) & 1)), (Vector)nan);
 }
 
+// A vector of bf16 numbers.
+INLINE Vector numbers(const Half* from) {
+  typedef Half Few __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+  return (Vector)(__builtin_convertvector(*(const Few*)from, Integers) << 16);
+}
+
 // Two vectors as bf16 numbers, one after the other.
 INLINE Halves halves(Vector a, Vector b) {
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
@@ -225,7 +231,10 @@ INLINE void write(Half* to, const Vector* sums, Write how) {
   static_assert(V % 2 == 0, "two vectors become one");
 #pragma GCC unroll 2
   for (int v = 0; v < V; v += 2) {
-    const Halves both = halves(sums[v], sums[v + 1]);
+    const bool adds = how == Write::ADD;
+    const Vector low = adds ? sums[v] + numbers(to + v * LANES) : sums[v];
+    const Vector high = adds ? sums[v + 1] + numbers(to + (v + 1) * LANES) : sums[v + 1];
+    const Halves both = halves(low, high);
 #if defined(__AVX__)
     if (how == Write::PAST_CACHE) _mm256_stream_si256((__m256i*)(to + v * LANES), (__m256i)both);
     else

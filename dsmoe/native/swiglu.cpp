@@ -85,6 +85,7 @@ struct Layer {
 
 struct Item {  // rows of one expert; all of them, or a part for one of several threads
   int64_t expert, low, high;
+  int64_t adds;  // to gradients that are there
   void* grad_weight[2];
   void* grad_down;
 };
@@ -125,12 +126,13 @@ struct WeightGradient {
   Stored* result;
   float* sum;
   int64_t N, K;
+  bool adds;
 
   void add(int64_t rows, Side left, const float* right, bool first, bool last) const {
-    const Write final = (uintptr_t)result % sizeof(Vector) ? Write::SET : Write::PAST_CACHE;
-    const Write how = first ? Write::SET : Write::ADD;
+    const Write alone = (uintptr_t)result % sizeof(Vector) ? Write::SET : Write::PAST_CACHE;
+    const Write final = adds ? Write::ADD : alone, how = first ? Write::SET : Write::ADD;
     if (first && last) return outer<Number>(rows, left, right, N, K, result, final);
-    if constexpr (Number::PACKED == 1) return outer<Number>(rows, left, right, N, K, result, how);
+    if constexpr (Number::PACKED == 1) return outer<Number>(rows, left, right, N, K, result, adds ? Write::ADD : how);
     outer<Number>(rows, left, right, N, K, sum, how);
     if (last) write_all(final);
   }
@@ -156,7 +158,7 @@ static void backward(const Layer& layer, const Item& item, float* memory) {
   typedef WeightGradient<Number> Gradient;
   auto gradient = [&](void* result, int64_t rows, int64_t width) {
     float* sum = std::exchange(sums, sums + rows * width);
-    return Gradient{(typename Gradient::Stored*)result, sum, rows, width};
+    return Gradient{(typename Gradient::Stored*)result, sum, rows, width, item.adds != 0};
   };
   const Gradient down = gradient(item.grad_down, H, F);
   const Gradient up[] = {gradient(item.grad_weight[0], N, layer.source[0].width),
