@@ -21,7 +21,7 @@ from dsmoe.routers.base import BalanceScope, Routing
 from dsmoe.routers.losses import balance_product
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import map_of, softmax_with_sums, spread
+from dsmoe.routers.scores import largest_shares, map_of, spread
 
 
 class AoEOptions(LowRankOptions):
@@ -46,9 +46,8 @@ class AutonomyOfExperts(LowRankRouter):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         score_TE, latents = self.score(hidden_TH)
-        softmax_TE, softmax_sum_E = softmax_with_sums(score_TE)
-        score_Tk, expert_Tk = score_TE.topk(self.options.k, dim=-1)
-        gate_Tk = softmax_TE.gather(1, expert_Tk) if self.options.gates == "all" else score_Tk.softmax(dim=-1)
+        of_all = self.options.gates == "all"
+        gate_Tk, expert_Tk, softmax_sum_E = largest_shares(score_TE, self.options.k, of_all=of_all)
         return Routing(
             spread(gate_Tk, expert_Tk, score_TE),
             map_of(expert_Tk, score_TE),

@@ -22,32 +22,56 @@ def map_of(expert_Tk: Tensor, like_TE: Tensor) -> Tensor:
     return torch.zeros_like(like_TE, dtype=torch.bool).scatter_(1, expert_Tk, True)
 
 
-def softmax_with_sums(logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """P = softmax(logits) [T, E], and its sum over tokens [E].
+class Largest(NamedTuple):
+    """What `largest_shares` makes of scores."""
 
-    Their gradients meet in one buffer [T, E]. By itself each would bring its own and a copy of it, which with many
+    gate_Tk: Tensor  # weights of a token's k largest experts, largest first
+    expert_Tk: Tensor  # int64, which they are
+    sum_E: Tensor  # of P over tokens
+
+
+def largest_shares(scores_TE: Tensor, k: int, *, of_all: bool) -> Largest:
+    """P = softmax(scores), and weights for each token's k largest: P of all experts, or the softmax over these k alone.
+
+    All gradients meet in one buffer [T, E]. With plain operators each brings its own and a copy of it, which with many
     experts is a good part of what routing costs (docs/performance.md).
     """
-    return _SoftmaxWithSums.apply(logits_TE)
+    return Largest(*_LargestShares.apply(scores_TE, k, of_all))
 
 
-class _SoftmaxWithSums(torch.autograd.Function):
+class _LargestShares(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE: Tensor):
-        softmax_TE = logits_TE.softmax(dim=-1)
-        ctx.save_for_backward(softmax_TE)
+    def forward(ctx, scores_TE: Tensor, k: int, of_all: bool):
+        softmax_TE = scores_TE.softmax(dim=-1)
+        score_Tk, expert_Tk = scores_TE.topk(k, dim=-1)
+        gate_Tk = softmax_TE.gather(1, expert_Tk) if of_all else score_Tk.softmax(dim=-1)
+        ctx.save_for_backward(softmax_TE, gate_Tk, expert_Tk)
+        ctx.of_all = of_all
+        ctx.mark_non_differentiable(expert_Tk)
         ctx.set_materialize_grads(False)
-        return softmax_TE, softmax_TE.sum(0)
+        return gate_Tk, expert_Tk, softmax_TE.sum(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TE: Tensor | None, grad_E: Tensor | None):
-        (softmax_TE,) = ctx.saved_tensors
+    def backward(ctx, grad_Tk: Tensor | None, _, grad_E: Tensor | None):
+        softmax_TE, gate_Tk, expert_Tk = ctx.saved_tensors
         result_TE = torch.empty_like(softmax_TE)
         for rows in _blocks(softmax_TE):
-            grad = None if grad_TE is None else grad_TE[rows].clone()
-            result_TE[rows] = _softmax_backward(softmax_TE[rows], grad, grad_E)
-        return result_TE
+            P, result = softmax_TE[rows], result_TE[rows]
+            if grad_E is None:
+                result.zero_()
+            else:
+                torch.ops.aten._softmax_backward_data.out(grad_E.expand_as(P), P, -1, P.dtype, grad_input=result)
+            if grad_Tk is None:
+                continue
+            grad, gate = grad_Tk[rows], gate_Tk[rows]
+            if ctx.of_all:
+                weighted = grad * gate
+                result.addcmul_(P, weighted.sum(dim=-1, keepdim=True), value=-1)
+            else:
+                weighted = torch._softmax_backward_data(grad, gate, -1, gate.dtype)
+            result.scatter_add_(1, expert_Tk[rows], weighted)
+        return result_TE, None, None
 
 
 def _softmax_backward(

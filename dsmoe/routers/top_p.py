@@ -29,6 +29,7 @@ from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Shares, chosen_shares
 
 Rule = Literal["above", "reach"]
+LARGEST = 16  # experts of a token that are looked at before all of them are sorted
 
 
 class TopPOptions(RouterOptions):
@@ -54,15 +55,43 @@ class TopPOptions(RouterOptions):
 def top_p_map(probs_TE: Tensor, p: float | Tensor, rule: Rule) -> Tensor:
     """bool [T, E]: the fewest experts, largest first, whose fp32 probabilities sum to more than p (or reach it).
 
-    An expert belongs to them while the mass before it has not crossed p; before the first that mass is 0.
+    An expert belongs to them while the mass before it has not crossed p; before the first that mass is 0. Of equal ones
+    the first in order do.
     """
-    sorted_TE, expert_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True)
-    before_TE = F.pad(sorted_TE.cumsum(dim=-1)[:, :-1], (1, 0))
-    kept_TE = before_TE <= p if rule == "above" else before_TE < p
+    probs_TE = probs_TE.detach()
+    if probs_TE.device.type != "cpu" or probs_TE.size(1) < 4 * LARGEST:
+        return map_by_sorting(probs_TE, p, rule)
+    return _map_by_the_largest(probs_TE, p, rule)
+
+
+def map_by_sorting(probs_TE: Tensor, p: float | Tensor, rule: Rule) -> Tensor:
+    """The same, plainly."""
+    sorted_TE, expert_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, expert_TE, _kept(sorted_TE, p, rule))
+
+
+def _map_by_the_largest(probs_TE: Tensor, p: float | Tensor, rule: Rule) -> Tensor:
+    """The same, where most tokens need a few experts of many: the others are sorted. It asks how many those are, for
+    which a GPU would have to wait."""
+    largest_Tm = probs_TE.topk(LARGEST, dim=-1).values
+    place_T1 = _kept(largest_Tm, p, rule).sum(dim=-1, keepdim=True) - 1  # of the last expert that is kept
+    least_T1 = largest_Tm.gather(1, place_T1)
+    # Enough where one that is not kept was seen, and it is smaller.
+    next_T1 = largest_Tm.gather(1, (place_T1 + 1).clamp(max=LARGEST - 1))
+    map_TE = probs_TE >= least_T1
+    rest = (~(next_T1 < least_T1)).squeeze(1).nonzero().squeeze(1)
+    if len(rest):
+        map_TE[rest] = map_by_sorting(probs_TE[rest], p, rule)
+    return map_TE
+
+
+def _kept(sorted_TX: Tensor, p: float | Tensor, rule: Rule) -> Tensor:
+    before_TX = F.pad(sorted_TX.cumsum(dim=-1)[:, :-1], (1, 0))
+    kept_TX = before_TX <= p if rule == "above" else before_TX < p
     # Rounded sums may reach 1 early. At p = 1 every expert stays; under any p the first one does.
-    kept_TE = kept_TE | (p >= 1)
-    kept_TE[:, 0] = True
-    return torch.zeros_like(kept_TE).scatter(1, expert_TE, kept_TE)
+    kept_TX = kept_TX | (p >= 1)
+    kept_TX[:, 0] = True
+    return kept_TX
 
 
 @register("top_p")

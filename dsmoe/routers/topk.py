@@ -22,7 +22,7 @@ from torch import Tensor
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import map_of, softmax_with_sums, spread
+from dsmoe.routers.scores import largest_shares, map_of, spread
 
 
 class TopKOptions(RouterOptions):
@@ -60,12 +60,9 @@ class TopKRouter(Router):
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         options = self.options
         logits_TE = self.gating(hidden_TH)
-        softmax_TE, softmax_sum_E = softmax_with_sums(logits_TE)
-        logit_Tk, expert_Tk = logits_TE.topk(options.k, dim=-1)
-        if options.softmax == "after" or options.renormalize:
-            gate_Tk = logit_Tk.softmax(dim=-1)  # P over its sum in S, without the quotient of two small numbers
-        else:
-            gate_Tk = softmax_TE.gather(1, expert_Tk)
+        # Renormalised, P over its sum in S is the softmax over S, without the quotient of two small numbers.
+        of_all = options.softmax == "before" and not options.renormalize
+        gate_Tk, expert_Tk, softmax_sum_E = largest_shares(logits_TE, options.k, of_all=of_all)
         kept = {"softmax_sum_E": softmax_sum_E}
         if options.z_coefficient:
             kept["z_sum"] = logits_TE.logsumexp(dim=-1).square().sum()

@@ -12,7 +12,7 @@ from dsmoe.routers import available, low_rank, scores
 from dsmoe.routers.controllers import CutoffController, PIController
 from dsmoe.routers.losses import balance_product, mean_over_tokens, sequence_balance_sum
 from dsmoe.routers.recorder import Load, RoutingRecorder, RoutingTotals
-from dsmoe.routers.top_p import top_p_map
+from dsmoe.routers.top_p import map_by_sorting, top_p_map
 
 OWN = ("relu", "topk", "topk_bias", "top_p", "dtop_p", "expert_threshold")
 ALL = [name for name, router in available().items() if router.__module__.startswith("dsmoe.")]
@@ -141,26 +141,41 @@ def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
 
 
 @pytest.mark.parametrize("block", [7, 1 << 18])  # elements: a token at a time, and all at once
-@pytest.mark.parametrize(
-    ("chosen", "used"),  # chosen: by `chosen_shares`, which chooses all and has the entropy, too
-    [(chosen, used) for chosen in (False, True) for used in (("softmax",), ("sum",), ("softmax", "sum"))]
-    + [(True, ("entropy",)), (True, ("softmax", "sum", "entropy"))],
-)
-def test_softmax_with_sums_has_the_gradients_of_its_parts(monkeypatch, used, block, chosen):
+@pytest.mark.parametrize("used", [("softmax",), ("sum",), ("entropy",), ("softmax", "sum", "entropy")])
+def test_shares_of_all_have_the_gradients_of_their_parts(monkeypatch, used, block):
     monkeypatch.setattr(scores, "BLOCK", block)
     logits = 3 * torch.randn(9, 5, dtype=torch.float64)
     logits[0, 0] = 2000.0  # the others underflow to a probability of 0
     weights = {"softmax": torch.randn(9, 5), "sum": torch.randn(5), "entropy": torch.tensor(0.7)}
     found, plain = (logits.clone().requires_grad_() for _ in range(2))
-    if chosen:
-        shares = scores.chosen_shares(
-            found, lambda P: torch.ones_like(P, dtype=torch.bool), renormalize=False, entropy=True
-        )
-        mine = {"softmax": shares.share_TE, "sum": shares.sum_E, "entropy": shares.entropy}
-    else:
-        mine = dict(zip(("softmax", "sum"), scores.softmax_with_sums(found), strict=True))
+    shares = scores.chosen_shares(
+        found, lambda P: torch.ones_like(P, dtype=torch.bool), renormalize=False, entropy=True
+    )
+    mine = {"softmax": shares.share_TE, "sum": shares.sum_E, "entropy": shares.entropy}
     softmax = plain.softmax(-1)
     theirs = {"softmax": softmax, "sum": softmax.sum(0), "entropy": -(softmax * plain.log_softmax(-1)).sum()}
+    for parts in (mine, theirs):
+        sum((parts[name] * weights[name]).sum() for name in used).backward()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, theirs[name])
+    torch.testing.assert_close(found.grad, plain.grad)
+
+
+@pytest.mark.parametrize("block", [7, 1 << 18])
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("used", [("gates",), ("sum",), ("gates", "sum")])
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_the_largest_shares_have_the_gradients_of_plain_operators(monkeypatch, tokens, used, of_all, block):
+    monkeypatch.setattr(scores, "BLOCK", block)
+    logits = 3 * torch.randn(tokens, 5, dtype=torch.float64)
+    logits[:1, 0] = 2000.0
+    weights = {"gates": torch.randn(tokens, 2), "sum": torch.randn(5)}
+    found, plain = (logits.clone().requires_grad_() for _ in range(2))
+    gates, experts, total = scores.largest_shares(found, 2, of_all=of_all)
+    softmax, largest = plain.softmax(-1), plain.topk(2, dim=-1)
+    assert torch.equal(experts, largest.indices)
+    mine = {"gates": gates, "sum": total}
+    theirs = {"gates": softmax.gather(1, experts) if of_all else largest.values.softmax(-1), "sum": softmax.sum(0)}
     for parts in (mine, theirs):
         sum((parts[name] * weights[name]).sum() for name in used).backward()
     for name, value in mine.items():
@@ -216,11 +231,10 @@ def test_shares_without_entropy_or_a_gradient_of_the_shares():
     torch.testing.assert_close(found, expected)
 
 
-def test_softmax_with_sums_of_no_token():
+def test_shares_of_no_token():
     logits = torch.zeros(0, 5, requires_grad=True)
-    softmax, total = scores.softmax_with_sums(logits)
     shares = scores.chosen_shares(logits, lambda P: P > 0.5, renormalize=True, entropy=True)
-    (softmax.sum() + total.sum() + shares.share_TE.sum() + shares.entropy).backward()
+    (shares.share_TE.sum() + shares.sum_E.sum() + shares.entropy).backward()
     assert logits.grad.shape == (0, 5) and shares.entropy == 0
 
 
@@ -288,6 +302,20 @@ def test_top_p_with_a_mass_that_rounding_keeps_below_p():
 
 def test_top_p_on_no_token():
     assert top_p_map(torch.empty(0, 4), 0.4, "above").shape == (0, 4)
+
+
+@pytest.mark.parametrize("rule", ["above", "reach"])
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 1.0])
+def test_looking_at_the_largest_first_finds_what_sorting_finds(p, rule):
+    """Sharp and flat tokens, ties where the mass crosses p, and what is not a number."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(200, 96, generator=generator) * torch.logspace(-1, 1.5, 200).unsqueeze(1)
+    tied = logits.mul(2).round().div(2)
+    odd = torch.full((3, 96), 1 / 96)
+    odd[0, 5], odd[1, :] = float("nan"), 0.0
+    for probs in (logits.softmax(-1), tied.softmax(-1), odd, logits[:0].softmax(-1)):
+        for found in (top_p_map(probs, p, rule), top_p_map(probs, torch.tensor(p), rule)):
+            assert torch.equal(found, map_by_sorting(probs, p, rule))
 
 
 def test_the_bias_selects_but_never_weighs():
