@@ -136,8 +136,17 @@ class Shipment:
             for leg, source in zip(self.legs, self.sources, strict=False):
                 leg.start(source)
 
-    def arrive(self) -> list[Tensor]:
-        """rows_RH, probs_R and, where there are latents, latents_Rr, ordered by expert."""
+    def arrive(self, again: bool = False) -> list[Tensor]:
+        """rows_RH, probs_R and, where there are latents, latents_Rr, ordered by expert.
+
+        again: it will be called once more; otherwise the shipment lets go of what it was made of.
+        """
+        found = self._arrived()
+        if not again:
+            self.sources, self.tickets = [], []
+        return found
+
+    def _arrived(self) -> list[Tensor]:
         plan = self.plan
         if plan.travel is None:
             hidden_TH, *of_routes = self.sources

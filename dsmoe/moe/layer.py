@@ -66,6 +66,7 @@ class VariableMoELayer(MoELayer):
             for plan, (hidden_tH, probs_tE, *sent) in zip(plans, zip(*map(self._parts, of_tokens)), strict=True)
         )
         first = next(shipments)
+        del of_tokens, probs_TE, map_TE, plans  # with many experts as large as what these keep
         if not alone:
             shared = self._shared_experts(hidden_states)
         returns = one_ahead(self._to_experts(shipment, more) for shipment in chain([first], shipments))
@@ -92,15 +93,15 @@ class VariableMoELayer(MoELayer):
     def _to_experts(self, shipment: Shipment, more: dict) -> Return:
         recompute = self.recompute and self.training
         if recompute:
-            rows_PH = checkpoint(self._at_experts, shipment, more, use_reentrant=False, preserve_rng_state=False)
+            rows_PH = checkpoint(self._at_experts, shipment, more, True, use_reentrant=False, preserve_rng_state=False)
         else:
-            rows_PH = self._at_experts(shipment, more)
+            rows_PH = self._at_experts(shipment, more, False)
         return Return(rows_PH, shipment.plan, self.exchange_dtype, shipment if recompute else None)
 
-    def _at_experts(self, shipment: Shipment, more: dict) -> Tensor:
+    def _at_experts(self, shipment: Shipment, more: dict, again: bool) -> Tensor:
         """What this rank's experts make of the tokens that came here, [P, H]. On its way home nothing needs it in the
         backward pass, so a recompute ends here."""
-        rows_RH, probs_R, *latents_Rr = shipment.arrive()
+        rows_RH, probs_R, *latents_Rr = shipment.arrive(again)
         rows_RH, probs_R = clock.boundary("dispatch", "experts", rows_RH, probs_R)
         sent = {"latents_Rr": latents_Rr[0]} if latents_Rr else {}
         out_RH, _ = self.experts(rows_RH, shipment.plan.routes_per_expert_e, probs_R, **sent, **more)

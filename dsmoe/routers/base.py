@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.moe import router as megatron_router
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
@@ -26,6 +25,7 @@ from dsmoe.errors import RouterError
 from dsmoe.maps import count_columns
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.recorder import Load, RoutingRecorder
+from dsmoe.routers.scores import fp32_logits
 
 # Whose tokens a balance loss counts: all ranks' of a micro-step (then the layout does not change the loss), each rank's
 # own (Megatron's and the ReMoE code's choice), or all ranks' of the optimizer step so far (arXiv 2501.11873).
@@ -147,7 +147,7 @@ class Router(megatron_router.Router):
 
     def gating(self, hidden_TH: Tensor) -> Tensor:
         """fp32 logits [T, E], whatever the model's dtype: bf16 logits flip near-ties."""
-        return F.linear(hidden_TH.float(), self.weight.float())
+        return fp32_logits(hidden_TH, self.weight)
 
     def routing(self, logits: Tensor):
         """Abstract in Megatron, where logits come first; here `route` decides from the hidden states."""

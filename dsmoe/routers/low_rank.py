@@ -142,7 +142,9 @@ class _LatentNorms(torch.autograd.Function):
             few = may_look(grad_TE) and 2 * int(grad_TE.count_nonzero()) < grad_TE.numel()
             (_add_pairs if few else _add_tiles)(grad_TH, grad_ErH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
         if grad_erH is not None:
-            grad_ErH[ctx.own] += grad_erH
+            own_erH = grad_ErH[ctx.own]
+            for experts in slices(len(own_erH), BLOCK // own_erH[0].numel()):  # a sum of two dtypes copies one of them
+                own_erH[experts] += grad_erH[experts]
         return grad_TH.to(hidden_TH.dtype), grad_ErH.to(reduce_ErH.dtype), None, None
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsmoe.errors import RouterError
 from dsmoe.maps import any_in_row, count_columns
 from dsmoe.parallel.collectives import sum_over
 
@@ -49,6 +50,21 @@ class RoutingTotals:
         return self.counts_LE.sum().double() / pairs.clamp(min=1)
 
 
+@dataclass(frozen=True)
+class Remembered:
+    """What is left of a `Routing` when its losses are asked for."""
+
+    kept: dict[str, Tensor]
+    statistic_E: Tensor | None
+
+    def __getattr__(self, name: str):
+        if name in ("probs_TE", "map_TE", "latents_TEr", "reduce_erH"):
+            raise RouterError(
+                f"Routing.{name} is not held until losses are asked for; put what they need into Routing.kept"
+            )
+        raise AttributeError(name)
+
+
 class RoutingRecorder:
     """One for each model; `begin` and `finish` enclose a forward pass, `take` closes an optimizer step.
 
@@ -70,15 +86,16 @@ class RoutingRecorder:
         self.shared = {}
 
     def record(self, index: int, routing, tokens: Tensor) -> None:
-        """Take what router `index` decided for `tokens` (int64 scalar) tokens."""
-        self._passes[index] = (routing, tokens)
+        """Take what router `index` decided for `tokens` (int64 scalar) tokens: counts, and what its losses need.
+        Weights and map are not held until the pass ends; of many experts they are as large as a layer's activations."""
+        counts_E, without = count_columns(routing.map_TE), tokens - any_in_row(routing.map_TE).sum()
+        self._passes[index] = (Remembered(routing.kept, routing.statistic_E), counts_E, without, tokens)
 
     def finish(self) -> dict[str, Tensor]:
         """Reduce the counts and return the router losses of this pass by name, ready to be added to the language-model
         loss. Collective over `group`."""
-        routings, tokens = [routing for routing, _ in self._passes], self._passes[0][1]
-        own_LE = torch.stack([count_columns(routing.map_TE) for routing in routings])
-        without_L = torch.stack([tokens - any_in_row(routing.map_TE).sum() for routing in routings])
+        routings, own_LE, without_L, (tokens, *_) = zip(*self._passes, strict=True)
+        own_LE, without_L = torch.stack(own_LE), torch.stack(without_L)
         everywhere = sum_over(self.group, torch.cat((own_LE.flatten(), without_L, tokens.view(1))))
         counts_LE, without_L = everywhere[: own_LE.numel()].view_as(own_LE), everywhere[own_LE.numel() : -1]
         totals = RoutingTotals(counts_LE, everywhere[-1], without_L, self._mean_statistic(routings))
@@ -95,9 +112,9 @@ class RoutingRecorder:
             }
             for own_E, micro_E, step_E in zip(own_LE, counts_LE, step.counts_LE, strict=True)
         ]
-        return self.routers[0].model_losses(self.routers, routings, loads)
+        return self.routers[0].model_losses(self.routers, list(routings), loads)
 
-    def _mean_statistic(self, routings: list) -> Tensor | None:
+    def _mean_statistic(self, routings: tuple[Remembered, ...]) -> Tensor | None:
         if routings[0].statistic_E is None:
             return None
         return sum_over(self.group, torch.stack([routing.statistic_E for routing in routings])) / self.group.size()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
+from dsmoe.routers.scores import relu_with_sums
 
 
 class ReLUOptions(RouterOptions):
@@ -51,8 +51,8 @@ class ReLURouter(Router):
         return LambdaController(options.lambda_initial, options.lambda_factor, options.k / num_experts)
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        probs_TE = F.relu(self.gating(hidden_TH))
-        return Routing(probs_TE, probs_TE > 0, kept={"probs_sum_E": probs_TE.sum(0)})
+        probs_TE, map_TE, probs_sum_E = relu_with_sums(self.gating(hidden_TH))
+        return Routing(probs_TE, map_TE, kept={"probs_sum_E": probs_sum_E})
 
     def losses(self, routing, loads):
         load, probs_sum_E = loads[self.options.balance_scope], routing.kept["probs_sum_E"]

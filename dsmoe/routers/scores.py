@@ -6,10 +6,62 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 1 << 18  # elements that a CPU works on while they are in its cache
+
+
+def fp32_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """fp32 [T, E], with fp32 sums forward and backward. Of a bf16 model the backward pass keeps what is there, no fp32
+    copies."""
+    if hidden_TH.dtype == weight_EH.dtype == torch.float32:
+        return F.linear(hidden_TH, weight_EH)
+    return _FP32Logits.apply(hidden_TH, weight_EH)
+
+
+class _FP32Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TH, weight_EH)
+        return F.linear(hidden_TH.float(), weight_EH.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TE: Tensor):
+        hidden_TH, weight_EH = ctx.saved_tensors
+        grad_hidden = (grad_TE @ weight_EH.float()).to(hidden_TH.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad_TE.t() @ hidden_TH.float()).to(weight_EH.dtype) if ctx.needs_input_grad[1] else None
+        return grad_hidden, grad_weight
+
+
+def relu_with_sums(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ReLU [T, E], where it is above 0, bool [T, E], and its sum over tokens [E].
+
+    Keeps the map alone, and all gradients meet in one buffer [T, E].
+    """
+    return _ReLUWithSums.apply(logits_TE)
+
+
+class _ReLUWithSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TE: Tensor):
+        probs_TE = F.relu(logits_TE)
+        map_TE = probs_TE > 0
+        ctx.save_for_backward(map_TE)
+        ctx.mark_non_differentiable(map_TE)
+        ctx.set_materialize_grads(False)
+        return probs_TE, map_TE, probs_TE.sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TE: Tensor | None, _, grad_E: Tensor | None):
+        (map_TE,) = ctx.saved_tensors
+        if grad_TE is None or grad_E is None:
+            grad = grad_TE if grad_E is None else grad_E
+            return None if grad is None else grad * map_TE
+        return torch.add(grad_TE, grad_E).masked_fill_(map_TE.logical_not(), 0.0)  # times a bool would make it fp32
 
 
 def spread(gate_Tk: Tensor, expert_Tk: Tensor, like_TE: Tensor) -> Tensor:
@@ -127,7 +179,7 @@ class _ChosenShares(torch.autograd.Function):
         sum_E = softmax_TE.sum(0)
         total_entropy = torch.special.entr(softmax_TE).sum() if entropy else None
         map_TE = choose(softmax_TE)
-        share_TE = softmax_TE.mul_(map_TE)
+        share_TE = softmax_TE.masked_fill_(map_TE.logical_not(), 0.0)  # times a bool would make that fp32
         if renormalize:
             share_TE /= share_TE.sum(dim=-1, keepdim=True)
         ctx.save_for_backward(logits_TE, scale, map_TE)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import ALONE, HIDDEN, Routers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsmoe.errors import RouterError
 from dsmoe.routers import available, low_rank, scores
+from dsmoe.routers.base import Routing
 from dsmoe.routers.controllers import CutoffController, PIController
 from dsmoe.routers.losses import balance_product, mean_over_tokens, sequence_balance_sum
 from dsmoe.routers.recorder import Load, RoutingRecorder, RoutingTotals
@@ -106,7 +111,7 @@ def test_the_recorder_adds_up_the_global_batch_and_starts_anew_with_each_step():
 
     class Decided:
         def __init__(self, routes):
-            self.map_TE, self.statistic_E = torch.tensor(routes, dtype=torch.bool), None
+            self.map_TE, self.statistic_E, self.kept = torch.tensor(routes, dtype=torch.bool), None, {}
 
     recorder.routers.append(Probe())
     passes = [[[1, 0], [1, 1]], [[0, 1]], [[1, 1]]]
@@ -124,6 +129,58 @@ def test_the_recorder_adds_up_the_global_batch_and_starts_anew_with_each_step():
     ]
     assert [load["global_batch"].tokens.item() for load in seen] == [2, 1, 1]  # P is a mean over the micro-step
     assert [load["micro_batch"].counts_E.tolist() for load in seen] == [[2, 1], [0, 1], [1, 1]]
+
+
+def test_weights_and_map_are_not_held_until_the_losses():
+    """With many experts they would be what a forward pass keeps most of."""
+    recorder, seen = RoutingRecorder(2, ALONE), []
+
+    class Probe:
+        def model_losses(self, routers, routings, loads):
+            seen.extend(routings)
+            return {}
+
+    recorder.routers.append(Probe())
+    recorder.begin()
+    routing = Routing(torch.rand(3, 2), torch.ones(3, 2, dtype=torch.bool), {"sum": torch.tensor(1.5)})
+    held = weakref.ref(routing.probs_TE), weakref.ref(routing.map_TE)
+    recorder.record(0, routing, torch.tensor(3))
+    del routing
+    assert [tensor() for tensor in held] == [None, None]
+    recorder.finish()
+    assert seen[0].kept["sum"] == 1.5
+    with pytest.raises(RouterError, match=r"Routing.probs_TE is not held .* Routing.kept"):
+        _ = seen[0].probs_TE
+
+
+@pytest.mark.parametrize("used", [("probs",), ("sum",), ("probs", "sum")])
+@pytest.mark.parametrize("tokens", [0, 7])
+def test_relu_with_sums_has_the_gradients_of_plain_operators(tokens, used):
+    logits, weights = torch.randn(2, tokens, 5, dtype=torch.float64)
+    logits[:1, :2] = torch.tensor([0.0, -0.0])
+    found, plain = (logits.clone().requires_grad_() for _ in range(2))
+    probs, chosen, total = scores.relu_with_sums(found)
+    assert torch.equal(chosen, logits > 0) and torch.equal(probs, logits.relu())
+    expected = plain.relu()
+    of_sum = torch.arange(5.0)
+    mine = {"probs": (probs * weights).sum(), "sum": (total * of_sum).sum()}
+    theirs = {"probs": (expected * weights).sum(), "sum": (expected.sum(0) * of_sum).sum()}
+    for parts in (mine, theirs):
+        sum(parts[name] for name in used).backward()
+    torch.testing.assert_close(found.grad, plain.grad)
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_fp32_products_of_any_dtypes(hidden_dtype, weight_dtype):
+    hidden, weight = torch.randn(9, 16).to(hidden_dtype), torch.randn(4, 16).to(weight_dtype)
+    found, plain = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
+    logits, expected = scores.fp32_logits(*found), F.linear(plain[0].float(), plain[1].float())
+    assert torch.equal(logits, expected) and logits.dtype == torch.float32
+    for results in (logits, expected):
+        (results * torch.linspace(-1, 1, 4)).sum().backward()
+    for mine, theirs in zip(found, plain, strict=True):
+        assert torch.equal(mine.grad, theirs.grad) and mine.grad.dtype == mine.dtype
 
 
 def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
