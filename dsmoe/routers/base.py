@@ -61,7 +61,7 @@ class Routing:
 
     probs_TE: Tensor  # fp32 weights, 0 where inactive
     map_TE: Tensor  # bool
-    kept: dict[str, Tensor] = field(default_factory=dict)  # what the losses need, with its gradient
+    kept: dict[str, Tensor] = field(default_factory=dict)  # all that the losses get, with its gradient
     statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
     latents_TEr: Tensor | None = None  # what a self-scoring expert was scored by, in the model's dtype
     reduce_erH: Tensor | None = None  # or, for this rank's experts, the matrices that it is made with
