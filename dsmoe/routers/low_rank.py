@@ -34,7 +34,7 @@ from dsmoe.memory import part
 from dsmoe.parallel.collectives import all_gather_rows, all_to_all_rows
 from dsmoe.parallel.groups import mark_expert_parameter
 from dsmoe.routers.base import Router, RouterOptions
-from dsmoe.routers.scores import BLOCK, slices
+from dsmoe.routers.scores import BLOCK, blocks, slices
 
 TOKENS = 512  # of a product with A on a CPU
 ON_DEVICE = 1 << 26  # elements of latents at a time
@@ -143,7 +143,7 @@ class _LatentNorms(torch.autograd.Function):
             (_add_pairs if few else _add_tiles)(grad_TH, grad_ErH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
         if grad_erH is not None:
             own_erH = grad_ErH[ctx.own]
-            for experts in slices(len(own_erH), BLOCK // own_erH[0].numel()):  # a sum of two dtypes copies one of them
+            for experts in blocks(own_erH.flatten(1)):  # a sum of two dtypes copies one of them
                 own_erH[experts] += grad_erH[experts]
         return grad_TH.to(hidden_TH.dtype), grad_ErH.to(reduce_ErH.dtype), None, None
 

@@ -108,7 +108,7 @@ class _LargestShares(torch.autograd.Function):
     def backward(ctx, grad_Tk: Tensor | None, _, grad_E: Tensor | None):
         softmax_TE, gate_Tk, expert_Tk = ctx.saved_tensors
         result_TE = torch.empty_like(softmax_TE)
-        for rows in _blocks(softmax_TE):
+        for rows in blocks(softmax_TE):
             P, result = softmax_TE[rows], result_TE[rows]
             if grad_E is None:
                 result.zero_()
@@ -126,9 +126,7 @@ class _LargestShares(torch.autograd.Function):
         return result_TE, None, None
 
 
-def _softmax_backward(
-    P: Tensor, grad: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None = None
-) -> Tensor:
+def _softmax_backward(P: Tensor, grad: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
     """The gradient of some tokens' logits, from those of P, whose memory it uses, of the sum and of the entropy."""
     grad = torch.zeros_like(P) if grad is None else grad
     if grad_E is not None:
@@ -194,7 +192,7 @@ class _ChosenShares(torch.autograd.Function):
         logits_TE, scale, map_TE = ctx.saved_tensors
         result_TE = torch.empty_like(logits_TE)
         grad_scale = None if scale is None else torch.zeros_like(scale)
-        for rows in _blocks(logits_TE):
+        for rows in blocks(logits_TE):
             scores = logits_TE[rows]
             if scale is not None:
                 standard, mean, inverse = _standardised(scores, ctx.epsilon)
@@ -221,7 +219,7 @@ def _standardised(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tenso
     return torch.native_layer_norm(logits, [logits.size(-1)], None, None, epsilon)
 
 
-def _blocks(tensor_TE: Tensor) -> list[slice]:
+def blocks(tensor_TE: Tensor) -> list[slice]:
     """Tokens that a CPU works on while they are in its cache; all of them on a device."""
     tokens, experts = tensor_TE.shape
     return slices(tokens, BLOCK // experts if tensor_TE.device.type == "cpu" else tokens)
