@@ -157,7 +157,7 @@ def _cpu_kernels() -> Finding:
     reason = unavailable()
     if reason:
         return Finding(False, f"{reason}; torch's operators instead, slower where experts have few rows")
-    return Finding(True, "experts, attention, norms and vocabulary loss are compiled for this CPU")
+    return Finding(True, "experts, bf16 gates, attention, norms and vocabulary loss are compiled for this CPU")
 
 
 def _fused_adamw() -> Finding:

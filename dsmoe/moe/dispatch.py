@@ -23,6 +23,7 @@ from torch import Tensor
 from dsmoe.clock import clock
 from dsmoe.moe.plan import RoutePlan, Splits
 from dsmoe.parallel.collectives import start_all_to_all
+from dsmoe.routers.scores import weights_at
 
 
 class _Reorder(torch.autograd.Function):
@@ -112,22 +113,27 @@ class Shipment:
     """Rows, weights and latents of tokens on their way to the experts' owners. Collective over the EP group.
 
     Args:
-        hidden_TH, probs_TE, latents_TEr: of this rank's tokens.
+        hidden_TH, latents_TEr: of this rank's tokens.
+        probs_N: weights of their routes, in the plan's order.
         exchange_dtype: of rows and their gradients on the way to other ranks; None: as they are. Weights and latents
             stay as they are.
     """
 
     def __init__(
-        self, hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None,
+        self, hidden_TH: Tensor, probs_N: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None,
         latents_TEr: Tensor | None = None,
     ):  # fmt: skip
         self.plan = plan
-        of_routes = [probs_TE.flatten()] if latents_TEr is None else [probs_TE.flatten(), latents_TEr.flatten(0, 1)]
-        self.sources = [hidden_TH, *of_routes]
+        self.sources = [hidden_TH, probs_N]
+        if latents_TEr is not None:
+            self.sources.append(latents_TEr.flatten(0, 1))
         self.legs = []
         if (travel := plan.travel) is not None:
-            self.legs = [_Leg(travel.token_M, travel.rows, plan.group, "dispatch", exchange_dtype)]
-            self.legs += [_Leg(plan.flat_N, travel.routes, plan.group, "dispatch") for _ in of_routes]
+            self.legs = [
+                _Leg(travel.token_M, travel.rows, plan.group, "dispatch", exchange_dtype),
+                _Leg(None, travel.routes, plan.group, "dispatch"),
+                _Leg(plan.flat_N, travel.routes, plan.group, "dispatch"),
+            ][: len(self.sources)]
         self.tickets = [leg.depart(source) for leg, source in zip(self.legs, self.sources, strict=False)]
 
     def start(self) -> None:
@@ -149,8 +155,9 @@ class Shipment:
     def _arrived(self) -> list[Tensor]:
         plan = self.plan
         if plan.travel is None:
-            hidden_TH, *of_routes = self.sources
-            return [hidden_TH.index_select(0, plan.row_R), *(x.index_select(0, plan.flat_N) for x in of_routes)]
+            hidden_TH, probs_N, *latents = self.sources
+            latents_Rr = [rows.index_select(0, plan.flat_N) for rows in latents]
+            return [hidden_TH.index_select(0, plan.row_R), probs_N, *latents_Rr]
         self.start()
         rows_PH, *of_routes = (leg.arrive(ticket) for leg, ticket in zip(self.legs, self.tickets, strict=True))
         order, inverse = plan.travel.expert_order_R, plan.travel.source_order_R
@@ -185,7 +192,7 @@ def dispatch(
     hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by expert."""
-    rows_RH, probs_R = Shipment(hidden_TH, probs_TE, plan, exchange_dtype).arrive()
+    rows_RH, probs_R = Shipment(hidden_TH, weights_at(probs_TE, plan.flat_N), plan, exchange_dtype).arrive()
     return rows_RH, probs_R
 
 

@@ -24,6 +24,7 @@ from dsmoe.clock import REST, clock
 from dsmoe.moe.dispatch import Return, Shipment, sum_of_routes
 from dsmoe.moe.plan import PlanInProgress
 from dsmoe.moe.sums import GradientSums
+from dsmoe.routers.scores import weights_at
 
 
 class VariableMoELayer(MoELayer):
@@ -52,7 +53,7 @@ class VariableMoELayer(MoELayer):
         probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
         probs_TE, *latent = clock.boundary("routing", "dispatch", probs_TE, *latent)
         # T tokens in all, t in a part.
-        of_tokens = [hidden_states.flatten(0, 1), probs_TE]
+        of_tokens = [hidden_states.flatten(0, 1)]
         if latent and self.router.sends_latents:
             of_tokens.append(latent.pop())
         more = {"reduce_erH": latent[0]} if latent else {}
@@ -61,10 +62,7 @@ class VariableMoELayer(MoELayer):
         plans = [PlanInProgress(map_tE, self.ep_group) for map_tE in self._parts(map_TE)]
         alone = self.ep_group.size() == 1
         shared = self._shared_experts(hidden_states) if alone else None  # while the plans' sizes travel to the host
-        shipments = one_ahead(
-            Shipment(hidden_tH, probs_tE, plan.finish(), self.exchange_dtype, *sent)
-            for plan, (hidden_tH, probs_tE, *sent) in zip(plans, zip(*map(self._parts, of_tokens)), strict=True)
-        )
+        shipments = one_ahead(self._shipments(plans, probs_TE, *map(self._parts, of_tokens)))
         first = next(shipments)
         del of_tokens, probs_TE, map_TE, plans  # with many experts as large as what these keep
         if not alone:
@@ -81,6 +79,15 @@ class VariableMoELayer(MoELayer):
         (hidden_states,) = clock.boundary("dispatch", "shared experts", hidden_states)
         output = self.shared_experts_compute(hidden_states)
         return clock.boundary("shared experts", "dispatch", output)[0]
+
+    def _shipments(
+        self, plans: list[PlanInProgress], probs_TE: Tensor, hidden_tH: tuple[Tensor, ...], *latents: tuple[Tensor, ...]
+    ) -> Iterator[Shipment]:
+        low = 0
+        for progress, hidden, *sent in zip(plans, hidden_tH, *latents, strict=True):
+            plan = progress.finish()
+            yield Shipment(hidden, weights_at(probs_TE, plan.flat_N, low), plan, self.exchange_dtype, *sent)
+            low += len(hidden)
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The same number of parts on every rank, with tokens in them or not: each part is collective. All in one is

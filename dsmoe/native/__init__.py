@@ -1,5 +1,6 @@
-"""What dsmoe has in C++, as one library that ctypes loads: `swiglu.cpp` for `dsmoe.moe.native`, `loss.cpp`,
-`attention.cpp` and `norm.cpp` for `dsmoe.model`, all made of `kernels.h`, and `share.cpp` for a thread's part in them.
+"""What dsmoe has in C++, as one library that ctypes loads: `swiglu.cpp` for `dsmoe.moe.native`, `logits.cpp` for
+`dsmoe.routers.logits`, `loss.cpp`, `attention.cpp` and `norm.cpp` for `dsmoe.model`, all made of `kernels.h`, and
+`share.cpp` for a thread's part in them.
 
 It is compiled once for each kind of CPU, with the machine's own compiler, and kept in $DSMOE_CACHE, or ~/.cache/dsmoe,
 under a name made of its source, the compiler and the CPU, so that machines which share a home do not share a library

@@ -12,6 +12,7 @@ paper's best r is a third of H or less; its balance loss adds little.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -21,7 +22,8 @@ from dsmoe.routers.base import BalanceScope, Routing
 from dsmoe.routers.losses import balance_product
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import largest_shares, map_of, spread
+from dsmoe.routers.scores import Decision, Scores, in_blocks
+from dsmoe.routers.topk import largest_shares
 
 
 class AoEOptions(LowRankOptions):
@@ -46,14 +48,10 @@ class AutonomyOfExperts(LowRankRouter):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         score_TE, latents = self.score(hidden_TH)
-        of_all = self.options.gates == "all"
-        gate_Tk, expert_Tk, softmax_sum_E = largest_shares(score_TE, self.options.k, of_all=of_all)
-        return Routing(
-            spread(gate_Tk, expert_Tk, score_TE),
-            map_of(expert_Tk, score_TE),
-            kept={"softmax_sum_E": softmax_sum_E},
-            **latents,
-        )
+        return replace(in_blocks(self._decide, Scores(score_TE)), **latents)
+
+    def _decide(self, score_tE: Tensor, _, chosen: Tensor | None) -> Decision:
+        return largest_shares(score_tE, chosen, self.options.k, of_all=self.options.gates == "all")
 
     def losses(self, routing, loads):
         if not self.options.balance_coefficient:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -24,8 +23,9 @@ from dsmoe.config import ModelConfig, Section
 from dsmoe.errors import RouterError
 from dsmoe.maps import count_columns
 from dsmoe.routers.controllers import Controller
+from dsmoe.routers.logits import fp32_logits
 from dsmoe.routers.recorder import Load, RoutingRecorder
-from dsmoe.routers.scores import fp32_logits
+from dsmoe.routers.scores import Routing, Scores
 
 # Whose tokens a balance loss counts: all ranks' of a micro-step (then the layout does not change the loss), each rank's
 # own (Megatron's and the ReMoE code's choice), or all ranks' of the optimizer step so far (arXiv 2501.11873).
@@ -53,18 +53,6 @@ class RouterOptions(Section):
     def first_experts(self, model: ModelConfig) -> float:
         """Experts per token in the first steps, for counting memory: more than later where density is steered."""
         return self.mean_experts(model)
-
-
-@dataclass
-class Routing:
-    """One layer's decision."""
-
-    probs_TE: Tensor  # fp32 weights, 0 where inactive
-    map_TE: Tensor  # bool
-    kept: dict[str, Tensor] = field(default_factory=dict)  # all that the losses get, with its gradient
-    statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
-    latents_TEr: Tensor | None = None  # what a self-scoring expert was scored by, in the model's dtype
-    reduce_erH: Tensor | None = None  # or, for this rank's experts, the matrices that it is made with
 
 
 class Router(megatron_router.Router):
@@ -148,6 +136,12 @@ class Router(megatron_router.Router):
     def gating(self, hidden_TH: Tensor) -> Tensor:
         """fp32 logits [T, E], whatever the model's dtype: bf16 logits flip near-ties."""
         return fp32_logits(hidden_TH, self.weight)
+
+    def gate_scores(self, hidden_TH: Tensor) -> Scores:
+        """The same for `dsmoe.routers.scores.in_blocks`, which need not hold them all."""
+        if getattr(self.gating, "__func__", None) is Router.gating:
+            return Scores(hidden_TH, self.weight)
+        return Scores(self.gating(hidden_TH))  # of a subclass
 
     def routing(self, logits: Tensor):
         """Abstract in Megatron, where logits come first; here `route` decides from the hidden states."""

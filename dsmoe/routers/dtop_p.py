@@ -20,14 +20,15 @@ from __future__ import annotations
 from statistics import NormalDist
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import PIController
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import chosen_shares
-from dsmoe.routers.top_p import Rule, kept_for_losses, top_p_losses, top_p_map
+from dsmoe.routers.scores import Decision, in_blocks
+from dsmoe.routers.top_p import Rule, top_p_losses, top_p_shares
 
 
 class DTopPOptions(RouterOptions):
@@ -101,13 +102,12 @@ class DTopPRouter(Router):
         return super().parameter_count(model, options) + 1
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        logits_TE = self.gating(hidden_TH)
-        p = self.controller.value.to(logits_TE.device)
-        shares = chosen_shares(
-            logits_TE, lambda P: top_p_map(P, p, self.options.rule), renormalize=True,
-            entropy=self.options.entropy_coefficient > 0, scale=self.scale.float(), epsilon=self.options.epsilon,
-        )  # fmt: skip
-        return Routing(shares.share_TE, shares.map_TE, kept_for_losses(shares))
+        return in_blocks(self._decide, self.gate_scores(hidden_TH), self.scale.float())
+
+    def _decide(self, logits_tE: Tensor, _, chosen: Tensor | None, scale: Tensor) -> Decision:
+        options, p = self.options, self.controller.value.to(logits_tE.device)
+        scores_tE = scale * F.layer_norm(logits_tE, [logits_tE.size(1)], eps=options.epsilon)
+        return top_p_shares(scores_tE, chosen, p, options, renormalize=True)
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)

@@ -27,17 +27,19 @@ def balance_product(score_sum_E: Tensor, load: Load) -> Tensor:
     return score_sum_E.numel() * torch.dot(load.fraction_E(), mean_over_tokens(score_sum_E, load))
 
 
-def sequence_balance_sum(score_TE: Tensor, map_TE: Tensor, sequence_T: Tensor, num_sequences: int) -> Tensor:
+def sum_by_sequence(sequence_t: Tensor, num_sequences: int, value_tE: Tensor, weight_t: Tensor | None = None) -> Tensor:
+    """[N, E], the sum over the tokens of each sequence, each with its weight."""
+    if weight_t is None:
+        weight_t = torch.ones_like(value_tE[:, 0])
+    weight_Nt = value_tE.new_zeros(num_sequences, len(value_tE)).scatter(0, sequence_t[None], weight_t[None])
+    return weight_Nt @ value_tE
+
+
+def sequence_balance_sum(share_NE: Tensor, count_NE: Tensor, tokens_N: Tensor) -> Tensor:
     """sum over sequences s of T_s * E * sum_e f_se P_se: the balance product within each sequence, by its tokens T_s.
 
-    f_se = routes of e in s / T_s (no gradient), P_se = mean over s of a token's score of e over the sum of its scores.
-    Divided by the number of tokens it is the plain mean over sequences where all are equally long; a sequence that is
-    all padding counts nothing.
+    f_se = routes of e in s (`count_NE`) / T_s, no gradient; P_se = mean over s of a token's score of e over the sum of
+    its scores, from the sum over its tokens, `share_NE`. Divided by the number of tokens it is the plain mean over
+    sequences where all are equally long; a sequence that is all padding counts nothing.
     """
-    empty_NE = score_TE.new_zeros(num_sequences, score_TE.size(1))
-    # A product with the tokens' weights, so that neither shares nor their gradients are ever [T, E].
-    weight_T = 1 / (score_TE.sum(dim=-1) + SMALLEST_SUM)
-    weight_NT = score_TE.new_zeros(num_sequences, len(score_TE)).scatter(0, sequence_T[None], weight_T[None])
-    count_NE = empty_NE.index_add(0, sequence_T, map_TE.to(score_TE.dtype))
-    tokens_N = score_TE.new_zeros(num_sequences).index_add(0, sequence_T, torch.ones_like(score_TE[:, 0]))
-    return score_TE.size(1) * ((count_NE * (weight_NT @ score_TE)).sum(dim=1) / tokens_N.clamp(min=1)).sum()
+    return share_NE.size(1) * ((count_NE * share_NE).sum(dim=1) / tokens_N.clamp(min=1)).sum()

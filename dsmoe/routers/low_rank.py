@@ -34,8 +34,9 @@ from dsmoe.memory import part
 from dsmoe.parallel.collectives import all_gather_rows, all_to_all_rows
 from dsmoe.parallel.groups import mark_expert_parameter
 from dsmoe.routers.base import Router, RouterOptions
-from dsmoe.routers.scores import BLOCK, blocks, slices
+from dsmoe.routers.scores import blocks, slices
 
+BLOCK = 1 << 18  # latents that a CPU works on while they are in its cache
 TOKENS = 512  # of a product with A on a CPU
 ON_DEVICE = 1 << 26  # elements of latents at a time
 
@@ -143,7 +144,8 @@ class _LatentNorms(torch.autograd.Function):
             (_add_pairs if few else _add_tiles)(grad_TH, grad_ErH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
         if grad_erH is not None:
             own_erH = grad_ErH[ctx.own]
-            for experts in blocks(own_erH.flatten(1)):  # a sum of two dtypes copies one of them
+            shape = len(own_erH), own_erH[0].numel()
+            for experts in blocks(shape, own_erH.device):  # a sum of two dtypes copies one of them
                 own_erH[experts] += grad_erH[experts]
         return grad_TH.to(hidden_TH.dtype), grad_ErH.to(reduce_ErH.dtype), None, None
 

@@ -21,7 +21,7 @@ from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import relu_with_sums
+from dsmoe.routers.scores import Decision, in_blocks
 
 
 class ReLUOptions(RouterOptions):
@@ -51,8 +51,7 @@ class ReLURouter(Router):
         return LambdaController(options.lambda_initial, options.lambda_factor, options.k / num_experts)
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        probs_TE, map_TE, probs_sum_E = relu_with_sums(self.gating(hidden_TH))
-        return Routing(probs_TE, map_TE, kept={"probs_sum_E": probs_sum_E})
+        return in_blocks(_decide, self.gate_scores(hidden_TH))
 
     def losses(self, routing, loads):
         load, probs_sum_E = loads[self.options.balance_scope], routing.kept["probs_sum_E"]
@@ -63,3 +62,8 @@ class ReLURouter(Router):
         if self.options.form == "paper":
             l1 = l1 / self.num_layers
         return {"l1": self.controller.value * l1}
+
+
+def _decide(logits_tE: Tensor, *_) -> Decision:
+    probs_tE = logits_tE.relu()
+    return Decision(probs_tE, probs_tE > 0, {"probs_sum_E": probs_tE.sum(0)})

@@ -20,6 +20,7 @@ r 32 at H 512. At the start nearly all experts are active: plan memory for a den
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import mean_over_tokens
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
+from dsmoe.routers.scores import Decision, Scores, in_blocks
 
 START_SCORE = 2.56  # expected score over theta at the start of the paper's S scale: 0.02 * sqrt(512 * 32)
 
@@ -91,18 +93,16 @@ class RoutingFree(LowRankRouter):
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         score_TE, latents = self.score(hidden_TH)
-        if self.scale is not None:
-            score_TE = score_TE * self.scale.float()
-        score_TE = (score_TE - self.bias.float()).relu()
-        map_TE = score_TE >= self.options.threshold
-        probs_TE = score_TE.where(map_TE, 0)
-        balanced_TE = probs_TE if self.options.form == "code" else score_TE
-        kept = {
-            "score_sum_E": balanced_TE.sum(0),
-            "score_sum_T": balanced_TE.sum(1),
-            "active_T": count_rows(map_TE).to(torch.float32),
-        }
-        return Routing(probs_TE, map_TE, kept, **latents)
+        parameters = (self.bias.float(),) if self.scale is None else (self.bias.float(), self.scale.float())
+        return replace(in_blocks(self._decide, Scores(score_TE), *parameters), **latents)
+
+    def _decide(self, norm_tE: Tensor, _, chosen, bias_E: Tensor, scale_E: Tensor | None = None) -> Decision:
+        score_tE = (norm_tE if scale_E is None else norm_tE * scale_E).sub(bias_E).relu()
+        map_tE = score_tE >= self.options.threshold
+        probs_tE = score_tE.where(map_tE, 0)
+        balanced_tE = probs_tE if self.options.form == "code" else score_tE
+        of_tokens = {"score_sum_T": balanced_tE.sum(1), "active_T": count_rows(map_tE).to(torch.float32)}
+        return Decision(probs_tE, map_tE, {"score_sum_E": balanced_tE.sum(0)}, of_tokens)
 
     @staticmethod
     def model_losses(routers: list[Router], routings: list[Routing], loads):

@@ -1,231 +1,228 @@
-"""Between scores and what a router returns. Shapes: T tokens, E experts, k chosen ones of each token."""
+"""From scores to a routing, some tokens at a time.
+
+With a thousand experts the scores of a batch are several times its tokens, and whatever is made of them is as large. A
+`Rule` decides about a block of tokens with plain operators, of which nothing is kept but what it chose: in the backward
+pass it weighs the block again.
+
+Shapes: T tokens, t of a block, E experts, H hidden, k chosen ones of each token, N routes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 1 << 18  # elements that a CPU works on while they are in its cache
+from dsmoe.routers.logits import fp32_logits
+
+BLOCK = 1 << 19  # scores that a CPU works on at a time: fewer would cost more in operators than they save in cache
 
 
-def fp32_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """fp32 [T, E], with fp32 sums forward and backward. Of a bf16 model the backward pass keeps what is there, no fp32
-    copies."""
-    if hidden_TH.dtype == weight_EH.dtype == torch.float32:
-        return F.linear(hidden_TH, weight_EH)
-    return _FP32Logits.apply(hidden_TH, weight_EH)
+@dataclass
+class Routing:
+    """One layer's decision."""
+
+    probs_TE: Tensor  # fp32 weights, 0 where inactive
+    map_TE: Tensor  # bool
+    kept: dict[str, Tensor] = field(default_factory=dict)  # all that the losses get, with its gradient
+    statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
+    latents_TEr: Tensor | None = None  # what a self-scoring expert was scored by, in the model's dtype
+    reduce_erH: Tensor | None = None  # or, for this rank's experts, the matrices that it is made with
 
 
-class _FP32Logits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_TH, weight_EH)
-        return F.linear(hidden_TH.float(), weight_EH.float())
+@dataclass
+class Decision:
+    """What a rule makes of some tokens."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TE: Tensor):
-        hidden_TH, weight_EH = ctx.saved_tensors
-        grad_hidden = (grad_TE @ weight_EH.float()).to(hidden_TH.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (grad_TE.t() @ hidden_TH.float()).to(weight_EH.dtype) if ctx.needs_input_grad[1] else None
-        return grad_hidden, grad_weight
+    probs_tE: Tensor  # weights, 0 where inactive
+    map_tE: Tensor  # bool
+    # What the losses need; in the backward pass, what has no gradient may be left out of the sums.
+    sums: dict[str, Tensor] = field(default_factory=dict)  # over these tokens
+    of_tokens: dict[str, Tensor] = field(default_factory=dict)  # [t, ...]
+    chosen: Tensor | None = None  # [t, ...], no gradient: what it need not find again in the backward pass
 
 
-def relu_with_sums(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ReLU [T, E], where it is above 0, bool [T, E], and its sum over tokens [E].
-
-    Keeps the map alone, and all gradients meet in one buffer [T, E].
-    """
-    return _ReLUWithSums.apply(logits_TE)
+# (scores_tE, place of these tokens among all, `chosen` in the backward pass and None before, *parameters). What becomes
+# of a token depends on no other one.
+Rule = Callable[..., Decision]
 
 
-class _ReLUWithSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits_TE: Tensor):
-        probs_TE = F.relu(logits_TE)
-        map_TE = probs_TE > 0
-        ctx.save_for_backward(map_TE)
-        ctx.mark_non_differentiable(map_TE)
-        ctx.set_materialize_grads(False)
-        return probs_TE, map_TE, probs_TE.sum(0)
+@dataclass(frozen=True)
+class Scores:
+    """fp32 [T, E]: a tensor or, with a weight, the logits of a gate."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_TE: Tensor | None, _, grad_E: Tensor | None):
-        (map_TE,) = ctx.saved_tensors
-        if grad_TE is None or grad_E is None:
-            grad = grad_TE if grad_E is None else grad_E
-            return None if grad is None else grad * map_TE
-        return torch.add(grad_TE, grad_E).masked_fill_(map_TE.logical_not(), 0.0)  # times a bool would make it fp32
+    source: Tensor  # [T, E], or [T, H] in any dtype
+    weight_EH: Tensor | None = None
 
 
-def spread(gate_Tk: Tensor, expert_Tk: Tensor, like_TE: Tensor) -> Tensor:
-    """Weights [T, E], 0 where an expert was not chosen."""
-    return torch.zeros_like(like_TE).scatter_(1, expert_Tk, gate_Tk)
+def in_blocks(rule: Rule, scores: Scores, *parameters: Tensor) -> Routing:
+    """What the rule makes of all tokens, with its sums over all of them.
 
-
-def map_of(expert_Tk: Tensor, like_TE: Tensor) -> Tensor:
-    """bool like `like_TE`, True at the chosen."""
-    return torch.zeros_like(like_TE, dtype=torch.bool).scatter_(1, expert_Tk, True)
-
-
-class Largest(NamedTuple):
-    """What `largest_shares` makes of scores."""
-
-    gate_Tk: Tensor  # weights of a token's k largest experts, largest first
-    expert_Tk: Tensor  # int64, which they are
-    sum_E: Tensor  # of P over tokens
-
-
-def largest_shares(scores_TE: Tensor, k: int, *, of_all: bool) -> Largest:
-    """P = softmax(scores), and weights for each token's k largest: P of all experts, or the softmax over these k alone.
-
-    All gradients meet in one buffer [T, E]. With plain operators each brings its own and a copy of it, which with many
-    experts is a good part of what routing costs (docs/performance.md).
-    """
-    return Largest(*_LargestShares.apply(scores_TE, k, of_all))
-
-
-class _LargestShares(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores_TE: Tensor, k: int, of_all: bool):
-        softmax_TE = scores_TE.softmax(dim=-1)
-        score_Tk, expert_Tk = scores_TE.topk(k, dim=-1)
-        gate_Tk = softmax_TE.gather(1, expert_Tk) if of_all else score_Tk.softmax(dim=-1)
-        ctx.save_for_backward(softmax_TE, gate_Tk, expert_Tk)
-        ctx.of_all = of_all
-        ctx.mark_non_differentiable(expert_Tk)
-        ctx.set_materialize_grads(False)
-        return gate_Tk, expert_Tk, softmax_TE.sum(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_Tk: Tensor | None, _, grad_E: Tensor | None):
-        softmax_TE, gate_Tk, expert_Tk = ctx.saved_tensors
-        result_TE = torch.empty_like(softmax_TE)
-        for rows in blocks(softmax_TE):
-            P, result = softmax_TE[rows], result_TE[rows]
-            if grad_E is None:
-                result.zero_()
-            else:
-                torch.ops.aten._softmax_backward_data.out(grad_E.expand_as(P), P, -1, P.dtype, grad_input=result)
-            if grad_Tk is None:
-                continue
-            grad, gate = grad_Tk[rows], gate_Tk[rows]
-            if ctx.of_all:
-                weighted = grad * gate
-                result.addcmul_(P, weighted.sum(dim=-1, keepdim=True), value=-1)
-            else:
-                weighted = torch._softmax_backward_data(grad, gate, -1, gate.dtype)
-            result.scatter_add_(1, expert_Tk[rows], weighted)
-        return result_TE, None, None
-
-
-def _softmax_backward(P: Tensor, grad: Tensor | None, grad_E: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
-    """The gradient of some tokens' logits, from those of P, whose memory it uses, of the sum and of the entropy."""
-    grad = torch.zeros_like(P) if grad is None else grad
-    if grad_E is not None:
-        grad += grad_E
-    if grad_entropy is not None:
-        # d entropy / dP is -(log P + 1), and the softmax's own derivative takes a constant out again.
-        grad -= grad_entropy * P.clamp(min=torch.finfo(P.dtype).tiny).log()
-    return torch._softmax_backward_data(grad, P, -1, P.dtype)
-
-
-class Shares(NamedTuple):
-    """What `chosen_shares` makes of logits."""
-
-    share_TE: Tensor  # P where an expert was chosen, else 0
-    map_TE: Tensor  # bool, the chosen
-    sum_E: Tensor  # of P over tokens
-    entropy: Tensor | None  # -sum_te P log P in nats, a scalar
-
-
-def chosen_shares(
-    logits_TE: Tensor,
-    choose: Callable[[Tensor], Tensor],
-    *,
-    renormalize: bool,
-    entropy: bool,
-    scale: Tensor | None = None,
-    epsilon: float = 0.0,
-) -> Shares:
-    """P = softmax(logits), and weights for the experts that are chosen by it.
-
-    Keeps logits and map alone: P is made again in the backward pass, some tokens at a time.
+    Logits are kept, but not those of a bf16 gate with more experts than H, which are more than twice as large as the
+    tokens: the backward pass makes them again.
 
     Args:
-        choose: bool [T, E] from P.
-        renormalize: divide by the sum of the token's chosen P.
-        entropy: whether it is asked for.
-        scale: fp32 [1]; with it P is the softmax of scale * (logits - their mean over experts) / their deviation.
-        epsilon: added to the variance then.
+        parameters: what the rule gets besides and has a gradient.
     """
-    return Shares(*_ChosenShares.apply(logits_TE, scale, epsilon, choose, renormalize, entropy))
+    names: list[str] = []
+    probs_TE, map_TE, *kept = _InBlocks.apply(rule, names, scores.source, scores.weight_EH, *parameters)
+    return Routing(probs_TE, map_TE, dict(zip(names, kept, strict=True)))
 
 
-class _ChosenShares(torch.autograd.Function):
+class _InBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE: Tensor, scale: Tensor | None, epsilon: float, choose, renormalize: bool, entropy: bool):
-        scores_TE = logits_TE if scale is None else scale * _standardised(logits_TE, epsilon)[0]
-        softmax_TE = scores_TE.softmax(dim=-1)
-        sum_E = softmax_TE.sum(0)
-        total_entropy = torch.special.entr(softmax_TE).sum() if entropy else None
-        map_TE = choose(softmax_TE)
-        share_TE = softmax_TE.masked_fill_(map_TE.logical_not(), 0.0)  # times a bool would make that fp32
-        if renormalize:
-            share_TE /= share_TE.sum(dim=-1, keepdim=True)
-        ctx.save_for_backward(logits_TE, scale, map_TE)
-        ctx.epsilon, ctx.renormalize = epsilon, renormalize
+    def forward(ctx, rule: Rule, names: list[str], source: Tensor, weight_EH: Tensor | None, *parameters: Tensor):
+        held = source
+        if weight_EH is not None:
+            again = source.dtype != torch.float32 and len(weight_EH) > source.size(1)
+            held = None if again else fp32_logits(source, weight_EH)
+        scores = _Blocks(source, weight_EH, held)
+        probs_TE, map_TE = scores.empty(), scores.empty(torch.bool)
+        decisions: list[Decision] = []
+        for rows in scores.rows:
+            decision = rule(scores.block(rows), rows, None, *parameters)
+            probs_TE[rows], map_TE[rows] = decision.probs_tE, decision.map_tE
+            decision.probs_tE = decision.map_tE = None
+            decisions.append(decision)
+        sums, of_tokens = decisions[0].sums, decisions[0].of_tokens
+        names += [*sums, *of_tokens]
+        chosen = None if decisions[0].chosen is None else torch.cat([decision.chosen for decision in decisions])
+        ctx.save_for_backward(source, weight_EH, None if weight_EH is None else held, chosen, *parameters)
+        ctx.rule, ctx.sums, ctx.takes_routes = rule, list(sums), True
         ctx.mark_non_differentiable(map_TE)
         ctx.set_materialize_grads(False)
-        return share_TE, map_TE, sum_E, total_entropy
+        kept = [sum(decision.sums[name] for decision in decisions) for name in sums]
+        kept += [torch.cat([decision.of_tokens[name] for decision in decisions]) for name in of_tokens]
+        return probs_TE, map_TE, *kept
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TE: Tensor | None, _, grad_E: Tensor | None, grad_entropy: Tensor | None):
-        logits_TE, scale, map_TE = ctx.saved_tensors
-        result_TE = torch.empty_like(logits_TE)
-        grad_scale = None if scale is None else torch.zeros_like(scale)
-        for rows in blocks(logits_TE):
-            scores = logits_TE[rows]
-            if scale is not None:
-                standard, mean, inverse = _standardised(scores, ctx.epsilon)
-                scores = scale * standard
-            P, chosen = scores.softmax(dim=-1), map_TE[rows]
-            grad = None if grad_TE is None else grad_TE[rows] * chosen
-            if grad is not None and ctx.renormalize:
-                selected = P * chosen
-                total = selected.sum(dim=-1, keepdim=True)
-                along = torch.linalg.vecdot(grad, selected).unsqueeze(1) / total
-                grad = (grad - along * chosen) / total
-            grad = _softmax_backward(P, grad, grad_E, grad_entropy)
-            if scale is not None:
-                grad_scale += torch.sum(grad * standard)
-                norm = torch.ops.aten.native_layer_norm_backward
-                shape, wanted = [logits_TE.size(1)], [True, False, False]
-                grad = norm(grad * scale, logits_TE[rows], shape, mean, inverse, None, None, wanted)[0]
-            result_TE[rows] = grad
-        return result_TE, grad_scale, None, None, None, None
+    def backward(ctx, grad_TE: Tensor | None, _, *grads: Tensor | None):
+        source, weight_EH, held, chosen, *parameters = ctx.saved_tensors
+        scores = _Blocks(source, weight_EH, source if weight_EH is None else held)
+        grad_source = torch.empty_like(source)
+        if weight_EH is not None:
+            wide_EH = weight_EH.float()
+            grad_weight = torch.zeros_like(wide_EH)
+        grad_parameters = [torch.zeros_like(parameter) for parameter in parameters]
+        for rows, grad_tE in zip(scores.rows, _by_block(grad_TE, scores.rows), strict=True):
+            leaves = [leaf.detach().requires_grad_() for leaf in (scores.block(rows), *parameters)]
+            with torch.enable_grad():
+                found = ctx.rule(leaves[0], rows, None if chosen is None else chosen[rows], *leaves[1:])
+            pairs = [(found.probs_tE, grad_tE)]
+            pairs += [(found.sums.get(name), grad) for name, grad in zip(ctx.sums, grads, strict=False)]
+            of_tokens = zip(found.of_tokens.values(), grads[len(ctx.sums) :], strict=True)
+            pairs += [(value_t, None if grad_T is None else grad_T[rows]) for value_t, grad_T in of_tokens]
+            grad_scores, *more = _gradients(pairs, leaves)
+            for total, grad in zip(grad_parameters, more, strict=True):
+                total += grad
+            if weight_EH is None:
+                grad_source[rows] = grad_scores
+            else:
+                grad_source[rows] = grad_scores @ wide_EH
+                grad_weight.addmm_(grad_scores.t(), source[rows].float())
+        grad_weight = None if weight_EH is None else grad_weight.to(weight_EH.dtype)
+        return None, None, grad_source, grad_weight, *grad_parameters
 
 
-def _standardised(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits with mean 0 and variance 1 over a token's experts; their mean and 1 / deviation."""
-    return torch.native_layer_norm(logits, [logits.size(-1)], None, None, epsilon)
+def _gradients(pairs: list[tuple[Tensor | None, Tensor | None]], leaves: list[Tensor]) -> list[Tensor]:
+    """Of the leaves, from outputs with their gradients: 0 where there is none."""
+    pairs = [(out, grad) for out, grad in pairs if grad is not None and out is not None and out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    outputs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, leaves, given, allow_unused=True, materialize_grads=True)
 
 
-def blocks(tensor_TE: Tensor) -> list[slice]:
-    """Tokens that a CPU works on while they are in its cache; all of them on a device."""
-    tokens, experts = tensor_TE.shape
-    return slices(tokens, BLOCK // experts if tensor_TE.device.type == "cpu" else tokens)
+class _Blocks:
+    """Scores, a block at a time: of all that are held, or made of the tokens."""
+
+    def __init__(self, source: Tensor, weight_EH: Tensor | None, held: Tensor | None):
+        self.source, self.weight_EH, self.held = source, weight_EH, held
+        self.shape = (len(source), source.size(1) if weight_EH is None else len(weight_EH))
+        self.rows = blocks(self.shape, source.device)
+
+    def block(self, rows: slice) -> Tensor:
+        return fp32_logits(self.source[rows], self.weight_EH) if self.held is None else self.held[rows]
+
+    def empty(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[T, E], in the scores' dtype if no other is asked for."""
+        dtype = dtype or (torch.float32 if self.held is None else self.held.dtype)
+        return self.source.new_empty(self.shape, dtype=dtype)
+
+
+def weights_at(probs_TE: Tensor, flat_N: Tensor, first: int = 0) -> Tensor:
+    """The weights of routes, [N], of which there is one for a (token, expert) each.
+
+    Their gradient goes back as it is, without the [T, E] around it, where `in_blocks` made the weights.
+
+    Args:
+        flat_N: int64, token * E + expert, of tokens from `first` on.
+    """
+    return _WeightsAt.apply(probs_TE, flat_N, first, getattr(probs_TE.grad_fn, "takes_routes", False))
+
+
+class _WeightsAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, probs_TE: Tensor, flat_N: Tensor, first: int, as_routes: bool) -> Tensor:
+        ctx.shape, ctx.first, ctx.as_routes = probs_TE.shape, first, as_routes
+        ctx.save_for_backward(flat_N)
+        return probs_TE[first:].flatten().index_select(0, flat_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_N: Tensor):
+        (flat_N,) = ctx.saved_tensors
+        if ctx.as_routes:
+            experts = ctx.shape[1]
+            places_2N = torch.stack((flat_N // experts + ctx.first, flat_N % experts))
+            grad = torch.sparse_coo_tensor(places_2N, grad_N, ctx.shape, check_invariants=False)
+        else:
+            grad = grad_N.new_zeros(ctx.shape)
+            grad[ctx.first :].view(-1).scatter_(0, flat_N, grad_N)
+        return grad, None, None, None
+
+
+def _by_block(grad_TE: Tensor | None, rows: list[slice]) -> Iterator[Tensor | None]:
+    """A gradient [T, E], or one of routes alone (sparse), as [t, E] for each block."""
+    if grad_TE is None or not grad_TE.is_sparse:
+        yield from (None if grad_TE is None else grad_TE[block] for block in rows)
+        return
+    (token_N, expert_N), value_N = grad_TE._indices(), grad_TE._values()
+    counts = [len(token_N)]
+    if len(rows) > 1:  # on a CPU
+        token_N, order = token_N.sort()
+        expert_N, value_N = expert_N[order], value_N[order]
+        ends = torch.searchsorted(token_N, torch.tensor([block.stop for block in rows]))
+        counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    for block, *routes in zip(rows, *(x.split(counts) for x in (token_N, expert_N, value_N)), strict=True):
+        token_n, expert_n, value_n = routes
+        grad_tE = value_N.new_zeros(block.stop - block.start, grad_TE.size(1))
+        grad_tE.view(-1).index_add_(0, (token_n - block.start) * grad_TE.size(1) + expert_n, value_n)
+        yield grad_tE
+
+
+def spread(gate_tk: Tensor, expert_tk: Tensor, like_tE: Tensor) -> Tensor:
+    """Weights [t, E], 0 where an expert was not chosen."""
+    return torch.zeros_like(like_tE).scatter_(1, expert_tk, gate_tk)
+
+
+def map_of(expert_tk: Tensor, like_tE: Tensor) -> Tensor:
+    """bool like `like_tE`, True at the chosen."""
+    return torch.zeros_like(like_tE, dtype=torch.bool).scatter_(1, expert_tk, True)
+
+
+def blocks(shape: tuple[int, int], device: torch.device) -> list[slice]:
+    """Rows of a matrix that a CPU works on while they are in its cache; all of them on a device. At least one, which is
+    empty where the matrix is."""
+    rows, columns = shape
+    return slices(rows, BLOCK // columns if device.type == "cpu" else rows) or [slice(0, 0)]
 
 
 def slices(length: int, step: int) -> list[slice]:
     """Parts of a dimension, of `step` each."""
     step = max(1, step)
-    return [slice(low, low + step) for low in range(0, length, step)]
+    return [slice(low, min(low + step, length)) for low in range(0, length, step)]

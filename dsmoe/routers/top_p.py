@@ -26,7 +26,7 @@ from torch import Tensor
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import Shares, chosen_shares
+from dsmoe.routers.scores import Decision, in_blocks
 
 Rule = Literal["above", "reach"]
 LARGEST = 16  # experts of a token that are looked at before all of them are sorted
@@ -99,21 +99,29 @@ class TopPRouter(Router):
     Options = TopPOptions
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        logits_TE = self.gating(hidden_TH)
-        shares = chosen_shares(
-            logits_TE, lambda P: top_p_map(P, self.options.p, self.options.rule), renormalize=self.options.renormalize,
-            entropy=self.options.entropy_coefficient > 0,
-        )  # fmt: skip
-        return Routing(shares.share_TE, shares.map_TE, kept_for_losses(shares))
+        return in_blocks(self._decide, self.gate_scores(hidden_TH))
+
+    def _decide(self, logits_tE: Tensor, _, chosen: Tensor | None) -> Decision:
+        return top_p_shares(logits_tE, chosen, self.options.p, self.options, renormalize=self.options.renormalize)
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)
 
 
-def kept_for_losses(shares: Shares) -> dict[str, Tensor]:
-    """As `top_p_losses` finds it."""
-    kept = {"softmax_sum_E": shares.sum_E}
-    return kept if shares.entropy is None else {**kept, "entropy_sum": shares.entropy}
+def top_p_shares(
+    scores_tE: Tensor, chosen: Tensor | None, p: float | Tensor, options, *, renormalize: bool
+) -> Decision:
+    """P = softmax(scores) where an expert was chosen, and what `top_p_losses` needs."""
+    softmax_tE = scores_tE.softmax(dim=-1)
+    map_tE = top_p_map(softmax_tE, p, options.rule) if chosen is None else chosen
+    share_tE = softmax_tE.masked_fill(map_tE.logical_not(), 0.0)
+    if renormalize:
+        share_tE = share_tE / share_tE.sum(dim=-1, keepdim=True)
+    sums = {"softmax_sum_E": softmax_tE.sum(0)}
+    if options.entropy_coefficient:
+        # -sum P log P. Through log P there is no gradient, as that of sum P is 0.
+        sums["entropy_sum"] = -torch.linalg.vecdot(softmax_tE, scores_tE.detach().log_softmax(dim=-1)).sum()
+    return Decision(share_tE, map_tE, sums, chosen=map_tE)
 
 
 def top_p_losses(router: Router, routing: Routing, loads: dict) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import largest_shares, map_of, spread
+from dsmoe.routers.scores import Decision, in_blocks, map_of, spread
 
 
 class TopKOptions(RouterOptions):
@@ -58,15 +58,16 @@ class TopKRouter(Router):
     Options = TopKOptions
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        return in_blocks(self._decide, self.gate_scores(hidden_TH))
+
+    def _decide(self, logits_tE: Tensor, _, chosen: Tensor | None) -> Decision:
         options = self.options
-        logits_TE = self.gating(hidden_TH)
         # Renormalised, P over its sum in S is the softmax over S, without the quotient of two small numbers.
         of_all = options.softmax == "before" and not options.renormalize
-        gate_Tk, expert_Tk, softmax_sum_E = largest_shares(logits_TE, options.k, of_all=of_all)
-        kept = {"softmax_sum_E": softmax_sum_E}
+        decision = largest_shares(logits_tE, chosen, options.k, of_all=of_all)
         if options.z_coefficient:
-            kept["z_sum"] = logits_TE.logsumexp(dim=-1).square().sum()
-        return Routing(spread(gate_Tk, expert_Tk, logits_TE), map_of(expert_Tk, logits_TE), kept)
+            decision.sums["z_sum"] = logits_tE.logsumexp(dim=-1).square().sum()
+        return decision
 
     def losses(self, routing, loads):
         options, load = self.options, loads[self.options.balance_scope]
@@ -77,3 +78,12 @@ class TopKRouter(Router):
         if options.z_coefficient:
             losses["z"] = options.z_coefficient * mean_over_tokens(routing.kept["z_sum"], load)
         return losses
+
+
+def largest_shares(scores_tE: Tensor, chosen: Tensor | None, k: int, *, of_all: bool) -> Decision:
+    """P = softmax(scores), and weights for each token's k largest: P of all experts, or the softmax over these."""
+    expert_tk = scores_tE.topk(k, dim=-1).indices if chosen is None else chosen
+    softmax_tE = scores_tE.softmax(dim=-1)
+    gate_tk = softmax_tE.gather(1, expert_tk) if of_all else scores_tE.gather(1, expert_tk).softmax(dim=-1)
+    weights_tE, map_tE = spread(gate_tk, expert_tk, scores_tE), map_of(expert_tk, scores_tE)
+    return Decision(weights_tE, map_tE, {"softmax_sum_E": softmax_tE.sum(0)}, chosen=expert_tk)

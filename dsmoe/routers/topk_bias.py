@@ -21,6 +21,7 @@ defaults. `score: softmax` is the variant of the bias method's own paper (2408.1
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -29,9 +30,9 @@ from torch import Tensor
 
 from dsmoe.routers.base import Router, RouterOptions, Routing
 from dsmoe.routers.controllers import BiasController
-from dsmoe.routers.losses import SMALLEST_SUM, mean_over_tokens, sequence_balance_sum
+from dsmoe.routers.losses import SMALLEST_SUM, mean_over_tokens, sequence_balance_sum, sum_by_sequence
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import map_of, spread
+from dsmoe.routers.scores import Decision, in_blocks, map_of, spread
 
 
 class TopKBiasOptions(RouterOptions):
@@ -89,22 +90,36 @@ class TopKBiasRouter(Router):
         return {"bias": controller.state["bias"][layer]}
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
+        routing = in_blocks(partial(self._decide, sequence_T, self.num_sequences), self.gate_scores(hidden_TH))
+        if self.options.sequence_coefficient:
+            shares_NE, counts_NE = (routing.kept.pop(name) for name in ("shares_NE", "counts_NE"))
+            ones_T = torch.ones_like(sequence_T, dtype=shares_NE.dtype)
+            tokens_N = torch.zeros_like(shares_NE[:, 0]).index_add(0, sequence_T, ones_T)
+            routing.kept["sequence_sum"] = sequence_balance_sum(shares_NE, counts_NE, tokens_N)
+        return routing
+
+    def _decide(
+        self, sequence_T: Tensor, num_sequences: int, logits_tE: Tensor, tokens: slice, chosen: Tensor | None
+    ) -> Decision:
         options = self.options
-        logits_TE = self.gating(hidden_TH)
-        score_TE = logits_TE.sigmoid() if options.score == "sigmoid" else logits_TE.softmax(dim=-1)
-        bias_E = self.controller.state["bias"][self.index].to(score_TE.device)
-        expert_Tk = self._within_groups(score_TE.detach() + bias_E).topk(options.k, dim=-1).indices
-        gate_Tk = score_TE.gather(1, expert_Tk)
+        score_tE = logits_tE.sigmoid() if options.score == "sigmoid" else logits_tE.softmax(dim=-1)
+        expert_tk = chosen
+        if chosen is None:
+            bias_E = self.controller.state["bias"][self.index].to(score_tE.device)
+            expert_tk = self._within_groups(score_tE + bias_E).topk(options.k, dim=-1).indices
+        gate_tk = score_tE.gather(1, expert_tk)
         if options.renormalize:
-            gate_Tk = gate_Tk / (gate_Tk.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
-        map_TE = map_of(expert_Tk, score_TE)
-        kept = {}
+            gate_tk = gate_tk / (gate_tk.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
+        map_tE = map_of(expert_tk, score_tE)
+        sums = {}
         if options.sequence_coefficient:
-            counted_TE = map_TE
-            if options.sequence_counts == "scores":
-                counted_TE = map_of(score_TE.detach().topk(options.k, dim=-1).indices, score_TE)
-            kept["sequence_sum"] = sequence_balance_sum(score_TE, counted_TE, sequence_T, self.num_sequences)
-        return Routing(spread(gate_Tk * options.route_scale, expert_Tk, score_TE), map_TE, kept)
+            by_sequence = partial(sum_by_sequence, sequence_T[tokens], num_sequences)
+            sums["shares_NE"] = by_sequence(score_tE, 1 / (score_tE.sum(dim=-1) + SMALLEST_SUM))
+            if chosen is None:  # no gradient
+                of_scores = options.sequence_counts == "scores"
+                counted_tE = map_of(score_tE.topk(options.k, dim=-1).indices, score_tE) if of_scores else map_tE
+                sums["counts_NE"] = by_sequence(counted_tE.to(score_tE.dtype))
+        return Decision(spread(gate_tk * options.route_scale, expert_tk, score_tE), map_tE, sums, chosen=expert_tk)
 
     def _within_groups(self, biased_TE: Tensor) -> Tensor:
         """Biased scores with -inf outside each token's groups."""

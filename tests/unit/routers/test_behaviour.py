@@ -11,13 +11,16 @@ from harness import ALONE, HIDDEN, Routers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsmoe import native
 from dsmoe.errors import RouterError
-from dsmoe.routers import available, low_rank, scores
+from dsmoe.routers import available, get, logits, low_rank, scores
 from dsmoe.routers.base import Routing
 from dsmoe.routers.controllers import CutoffController, PIController
-from dsmoe.routers.losses import balance_product, mean_over_tokens, sequence_balance_sum
+from dsmoe.routers.logits import fp32_logits
+from dsmoe.routers.losses import balance_product, mean_over_tokens, sequence_balance_sum, sum_by_sequence
 from dsmoe.routers.recorder import Load, RoutingRecorder, RoutingTotals
-from dsmoe.routers.top_p import map_by_sorting, top_p_map
+from dsmoe.routers.top_p import TopPOptions, map_by_sorting, top_p_map, top_p_shares
+from dsmoe.routers.topk import largest_shares
 
 OWN = ("relu", "topk", "topk_bias", "top_p", "dtop_p", "expert_threshold")
 ALL = [name for name, router in available().items() if router.__module__.startswith("dsmoe.")]
@@ -153,31 +156,14 @@ def test_weights_and_map_are_not_held_until_the_losses():
         _ = seen[0].probs_TE
 
 
-@pytest.mark.parametrize("used", [("probs",), ("sum",), ("probs", "sum")])
-@pytest.mark.parametrize("tokens", [0, 7])
-def test_relu_with_sums_has_the_gradients_of_plain_operators(tokens, used):
-    logits, weights = torch.randn(2, tokens, 5, dtype=torch.float64)
-    logits[:1, :2] = torch.tensor([0.0, -0.0])
-    found, plain = (logits.clone().requires_grad_() for _ in range(2))
-    probs, chosen, total = scores.relu_with_sums(found)
-    assert torch.equal(chosen, logits > 0) and torch.equal(probs, logits.relu())
-    expected = plain.relu()
-    of_sum = torch.arange(5.0)
-    mine = {"probs": (probs * weights).sum(), "sum": (total * of_sum).sum()}
-    theirs = {"probs": (expected * weights).sum(), "sum": (expected.sum(0) * of_sum).sum()}
-    for parts in (mine, theirs):
-        sum(parts[name] for name in used).backward()
-    torch.testing.assert_close(found.grad, plain.grad)
-
-
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_fp32_products_of_any_dtypes(hidden_dtype, weight_dtype):
-    hidden, weight = torch.randn(9, 16).to(hidden_dtype), torch.randn(4, 16).to(weight_dtype)
+    hidden, weight = torch.randn(9, 12).to(hidden_dtype), torch.randn(4, 12).to(weight_dtype)
     found, plain = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
-    logits, expected = scores.fp32_logits(*found), F.linear(plain[0].float(), plain[1].float())
-    assert torch.equal(logits, expected) and logits.dtype == torch.float32
-    for results in (logits, expected):
+    made, expected = fp32_logits(*found), F.linear(plain[0].float(), plain[1].float())
+    assert torch.equal(made, expected) and made.dtype == torch.float32
+    for results in (made, expected):
         (results * torch.linspace(-1, 1, 4)).sum().backward()
     for mine, theirs in zip(found, plain, strict=True):
         assert torch.equal(mine.grad, theirs.grad) and mine.grad.dtype == mine.dtype
@@ -189,110 +175,176 @@ def test_sequence_balance_over_ranks_is_the_mean_over_sequences():
     share = score / score.sum(-1, keepdim=True)
     by_hand = torch.stack([5 * (routes[s].float().mean(0) * share[s].mean(0)).sum() for s in range(4)]).mean()
     load = Load(routes.sum((0, 1)), torch.tensor(24), ranks=2)
-    place = torch.arange(2).repeat_interleave(6)
-    parts = [
-        mean_over_tokens(sequence_balance_sum(score[own].flatten(0, 1), routes[own].flatten(0, 1), place, 2), load)
-        for own in (slice(0, 2), slice(2, 4))
-    ]
+    place, parts = torch.arange(2).repeat_interleave(6), []
+    for own in (slice(0, 2), slice(2, 4)):
+        shares = sum_by_sequence(place, 2, score[own].flatten(0, 1), 1 / score[own].flatten(0, 1).sum(-1))
+        counts = sum_by_sequence(place, 2, routes[own].flatten(0, 1).float())
+        parts.append(mean_over_tokens(sequence_balance_sum(shares, counts, torch.tensor([6.0, 6.0])), load))
     assert sum(parts) / 2 == pytest.approx(float(by_hand), rel=1e-6)
 
 
-@pytest.mark.parametrize("block", [7, 1 << 18])  # elements: a token at a time, and all at once
-@pytest.mark.parametrize("used", [("softmax",), ("sum",), ("entropy",), ("softmax", "sum", "entropy")])
-def test_shares_of_all_have_the_gradients_of_their_parts(monkeypatch, used, block):
-    monkeypatch.setattr(scores, "BLOCK", block)
-    logits = 3 * torch.randn(9, 5, dtype=torch.float64)
-    logits[0, 0] = 2000.0  # the others underflow to a probability of 0
-    weights = {"softmax": torch.randn(9, 5), "sum": torch.randn(5), "entropy": torch.tensor(0.7)}
-    found, plain = (logits.clone().requires_grad_() for _ in range(2))
-    shares = scores.chosen_shares(
-        found, lambda P: torch.ones_like(P, dtype=torch.bool), renormalize=False, entropy=True
-    )
-    mine = {"softmax": shares.share_TE, "sum": shares.sum_E, "entropy": shares.entropy}
-    softmax = plain.softmax(-1)
-    theirs = {"softmax": softmax, "sum": softmax.sum(0), "entropy": -(softmax * plain.log_softmax(-1)).sum()}
-    for parts in (mine, theirs):
-        sum((parts[name] * weights[name]).sum() for name in used).backward()
-    for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name])
-    torch.testing.assert_close(found.grad, plain.grad)
+@pytest.mark.parametrize("tokens", [0, 1, 31, 100])
+@pytest.mark.parametrize(("experts", "hidden"), [(8, 16), (40, 48), (264, 32)])
+def test_the_kernel_of_a_bf16_gate_is_a_product_in_fp64(tokens, experts, hidden, threads):
+    if native.unavailable():
+        pytest.skip("no C++ kernels here")
+    rows, weight = torch.randn(tokens, hidden).bfloat16(), torch.randn(experts, hidden).bfloat16()
+    found = logits._products(rows, weight)
+    assert torch.equal(found, fp32_logits(rows, weight))
+    torch.testing.assert_close(found.double(), rows.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [7, 1 << 18])
-@pytest.mark.parametrize("of_all", [False, True])
-@pytest.mark.parametrize("used", [("gates",), ("sum",), ("gates", "sum")])
-@pytest.mark.parametrize("tokens", [0, 9])
-def test_the_largest_shares_have_the_gradients_of_plain_operators(monkeypatch, tokens, used, of_all, block):
-    monkeypatch.setattr(scores, "BLOCK", block)
-    logits = 3 * torch.randn(tokens, 5, dtype=torch.float64)
-    logits[:1, 0] = 2000.0
-    weights = {"gates": torch.randn(tokens, 2), "sum": torch.randn(5)}
-    found, plain = (logits.clone().requires_grad_() for _ in range(2))
-    gates, experts, total = scores.largest_shares(found, 2, of_all=of_all)
-    softmax, largest = plain.softmax(-1), plain.topk(2, dim=-1)
-    assert torch.equal(experts, largest.indices)
-    mine = {"gates": gates, "sum": total}
-    theirs = {"gates": softmax.gather(1, experts) if of_all else largest.values.softmax(-1), "sum": softmax.sum(0)}
-    for parts in (mine, theirs):
-        sum((parts[name] * weights[name]).sum() for name in used).backward()
-    for name, value in mine.items():
-        torch.testing.assert_close(value, theirs[name])
-    torch.testing.assert_close(found.grad, plain.grad)
+RULES = {
+    "topk": ("topk", {"k": 2, "z_coefficient": 1e-3}),
+    "topk after": ("topk", {"k": 3, "softmax": "after"}),
+    "topk_bias": ("topk_bias", {"k": 2}),
+    "topk_bias routes": ("topk_bias", {"k": 2, "sequence_counts": "routes", "score": "softmax"}),
+    "relu": ("relu", {}),
+    "top_p": ("top_p", {"p": 0.5}),
+    "top_p renormalized": ("top_p", {"p": 0.5, "renormalize": True}),
+    "dtop_p": ("dtop_p", {}),
+    "aoe": ("aoe", {"rank": 4}),
+    "routing_free": ("routing_free", {"rank": 4, "threshold": 0.9}),
+}
 
 
-@pytest.mark.parametrize("block", [1, 1 << 18])
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("tokens", [0, 37])
-def test_shares_have_the_gradients_of_plain_operators(monkeypatch, tokens, renormalize, scaled, block):
-    monkeypatch.setattr(scores, "BLOCK", block)
-    logits, weights = torch.randn(2, tokens, 6, dtype=torch.float64)
-    scale = torch.tensor([1.7], dtype=torch.float64)
-    sums = torch.randn(6, dtype=torch.float64)
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+def test_blocks_do_what_the_rule_does_with_all_at_once(monkeypatch, rule, dtype, whole):
+    """11 tokens in blocks of 2, a gate with more experts than H: of a bf16 model its logits are made again."""
+    name, options = RULES[rule]
+    made = {}
+    for block in (20, 1 << 20):
+        monkeypatch.setattr(scores, "BLOCK", block)
+        routers = Routers(name, options, 10, layers=1, dtype=dtype)
+        routers.draw_weights(1)
+        torch.manual_seed(4)
+        hidden = torch.randn(11, 1, HIDDEN).to(dtype).requires_grad_()
+        routers.recorder.begin()
+        probs, routes = routers.layers[0](hidden)[:2]
+        losses = routers.recorder.finish()
+        flat = (routes.t().nonzero() @ torch.tensor([1, 10])).view(-1)
+        used = probs.flatten()[flat] if whole else scores.weights_at(probs, flat)
+        loss = used @ torch.linspace(-1, 1, len(flat)) + 10 * sum(losses.values())
+        parameters = [hidden, *routers.layers[0].parameters()]
+        made[block] = probs, routes, loss, *torch.autograd.grad(loss, parameters)
+    tight = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
+    for found, expected in zip(*made.values(), strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, **tight)
 
-    def choose(P):
-        largest = P.amax(dim=-1, keepdim=True)
-        return (P > 0.2) | (largest <= P)
 
-    def plain(logits, scale):
-        if scaled:
-            centred = logits - logits.mean(dim=-1, keepdim=True)
-            logits = scale * centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
-        P = logits.softmax(dim=-1)
-        share = P * choose(P)
-        if renormalize:
-            share = share / share.sum(dim=-1, keepdim=True)
-        return share, choose(P), P.sum(0), -(P * P.log()).sum()
+def summed(scores_tE, place, chosen, factor):
+    """A rule with all there is: weights, sums with and without a gradient, values of tokens, a choice, a parameter."""
+    chosen = scores_tE.argmax(1) if chosen is None else chosen
+    map_tE = scores.map_of(chosen.unsqueeze(1), scores_tE)
+    weights = factor * scores_tE.square().masked_fill(~map_tE, 0)
+    sums = {"cubes": scores_tE.pow(3).sum(0), "places": torch.arange(99)[place].sum() if len(scores_tE) else 0 * factor}
+    return scores.Decision(weights, map_tE, sums, {"of_tokens": scores_tE.sin().sum(1)}, chosen)
 
-    def ours(logits, scale):
-        options = {"scale": scale, "epsilon": 1e-6} if scaled else {}
-        return scores.chosen_shares(logits, choose, renormalize=renormalize, entropy=True, **options)
 
-    found, expected = [], []
-    for way, results in ((ours, found), (plain, expected)):
-        inputs = [logits.clone().requires_grad_(), scale.clone().requires_grad_()]
-        share, map_TE, sum_E, entropy = way(*inputs)
-        loss = (share * weights).sum() + sum_E @ sums + 0.3 * entropy
-        results += [share, map_TE, sum_E, entropy]
-        results += torch.autograd.grad(loss, inputs[: 1 + scaled])
-    for mine, theirs in zip(found, expected, strict=True):
+@pytest.mark.parametrize(
+    "used", [("weights",), ("cubes",), ("of_tokens",), ("weights", "of_tokens"), ("weights", "cubes")]
+)
+@pytest.mark.parametrize("tokens", [0, 7])
+@pytest.mark.parametrize("gate", [False, True])
+def test_any_part_of_a_decision_alone_has_the_gradient_of_plain_operators(monkeypatch, used, tokens, gate):
+    monkeypatch.setattr(scores, "BLOCK", 12)
+    source, weight = torch.randn(tokens, 4 if gate else 6), torch.randn(6, 4) if gate else None
+    factor, of_weights = torch.tensor(1.5), torch.randn(tokens, 6)
+    results = []
+    for way in ("blocks", "plain"):
+        leaves = [x.clone().requires_grad_() for x in (source, weight, factor) if x is not None]
+        inputs = scores.Scores(leaves[0], leaves[1] if gate else None)
+        if way == "blocks":
+            routing = scores.in_blocks(summed, inputs, leaves[-1])
+            found = {"weights": routing.probs_TE, **routing.kept}
+        else:
+            logits_TE = F.linear(*leaves[:2]) if gate else leaves[0]
+            plain = summed(logits_TE, slice(0, tokens), None, leaves[-1])
+            found = {"weights": plain.probs_tE, **plain.sums, **plain.of_tokens}
+        parts = {"weights": of_weights, "cubes": torch.linspace(0, 1, 6), "of_tokens": torch.linspace(1, 2, tokens)}
+        loss = sum((found[name] * parts[name]).sum() for name in used)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        results.append([found["weights"], found["cubes"], found["places"], loss, *grads])
+    for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_shares_without_entropy_or_a_gradient_of_the_shares():
-    logits = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    shares = scores.chosen_shares(logits, lambda P: P > 0.2, renormalize=False, entropy=False)
-    assert shares.entropy is None
-    (found,) = torch.autograd.grad(shares.sum_E[0], logits)
-    (expected,) = torch.autograd.grad(logits.softmax(dim=-1).sum(0)[0], logits)
-    torch.testing.assert_close(found, expected)
+def test_of_a_bf16_gate_with_many_experts_nothing_of_all_pairs_is_kept():
+    """Neither forward nor as a gradient: with a thousand experts such a tensor is as large as the rest of a layer."""
+    routers, sizes = Routers("topk", {"k": 2}, 32, layers=1, dtype=torch.bfloat16), []
+    hidden = torch.randn(6, 1, HIDDEN).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        routers.recorder.begin()
+        probs, routes = routers.layers[0](hidden)
+        losses = routers.recorder.finish()
+        used = scores.weights_at(probs, routes.flatten().nonzero().squeeze(1))
+    assert sorted(sizes)[-2:] == [6 * HIDDEN, 32 * HIDDEN]  # tokens and gate, and nothing of 6 * 32
+    layouts = []
+    probs.register_hook(lambda grad: layouts.append((grad.layout, grad._nnz())))
+    (used.sum() + losses["balance"]).backward()
+    assert layouts == [(torch.sparse_coo, 12)]
 
 
-def test_shares_of_no_token():
-    logits = torch.zeros(0, 5, requires_grad=True)
-    shares = scores.chosen_shares(logits, lambda P: P > 0.5, renormalize=True, entropy=True)
-    (shares.share_TE.sum() + shares.sum_E.sum() + shares.entropy).backward()
-    assert logits.grad.shape == (0, 5) and shares.entropy == 0
+def test_weights_of_routes_of_any_other_tensor_have_a_dense_gradient():
+    probs = torch.rand(4, 3, requires_grad=True)
+    found = scores.weights_at(probs, torch.tensor([4, 0]), first=2)
+    assert found.tolist() == [probs[3, 1], probs[2, 0]]
+    found.backward(torch.tensor([5.0, 7.0]))
+    assert probs.grad.tolist() == [[0, 0, 0], [0, 0, 0], [7, 0, 0], [0, 5, 0]]
+
+
+def test_a_router_with_logits_of_its_own_decides_by_them():
+    class Warmer(get("topk")):
+        def gating(self, hidden_TH):
+            return 3 * super().gating(hidden_TH)
+
+    routers, hidden = Routers("topk", {"k": 1}, 4, layers=1), torch.randn(5, 1, HIDDEN)
+    router = routers.layers[0]
+    expected = (3 * F.linear(hidden.flatten(0, 1), router.weight)).softmax(-1).amax(-1)
+    router.__class__ = Warmer
+    [(probs, _)], _ = routers.pass_through([hidden])
+    torch.testing.assert_close(probs.sum(-1), expected)
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_the_largest_shares_are_a_softmax_of_all_or_of_the_chosen(of_all):
+    logits_TE = 3 * torch.randn(9, 5, dtype=torch.float64)
+    softmax, largest = logits_TE.softmax(-1), logits_TE.topk(2, dim=-1)
+    found = largest_shares(logits_TE, None, 2, of_all=of_all)
+    gates = softmax.gather(1, largest.indices) if of_all else largest.values.softmax(-1)
+    assert torch.equal(found.probs_tE, torch.zeros_like(logits_TE).scatter(1, largest.indices, gates))
+    assert torch.equal(found.map_tE, found.probs_tE > 0) and torch.equal(found.chosen, largest.indices)
+    assert torch.equal(found.sums["softmax_sum_E"], softmax.sum(0))
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_shares_of_top_p_and_their_entropy_have_the_gradients_of_plain_operators(renormalize):
+    logits = 3 * torch.randn(9, 5, dtype=torch.float64)
+    options = TopPOptions(p=0.7, entropy_coefficient=1.0)
+    weights, sums, found = torch.randn(9, 5), torch.randn(5), []
+    for ours in (True, False):
+        leaf = logits.clone().requires_grad_()
+        if ours:
+            made = top_p_shares(leaf, None, options.p, options, renormalize=renormalize)
+            share, total, entropy = made.probs_tE, made.sums["softmax_sum_E"], made.sums["entropy_sum"]
+        else:
+            P = leaf.softmax(-1)
+            share, total, entropy = P * map_by_sorting(P, options.p, "above"), P.sum(0), -(P * P.log()).sum()
+            share = share / share.sum(-1, keepdim=True) if renormalize else share
+        loss = (share * weights).sum() + total @ sums.double() + 0.3 * entropy
+        found.append([share, total, entropy, *torch.autograd.grad(loss, leaf)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_entropy_of_shares_that_underflow_has_a_gradient():
+    logits = torch.tensor([[2000.0, 0.0, -5.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    found = top_p_shares(logits, None, 0.4, TopPOptions(entropy_coefficient=1.0), renormalize=False)
+    found.sums["entropy_sum"].backward()
+    assert logits.grad.isfinite().all() and not logits.grad[0].any() and logits.grad[1].any()
 
 
 @pytest.mark.parametrize("on_device", [False, True])

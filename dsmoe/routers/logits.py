@@ -1,0 +1,52 @@
+"""A gate's logits: fp32 [T, E], with fp32 sums, whatever the model's dtype. T tokens, E experts, H hidden."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsmoe.native import GROUP, LANES, run, takes, unavailable
+
+
+def fp32_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """x W^T. Of a bf16 model the backward pass keeps what is there, no fp32 copies."""
+    if hidden_TH.dtype == weight_EH.dtype == torch.float32:
+        return F.linear(hidden_TH, weight_EH)
+    return _FP32Logits.apply(hidden_TH, weight_EH)
+
+
+class _FP32Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_TH, weight_EH)
+        if takes(hidden_TH, weight_EH, dtypes=(torch.bfloat16,)) and len(weight_EH) % LANES == 0 and not unavailable():
+            return _products(hidden_TH.contiguous(), weight_EH.contiguous())
+        return F.linear(hidden_TH.float(), weight_EH.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TE: Tensor):
+        hidden_TH, weight_EH = ctx.saved_tensors
+        grad_hidden = (grad_TE @ weight_EH.float()).to(hidden_TH.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad_TE.t() @ hidden_TH.float()).to(weight_EH.dtype) if ctx.needs_input_grad[1] else None
+        return grad_hidden, grad_weight
+
+
+class _Logits(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "experts", "hidden")),
+        *((name, ctypes.c_void_p) for name in ("hidden_TH", "weight_EH", "logits_TE")),
+    ]
+
+
+def _products(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """Of bf16 numbers, by the kernel (`dsmoe/native/logits.cpp`)."""
+    logits_TE = hidden_TH.new_empty(len(hidden_TH), len(weight_EH), dtype=torch.float32)
+    sizes = (len(hidden_TH), len(weight_EH), hidden_TH.size(1))
+    places = (hidden_TH.data_ptr(), weight_EH.data_ptr(), logits_TE.data_ptr())
+    run("dsmoe_logits", _Logits(*sizes, *places), -(-len(hidden_TH) // GROUP))
+    return logits_TE
