@@ -78,12 +78,11 @@ def _run_ranks(arguments: list[str], ranks: int, huge_pages: bool, deadline: flo
 def _wait(processes: list[subprocess.Popen], logs: list[Path], deadline: float) -> str | None:
     """Wait for all; as soon as one fails, the others, who would wait for it, are given up."""
     waited = 0.0
-    while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
-        if failed or waited > deadline:
+    while running := [process for process in processes if process.poll() is None]:
+        if any(process.poll() not in (None, 0) for process in processes) or waited > deadline:
             break
         try:
-            next(process for process in processes if process.poll() is None).wait(0.5)
+            running[0].wait(0.5)
         except subprocess.TimeoutExpired:
             waited += 0.5
     for rank, process in enumerate(processes):

@@ -34,7 +34,7 @@ from dsmoe.memory import part
 from dsmoe.parallel.collectives import all_gather_rows, all_to_all_rows
 from dsmoe.parallel.groups import mark_expert_parameter
 from dsmoe.routers.base import Router, RouterOptions
-from dsmoe.routers.scores import blocks, slices
+from dsmoe.routers.scores import may_look, slices
 
 BLOCK = 1 << 18  # latents that a CPU works on while they are in its cache
 TOKENS = 512  # of a product with A on a CPU
@@ -125,11 +125,11 @@ class _LatentNorms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, reduce_ErH: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
         norms_TE = hidden_TH.new_empty(len(hidden_TH), len(reduce_ErH), dtype=_wide(hidden_TH))
-        for tokens, experts in _tiles(hidden_TH, reduce_ErH):
+        for tokens, experts in product(*_tiles(hidden_TH, reduce_ErH)):
             latents_ter = _latents(hidden_TH[tokens], reduce_ErH[experts])
             norms_TE[tokens, experts] = torch.linalg.vector_norm(latents_ter, dim=-1)
         ctx.save_for_backward(hidden_TH, reduce_ErH, norms_TE)
-        ctx.own = slice(first, first + count)
+        ctx.own, ctx.takes_routes = (first, first + count), True
         ctx.set_materialize_grads(False)
         # Not the parameter, nor a view of it: ZeRO-3 empties that when the router is done. Its memory stays.
         return norms_TE, part(reduce_ErH, first * reduce_ErH[0].numel(), [count, *reduce_ErH.shape[1:]])
@@ -138,16 +138,15 @@ class _LatentNorms(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_TE: Tensor | None, grad_erH: Tensor | None):
         hidden_TH, reduce_ErH, norms_TE = ctx.saved_tensors
-        grad_TH, grad_ErH = (torch.zeros_like(x, dtype=norms_TE.dtype) for x in (hidden_TH, reduce_ErH))
-        if grad_TE is not None:
-            few = may_look(grad_TE) and 2 * int(grad_TE.count_nonzero()) < grad_TE.numel()
-            (_add_pairs if few else _add_tiles)(grad_TH, grad_ErH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
-        if grad_erH is not None:
-            own_erH = grad_ErH[ctx.own]
-            shape = len(own_erH), own_erH[0].numel()
-            for experts in blocks(shape, own_erH.device):  # a sum of two dtypes copies one of them
-                own_erH[experts] += grad_erH[experts]
-        return grad_TH.to(hidden_TH.dtype), grad_ErH.to(reduce_ErH.dtype), None, None
+        grad_TH, grad_ErH = torch.zeros_like(hidden_TH, dtype=norms_TE.dtype), torch.empty_like(reduce_ErH)
+        for experts, sum_erH in _sums(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE):
+            if grad_erH is not None:
+                first, end = ctx.own
+                low, high = max(first, experts.start), min(end, experts.stop)
+                if low < high:
+                    sum_erH[low - experts.start : high - experts.start] += grad_erH[low - first : high - first]
+            grad_ErH[experts] = sum_erH
+        return grad_TH.to(hidden_TH.dtype), grad_ErH, None, None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -155,17 +154,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def may_look(tensor: Tensor) -> bool:
-    """Whether the host has a tensor's values without waiting for a device."""
-    return tensor.device.type == "cpu"
-
-
-def _tiles(hidden_TH: Tensor, reduce_ErH: Tensor) -> Iterator[tuple[slice, slice]]:
+def _tiles(hidden_TH: Tensor, reduce_ErH: Tensor) -> tuple[list[slice], list[slice]]:
     """Tokens and experts whose latents a CPU's cache holds; on a device, all experts and many tokens."""
     (tokens, _), (experts, rank, _) = hidden_TH.shape, reduce_ErH.shape
     if hidden_TH.device.type != "cpu":
-        return product(slices(tokens, ON_DEVICE // (experts * rank)), [slice(experts)])
-    return product(slices(tokens, TOKENS), slices(experts, BLOCK // (TOKENS * rank)))
+        return slices(tokens, ON_DEVICE // (experts * rank)), [slice(0, experts)]
+    return slices(tokens, TOKENS), slices(experts, BLOCK // (TOKENS * rank))
 
 
 def _latents(hidden_tH: Tensor, reduce_erH: Tensor) -> Tensor:
@@ -178,28 +172,51 @@ def _factor(grad: Tensor, norm: Tensor) -> Tensor:
     return (grad / norm).masked_fill_(norm == 0, 0)
 
 
-def _add_tiles(
-    grad_TH: Tensor, grad_ErH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor, norms_TE: Tensor
-) -> None:
-    """Add the gradients of tokens and A, some tokens and experts at a time."""
-    for tokens, experts in _tiles(hidden_TH, reduce_ErH):
-        hidden_tH, reduce_erH = hidden_TH[tokens].to(grad_TH.dtype), reduce_ErH[experts].to(grad_TH.dtype)
-        factor_te = _factor(grad_TE[tokens, experts], norms_TE[tokens, experts])
-        latents_tN = _latents(hidden_tH, reduce_erH).mul_(factor_te.unsqueeze(2)).flatten(1)
-        grad_TH[tokens].addmm_(latents_tN, reduce_erH.flatten(0, 1))
-        grad_ErH[experts].flatten(0, 1).addmm_(latents_tN.t(), hidden_tH)
+def _sums(
+    grad_TH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor | None, norms_TE: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """The gradient of A, some experts at a time, in the norms' dtype; those of tokens are added to `grad_TH`."""
+    if grad_TE is not None and grad_TE.is_sparse:
+        (token_N, expert_N), value_N = grad_TE._indices(), grad_TE._values()
+        expert_N, order = expert_N.sort()
+        return _sums_of_pairs(grad_TH, hidden_TH, reduce_ErH, token_N[order], expert_N, value_N[order], norms_TE)
+    if grad_TE is not None and may_look(grad_TE) and 2 * int(grad_TE.count_nonzero()) < grad_TE.numel():
+        expert_N, token_N = grad_TE.t().nonzero().unbind(1)
+        value_N = grad_TE[token_N, expert_N]
+        return _sums_of_pairs(grad_TH, hidden_TH, reduce_ErH, token_N, expert_N, value_N, norms_TE)
+    return _sums_of_tiles(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
 
 
-def _add_pairs(
-    grad_TH: Tensor, grad_ErH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor, norms_TE: Tensor
-) -> None:
-    """The same, an expert at a time with the tokens that have a gradient there."""
-    expert_N, token_N = grad_TE.t().nonzero().unbind(1)
-    factor_N = _factor(grad_TE[token_N, expert_N], norms_TE[token_N, expert_N]).unsqueeze(1)
+def _sums_of_tiles(
+    grad_TH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor | None, norms_TE: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """From all pairs."""
+    all_tokens, all_experts = _tiles(hidden_TH, reduce_ErH)
+    for experts in all_experts:
+        reduce_erH = reduce_ErH[experts].to(grad_TH.dtype)
+        sum_erH = torch.zeros_like(reduce_erH)
+        for tokens in all_tokens if grad_TE is not None else []:
+            hidden_tH = hidden_TH[tokens].to(grad_TH.dtype)
+            factor_te = _factor(grad_TE[tokens, experts], norms_TE[tokens, experts])
+            latents_tN = _latents(hidden_tH, reduce_erH).mul_(factor_te.unsqueeze(2)).flatten(1)
+            grad_TH[tokens].addmm_(latents_tN, reduce_erH.flatten(0, 1))
+            sum_erH.flatten(0, 1).addmm_(latents_tN.t(), hidden_tH)
+        yield experts, sum_erH
+
+
+def _sums_of_pairs(
+    grad_TH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, token_N: Tensor, expert_N: Tensor, value_N: Tensor,
+    norms_TE: Tensor,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """From pairs with a gradient, ordered by expert: an expert at a time with its tokens."""
+    factor_N = _factor(value_N, norms_TE[token_N, expert_N]).unsqueeze(1)
     counts = torch.bincount(expert_N, minlength=len(reduce_ErH)).tolist()
     for expert, (tokens, factors) in enumerate(zip(token_N.split(counts), factor_N.split(counts), strict=True)):
+        reduce_rH = reduce_ErH[expert].to(grad_TH.dtype)
+        sum_rH = torch.zeros_like(reduce_rH)
         if len(tokens):
-            rows_nH, reduce_rH = hidden_TH[tokens].to(grad_TH.dtype), reduce_ErH[expert].to(grad_TH.dtype)
+            rows_nH = hidden_TH[tokens].to(grad_TH.dtype)
             latents_nr = F.linear(rows_nH, reduce_rH).mul_(factors)
-            grad_ErH[expert].addmm_(latents_nr.t(), rows_nH)
+            sum_rH.addmm_(latents_nr.t(), rows_nH)
             grad_TH.index_add_(0, tokens, latents_nr @ reduce_rH)
+        yield slice(expert, expert + 1), sum_rH.unsqueeze(0)

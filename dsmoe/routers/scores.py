@@ -92,6 +92,7 @@ class _InBlocks(torch.autograd.Function):
         chosen = None if decisions[0].chosen is None else torch.cat([decision.chosen for decision in decisions])
         ctx.save_for_backward(source, weight_EH, None if weight_EH is None else held, chosen, *parameters)
         ctx.rule, ctx.sums, ctx.takes_routes = rule, list(sums), True
+        ctx.sends_routes = weight_EH is None and takes_routes(source)
         ctx.mark_non_differentiable(map_TE)
         ctx.set_materialize_grads(False)
         kept = [sum(decision.sums[name] for decision in decisions) for name in sums]
@@ -103,7 +104,7 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx, grad_TE: Tensor | None, _, *grads: Tensor | None):
         source, weight_EH, held, chosen, *parameters = ctx.saved_tensors
         scores = _Blocks(source, weight_EH, source if weight_EH is None else held)
-        grad_source = torch.empty_like(source)
+        grad_source = _RoutesOnly(source) if ctx.sends_routes else torch.empty_like(source)
         if weight_EH is not None:
             wide_EH = weight_EH.float()
             grad_weight = torch.zeros_like(wide_EH)
@@ -124,8 +125,36 @@ class _InBlocks(torch.autograd.Function):
             else:
                 grad_source[rows] = grad_scores @ wide_EH
                 grad_weight.addmm_(grad_scores.t(), source[rows].float())
+        if ctx.sends_routes:
+            grad_source = grad_source.finish()
         grad_weight = None if weight_EH is None else grad_weight.to(weight_EH.dtype)
         return None, None, grad_source, grad_weight, *grad_parameters
+
+
+class _RoutesOnly:
+    """A gradient [T, E] that is written block by block and may be 0 at most pairs. Where that can be seen, only what it
+    is at the others is kept, as long as they are few."""
+
+    def __init__(self, like_TE: Tensor):
+        self.like_TE, self.dense_TE, self.places, self.values = like_TE, None, [], []
+
+    def __setitem__(self, rows: slice, grad_tE: Tensor) -> None:
+        if self.dense_TE is None and may_look(grad_tE) and 4 * int(grad_tE.count_nonzero()) < grad_tE.numel():
+            token_n, expert_n = grad_tE.nonzero().unbind(1)
+            self.places.append(torch.stack((token_n + rows.start, expert_n)))
+            self.values.append(grad_tE[token_n, expert_n])
+            return
+        if self.dense_TE is None:
+            self.dense_TE = self.finish().to_dense()
+        self.dense_TE[rows] = grad_tE
+
+    def finish(self) -> Tensor:
+        if self.dense_TE is not None:
+            return self.dense_TE
+        shape, none = self.like_TE.shape, self.like_TE.new_zeros(2, 0, dtype=torch.int64)
+        places_2N = torch.cat([none, *self.places], dim=1)
+        values_N = torch.cat([self.like_TE.new_zeros(0), *self.values])
+        return torch.sparse_coo_tensor(places_2N, values_N, shape, check_invariants=False)
 
 
 def _gradients(pairs: list[tuple[Tensor | None, Tensor | None]], leaves: list[Tensor]) -> list[Tensor]:
@@ -162,7 +191,12 @@ def weights_at(probs_TE: Tensor, flat_N: Tensor, first: int = 0) -> Tensor:
     Args:
         flat_N: int64, token * E + expert, of tokens from `first` on.
     """
-    return _WeightsAt.apply(probs_TE, flat_N, first, getattr(probs_TE.grad_fn, "takes_routes", False))
+    return _WeightsAt.apply(probs_TE, flat_N, first, takes_routes(probs_TE))
+
+
+def takes_routes(made_TE: Tensor) -> bool:
+    """Whether what made it understands a gradient, sparse, of some pairs alone."""
+    return getattr(made_TE.grad_fn, "takes_routes", False)
 
 
 class _WeightsAt(torch.autograd.Function):
@@ -203,6 +237,11 @@ def _by_block(grad_TE: Tensor | None, rows: list[slice]) -> Iterator[Tensor | No
         grad_tE = value_N.new_zeros(block.stop - block.start, grad_TE.size(1))
         grad_tE.view(-1).index_add_(0, (token_n - block.start) * grad_TE.size(1) + expert_n, value_n)
         yield grad_tE
+
+
+def may_look(tensor: Tensor) -> bool:
+    """Whether the host has a tensor's values without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def spread(gate_tk: Tensor, expert_tk: Tensor, like_tE: Tensor) -> Tensor:

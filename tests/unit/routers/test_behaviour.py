@@ -30,7 +30,8 @@ ALL = [name for name, router in available().items() if router.__module__.startsw
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_waits_for_the_device(monkeypatch, name, training):
     """A fake tensor has no values: whoever asks for one (.item(), nonzero, indexing by a mask) gets an exception."""
-    monkeypatch.setattr(low_rank, "may_look", lambda tensor: False)  # as where values are on a device
+    for module in (low_rank, scores):
+        monkeypatch.setattr(module, "may_look", lambda tensor: False)  # as where values are on a device
     with FakeTensorMode():
         routers = Routers(name, {}, 4)
         for router in routers.layers:
@@ -294,6 +295,32 @@ def test_weights_of_routes_of_any_other_tensor_have_a_dense_gradient():
     assert found.tolist() == [probs[3, 1], probs[2, 0]]
     found.backward(torch.tensor([5.0, 7.0]))
     assert probs.grad.tolist() == [[0, 0, 0], [0, 0, 0], [7, 0, 0], [0, 5, 0]]
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("shares", [(0.0, 0.1, 0.2), (0.1, 0.5, 0.1), (0.9, 0.0, 0.9)])
+def test_a_gradient_of_few_pairs_is_kept_as_these(monkeypatch, shares, seen):
+    monkeypatch.setattr(scores, "may_look", lambda tensor: seen)
+    expected = torch.cat([torch.randn(10, 20) * (torch.rand(10, 20) < share) for share in shares])
+    found = scores._RoutesOnly(expected)
+    for rows in scores.slices(30, 10):
+        found[rows] = expected[rows]
+    assert found.finish().is_sparse == (seen and max(shares) < 0.25)
+    assert torch.equal(found.finish().to_dense(), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_latent_norms_take_a_gradient_of_some_pairs(share):
+    hidden, reduce = torch.randn(40, HIDDEN), torch.randn(6, 3, HIDDEN)
+    grad = torch.randn(40, 6) * (torch.rand(40, 6) < share)
+    results = []
+    for given in (grad, grad.to_sparse()):
+        leaves = [hidden.clone().requires_grad_(), reduce.clone().requires_grad_()]
+        norms, own = low_rank.latent_norms(*leaves, (2, 3))
+        assert scores.takes_routes(norms)
+        results.append(torch.autograd.grad((norms, own), leaves, (given, torch.ones_like(own))))
+    for dense, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(sparse, dense)
 
 
 def test_a_router_with_logits_of_its_own_decides_by_them():
