@@ -121,9 +121,11 @@ def dense(layout: Layout, width: int) -> float:
 
 
 def routing(layout: Layout) -> float:
-    """What a layer's routing keeps: fp32 scores, the map, latents to be sent, and the plan's indices."""
+    """What a layer's routing keeps: the map, fp32 scores unless they are made again (dsmoe/routers/scores.py), latents
+    to be sent, and the plan's indices."""
     pairs = layout.tokens * layout.model.num_experts
-    scores = pairs * (4 + 1)
+    made_again = layout.element < 4 and layout.model.num_experts > layout.model.hidden_size and not layout.latent
+    scores = pairs * (1 if made_again else 4 + 1)
     latents = pairs * layout.latent * (4 + layout.element) if layout.sends_latents else 0.0
     return scores + latents + layout.routes * 8 * 4
 

@@ -17,7 +17,7 @@ from dsmoe.planner.hardware import Hardware, Link, Speed, load_hardware
 from dsmoe.planner.layout import Layout, checked
 from dsmoe.planner.load import even, of_skew
 from dsmoe.planner.measure import Case, MeasuredRun
-from dsmoe.planner.memory import memory
+from dsmoe.planner.memory import memory, routing
 from dsmoe.planner.predict import predict
 from dsmoe.planner.replay import cost_of, replay, skewed
 from dsmoe.planner.search import laid_out, layouts, search
@@ -59,6 +59,15 @@ def test_every_parameter_is_somewhere(hardware, router, placement):
     found = Layout(config, hardware, 16)
     assert found.dense_parameters + found.ep * found.expert_parameters == found.size.total
     assert found.owned_parameters * found.ranks == pytest.approx(found.size.total)
+
+
+def test_scores_of_a_bf16_gate_with_more_experts_than_hidden_numbers_are_not_kept(hardware):
+    def kept(hidden: int, precision: str) -> float:
+        keys = f"model.hidden_size={hidden}", "model.num_experts=1024", f"training.precision={precision}"
+        of = layout(hardware, *keys)
+        return (routing(of) - of.routes * 8 * 4) / (of.tokens * 1024)
+
+    assert [kept(*case) for case in ((1024, "bf16"), (512, "fp32"), (512, "bf16"))] == [5, 5, 1]
 
 
 @pytest.mark.parametrize(("experts", "ep", "k"), [(8, 2, 2), (32, 8, 4), (16, 16, 3), (12, 4, 2.5), (8, 2, 8)])
