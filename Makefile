@@ -21,7 +21,7 @@ help: ## say what can be made
 setup: .venv/.installed ## make .venv with everything dsmoe needs; once it is there, needs no network
 
 quickstart: setup ## train a small mixture-of-experts model on this machine and look at it
-	$(VENV_PYTHON) -m dsmoe.quickstart $(ARGS)
+	$(VENV_PYTHON) tools/quickstart.py $(ARGS)
 
 # One thread a process: the distributed tests start up to four processes, which would fight for the cores.
 test: setup ## run the tests (those that need a GPU are skipped without one)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from dsmoe.command import quiet_libraries, run
+from dsmoe.runtime.command_line import quiet_libraries, run
 
 
 def main() -> int:
@@ -40,7 +40,7 @@ def main() -> int:
     quiet_libraries()
     if arguments["task_dir"]:  # read when the libraries are imported; without it they knock at the Hub for minutes
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from dsmoe.evaluate import EvaluationOptions, evaluate, report
+    from dsmoe.inference.evaluate import EvaluationOptions, evaluate, report
 
     model, target, tasks, _ = (arguments.pop(name) for name in ("model", "json", "tasks", "local_rank"))
     found = evaluate(model, EvaluationOptions(**arguments, tasks=tuple(filter(None, (tasks or "").split(",")))))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dsmoe.command import quiet_libraries, run
+from dsmoe.runtime.command_line import quiet_libraries, run
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     quiet_libraries()
-    from dsmoe.generate import Generator, Sampling
+    from dsmoe.inference.generate import Generator, Sampling
 
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_p, arguments.seed)
     sampling.check()

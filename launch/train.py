@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from dsmoe.command import quiet_libraries, run
+from dsmoe.runtime.command_line import quiet_libraries, run
 
 
 def main() -> int:

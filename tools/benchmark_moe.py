@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from dsmoe.command import run
+from dsmoe.runtime.command_line import run
 
 
 def main() -> int:
@@ -25,13 +25,13 @@ def main() -> int:
         import torch
 
         if not torch.cuda.is_available():
-            from dsmoe.benchmark.problem import mistake
+            from dsmoe.lab.benchmark.problem import mistake
 
             raise mistake("--require-gpu: found no CUDA device, expected one")
 
     from rich.console import Console
 
-    from dsmoe.benchmark.report import circumstances
+    from dsmoe.lab.benchmark.report import circumstances
 
     console = Console(highlight=False)
     tree = circumstances(sys.argv) | {"huge_pages": not arguments.no_huge_pages}
@@ -75,9 +75,9 @@ def parse() -> argparse.Namespace:
 
 
 def measure_layer(arguments: argparse.Namespace, tree: dict, console) -> None:
-    from dsmoe.benchmark.jobs import jobs_of, run_job
-    from dsmoe.benchmark.problem import Problem, check_load
-    from dsmoe.benchmark.report import show_rows, show_summary, write_json
+    from dsmoe.lab.benchmark.jobs import jobs_of, run_job
+    from dsmoe.lab.benchmark.problem import Problem, check_load
+    from dsmoe.lab.benchmark.report import show_rows, show_summary, write_json
 
     quick = arguments.quick
     loads = (arguments.load or (["balanced"] if quick else ["balanced", "real"])) + arguments.skew
@@ -112,9 +112,9 @@ def measure_layer(arguments: argparse.Namespace, tree: dict, console) -> None:
 
 
 def measure_steps(arguments: argparse.Namespace, tree: dict, console) -> None:
-    from dsmoe.benchmark.report import show_steps, write_json
-    from dsmoe.benchmark.step import StepJob
-    from dsmoe.benchmark.steps import growth_jobs, peer_jobs, router_jobs, run_steps
+    from dsmoe.lab.benchmark.report import show_steps, write_json
+    from dsmoe.lab.benchmark.step import StepJob
+    from dsmoe.lab.benchmark.steps import growth_jobs, peer_jobs, router_jobs, run_steps
 
     quick, experts = arguments.quick, arguments.experts or ([16] if arguments.quick else [16, 64])
     names = ("hidden", "ffn", "k", "layers", "heads", "vocabulary", "sequence")

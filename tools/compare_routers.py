@@ -4,7 +4,7 @@
     python tools/compare_routers.py run configs/recipes/compare_stdlib_plan.yaml --out runs/comparison --parallel 2
     python tools/compare_routers.py report configs/recipes/compare_stdlib_plan.yaml --out runs/comparison
 
-Ctrl-C stops after a checkpoint; the same command goes on where it was. How a plan is written: dsmoe/study/plan.py.
+Ctrl-C stops after a checkpoint; the same command goes on where it was. How a plan is written: dsmoe/lab/study/plan.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsmoe.command import run
+from dsmoe.runtime.command_line import run
 
 
 def main() -> int:
@@ -31,17 +31,17 @@ def main() -> int:
     if arguments.command == "run" and arguments.parallel < 1:
         parser.error(f"--parallel: found {arguments.parallel}, expected at least 1")
 
-    from dsmoe.study.plan import load_plan
+    from dsmoe.lab.study.plan import load_plan
 
     plan = load_plan(arguments.plan)
     if arguments.command == "run":
-        from dsmoe.study.compare import run_plan
+        from dsmoe.lab.study.compare import run_plan
 
         failed = run_plan(plan, arguments.out, arguments.parallel, arguments.retry)
         if failed:
             print(f"{failed} of {len(plan.cells())} runs failed; their errors are in {arguments.out}/*/*/*/cell.json")
         return 1 if failed else 0
-    from dsmoe.study.report import write_report
+    from dsmoe.lab.study.report import write_report
 
     target = arguments.target or arguments.out / "report"
     for path in write_report(plan, arguments.out, target, arguments.page):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsmoe.command import USER_ERROR, quiet_libraries, run
+from dsmoe.runtime.command_line import USER_ERROR, quiet_libraries, run
 
 
 def main() -> int:

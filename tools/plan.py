@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from dsmoe.command import run
+from dsmoe.runtime.command_line import run
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -75,12 +75,12 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def plan(arguments: argparse.Namespace) -> None:
     from dsmoe.config import load_config
     from dsmoe.errors import ConfigError
-    from dsmoe.planner.hardware import load_hardware
-    from dsmoe.planner.layout import Layout, problems
-    from dsmoe.planner.load import even, of_skew, recorded
-    from dsmoe.planner.predict import predict
-    from dsmoe.planner.search import batch_problems, search
-    from dsmoe.planner.show import show_plan, show_search, show_sizes
+    from dsmoe.lab.planner.hardware import load_hardware
+    from dsmoe.lab.planner.layout import Layout, problems
+    from dsmoe.lab.planner.load import even, of_skew, recorded
+    from dsmoe.lab.planner.predict import predict
+    from dsmoe.lab.planner.search import batch_problems, search
+    from dsmoe.lab.planner.show import show_plan, show_search, show_sizes
     from dsmoe.routers.registry import option_classes
 
     config, hardware = all_or_every_mistake(
@@ -186,9 +186,9 @@ def calibrate(arguments: argparse.Namespace) -> None:
     import yaml
 
     from dsmoe.checkpoint.files import write_atomically
-    from dsmoe.planner.calibrate import fit, measure_machine
-    from dsmoe.planner.hardware import Hardware
-    from dsmoe.planner.measure import run_from
+    from dsmoe.lab.planner.calibrate import fit, measure_machine
+    from dsmoe.lab.planner.hardware import Hardware
+    from dsmoe.lab.planner.measure import run_from
 
     _check_devices(arguments)
     console = _console()
@@ -214,9 +214,9 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 
 
 def validate(arguments: argparse.Namespace) -> None:
-    from dsmoe.planner.hardware import load_hardware
-    from dsmoe.planner.validate import again, summary, table
-    from dsmoe.planner.validate import validate as validated
+    from dsmoe.lab.planner.hardware import load_hardware
+    from dsmoe.lab.planner.validate import again, summary, table
+    from dsmoe.lab.planner.validate import validate as validated
 
     _check_devices(arguments)
     console, hardware = _console(), load_hardware(arguments.hardware)
@@ -233,7 +233,7 @@ def validate(arguments: argparse.Namespace) -> None:
 
 
 def show_published(arguments: argparse.Namespace) -> None:
-    from dsmoe.planner.published import table
+    from dsmoe.lab.planner.published import table
 
     shown, rows = table(Path(__file__).resolve().parents[1] / "configs" / "hardware")
     console = _console()
@@ -259,9 +259,9 @@ def replay(arguments: argparse.Namespace) -> None:
     from rich import box
     from rich.table import Table
 
-    from dsmoe.planner.hardware import load_hardware
-    from dsmoe.planner.replay import Cost, cost_of, skewed
-    from dsmoe.planner.replay import replay as replayed
+    from dsmoe.lab.planner.hardware import load_hardware
+    from dsmoe.lab.planner.replay import Cost, cost_of, skewed
+    from dsmoe.lab.planner.replay import replay as replayed
     from dsmoe.training.trace import read_trace
 
     trace = read_trace(arguments.trace)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsmoe.command import run
+from dsmoe.runtime.command_line import run
 
 
 def main() -> int:
@@ -29,7 +29,7 @@ def main() -> int:
     report.add_argument("--limits", type=Path, metavar="PAGE.md", help="a page that shows the limits, between marks")
     arguments = parser.parse_args()
     if arguments.command == "report":
-        from dsmoe.study.scaling_report import write_report
+        from dsmoe.lab.study.scaling_report import write_report
 
         target = arguments.target or arguments.folders[0] / "report"
         for path in write_report(arguments.folders, target, arguments.limits):
@@ -37,8 +37,8 @@ def main() -> int:
         return 0
     if arguments.parallel < 1:
         parser.error(f"--parallel: found {arguments.parallel}, expected at least 1")
-    from dsmoe.study.grid import load_study
-    from dsmoe.study.scaling import run_study
+    from dsmoe.lab.study.grid import load_study
+    from dsmoe.lab.study.scaling import run_study
 
     study = load_study(arguments.study)
     failed = run_study(study, arguments.out, arguments.parallel, arguments.retry)

@@ -17,7 +17,7 @@ def indexed_dataset() -> ModuleType:
     """`megatron.core.datasets.indexed_dataset`: the .bin/.idx format."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import dsmoe.megatron  # noqa: F401  (first)
+        import dsmoe.runtime.megatron  # noqa: F401  (first)
 
         # isort: split
         from megatron.core.datasets import indexed_dataset as module
@@ -28,7 +28,7 @@ def gpt_dataset() -> ModuleType:
     """`megatron.core.datasets.gpt_dataset`: documents to samples of one length."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import dsmoe.megatron  # noqa: F401  (first)
+        import dsmoe.runtime.megatron  # noqa: F401  (first)
 
         # isort: split
         from megatron.core.datasets import gpt_dataset as module

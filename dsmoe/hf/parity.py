@@ -21,13 +21,13 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.errors import ConversionError
 from dsmoe.hf import observe
 from dsmoe.hf.observe import SEQUENCES_AT_ONCE
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
 from dsmoe.routers.base import Router
-from dsmoe.trained import TrainedModel
 
 OBSERVE = Path(observe.__file__)
 MAX_LOGIT_DIFFERENCE = 1e-4  # in fp32

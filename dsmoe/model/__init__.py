@@ -1,3 +1,3 @@
 """The model: a GPT from Megatron-Core's specs that runs on any device."""
 
-import dsmoe.megatron  # noqa: F401  (before anything imports Megatron-Core)
+import dsmoe.runtime.megatron  # noqa: F401  (before anything imports Megatron-Core)

@@ -14,8 +14,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe.clock import REST, clock
 from dsmoe.model import native_attention, rotary
+from dsmoe.runtime.step_timer import REST, step_timer
 
 
 class KeyValueCache:
@@ -83,7 +83,7 @@ class CausalAttention(nn.Module):
 
         attention_mask: None, or bool [B, 1, S, S] in Megatron's sense (True = may not look); causality is added.
         """
-        query, key, value = clock.boundary(REST, "attention", query, key, value)
+        query, key, value = step_timer.mark_region(REST, "attention", query, key, value)
         seen = 0 if self.cache is None else self.cache.seen_by(self.layer)  # tokens that all of these may look at
         angles = self._angles(query, seen)
         if self.cache is not None:  # it keeps keys as they are turned
@@ -93,7 +93,7 @@ class CausalAttention(nn.Module):
             out = native_attention.causal_attention(query, key, value, self.scale, angles)
         else:
             out = self._with_torch(rotary.turn(query, angles), rotary.turn(key, angles), value, attention_mask, seen)
-        return clock.boundary("attention", REST, out)[0].flatten(2)
+        return step_timer.mark_region("attention", REST, out)[0].flatten(2)
 
     def _angles(self, query: Tensor, seen: int) -> rotary.Angles | None:
         if self.rotary_base is None:

@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from dsmoe.accelerate import rms_norm_class
 from dsmoe.config import ModelConfig
 from dsmoe.model.attention import CausalAttention, RecomputedAttentionLayer
 from dsmoe.model.initialize import initialize
@@ -33,6 +32,7 @@ from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.recorder import RoutingRecorder
+from dsmoe.runtime.accelerations import rms_norm_class
 
 
 class LanguageModel(nn.Module):

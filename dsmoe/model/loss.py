@@ -11,9 +11,9 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.clock import REST, clock
-from dsmoe.memory import kept_memory
 from dsmoe.model import native_loss
+from dsmoe.runtime.buffers import buffer_pool
+from dsmoe.runtime.step_timer import REST, step_timer
 
 CHUNK = {"cpu": 1 << 21}  # logits at a time: a few MiB stay in a CPU's cache
 CHUNK_ELSEWHERE = 1 << 27  # an accelerator wants large GEMMs
@@ -80,7 +80,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _scaled(tensor: Tensor, by: Tensor) -> Tensor:
     """The product, on a CPU in memory that is kept: the matrix's gradient may be the largest tensor of a step."""
-    out = kept_memory.empty(tensor.shape, tensor.dtype) if tensor.device.type == "cpu" else None
+    out = buffer_pool.empty(tensor.shape, tensor.dtype) if tensor.device.type == "cpu" else None
     return torch.mul(tensor, by, out=out)
 
 
@@ -97,6 +97,6 @@ class OutputLayer(ColumnParallelLinear):
         if labels is None:
             return super().forward(input_, weight, **kwargs)
         matrix = self.weight if weight is None else weight
-        (hidden_TH,) = clock.boundary(REST, "loss", input_.flatten(0, 1))
+        (hidden_TH,) = step_timer.mark_region(REST, "loss", input_.flatten(0, 1))
         loss = linear_cross_entropy(hidden_TH, matrix, labels.t().flatten(), weights.t().flatten())
-        return clock.boundary("loss", REST, loss)[0]
+        return step_timer.mark_region("loss", REST, loss)[0]

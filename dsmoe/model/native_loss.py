@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmoe import native
-from dsmoe.memory import kept_memory
+from dsmoe.runtime.buffers import buffer_pool
 
 STRIP = 512  # lines of the weight's gradient that a thread takes at a time
 
@@ -45,10 +45,10 @@ def loss_and_gradients(
         found = f"{int(labels_T.min())} to {int(labels_T.max())}"
         raise IndexError(f"labels: found {found}, expected 0 to {vocabulary - 1}")
     rows = max(native.GROUP, rows // native.GROUP * native.GROUP)
-    logits = kept_memory.empty([rows * vocabulary], torch.float32)  # one size, whatever the number of tokens
+    logits = buffer_pool.empty([rows * vocabulary], torch.float32)  # one size, whatever the number of tokens
     losses_T = torch.empty(tokens)
     grad_hidden_TH = torch.empty_like(hidden_TH) if learns else None
-    grad_weight_VH = kept_memory.empty(weight_VH.shape, torch.float32) if learns else None
+    grad_weight_VH = buffer_pool.empty(weight_VH.shape, torch.float32) if learns else None
     if learns and not tokens:
         grad_weight_VH.zero_()
     for low in range(0, tokens, rows):

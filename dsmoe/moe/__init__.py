@@ -1,3 +1,3 @@
 """The MoE layer: route, plan, dispatch, compute, combine, for 0..E experts per token."""
 
-import dsmoe.megatron  # noqa: F401  (before anything imports Megatron-Core)
+import dsmoe.runtime.megatron  # noqa: F401  (before anything imports Megatron-Core)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.moe.sums import gradient_sum
+from dsmoe.moe.gradient_accumulator import gradient_sum
 
 BLOCK = 512  # rows whose activations a core's cache can hold
 FEW = 8  # experts of a block that are multiplied one by one; of more, a loop in Python costs more than a copy
@@ -141,7 +141,7 @@ def swiglu_experts(
         down_eHF: down projections.
         probs_R: fp32 weight of each row.
         counts: rows of each expert.
-        sums: of the weights' gradients, shared with other parts of the pass (`dsmoe.moe.sums`).
+        sums: of the weights' gradients, shared with other parts of the pass (`dsmoe.moe.gradient_accumulator`).
     """
     flat = [tensor for pair in projections for tensor in pair]
     return _SwiGLUExperts.apply(counts, sums, probs_R, down_eHF, *flat)

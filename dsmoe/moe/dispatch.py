@@ -7,7 +7,7 @@ Shapes as in `dsmoe.moe.plan`: T tokens, N routes and M rows of this rank, R rou
 and back the same way: what the experts of a rank made of a row is summed before it travels home, and what comes home is
 summed per token, so a token without experts gets exactly 0. On one rank nothing travels: P is T.
 
-Exchanges are begun early and waited for late: a `Shipment` is on its way from when it is made until `arrive`, a
+Exchanges are begun early and waited for late: a `DispatchHandle` is on its way from when it is made until `arrive`, a
 `Return` likewise, and their gradients on the way back from the gradient of `arrive` until that of where they were made.
 Autograd goes back through a forward pass last operation first, so work that hides an exchange in the forward pass has
 its own gradient hide the exchange of gradients.
@@ -20,10 +20,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsmoe.clock import clock
-from dsmoe.moe.plan import RoutePlan, Splits
+from dsmoe.moe.plan import DispatchPlan, Splits
 from dsmoe.parallel.collectives import start_all_to_all
 from dsmoe.routers.scores import weights_at
+from dsmoe.runtime.step_timer import step_timer
 
 
 class _Reorder(torch.autograd.Function):
@@ -40,7 +40,7 @@ class _Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-class _Leg:
+class _AsyncAllToAll:
     """Rows of a tensor on their way to other ranks, or their gradients on the way back.
 
     Args:
@@ -80,36 +80,36 @@ class _Leg:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, source: Tensor, leg: _Leg) -> Tensor:
-        clock.switch(leg.part)
+    def forward(ctx, source: Tensor, leg: _AsyncAllToAll) -> Tensor:
+        step_timer.switch(leg.part)
         ctx.leg, ctx.shape = leg, source.shape
         leg.start(source)
         return source.new_zeros(()).expand(sum(leg.splits.receive), *source.shape[1:])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        clock.switch(ctx.leg.part)
+        step_timer.switch(ctx.leg.part)
         rows = ctx.leg.finish(grad.dtype)
         return rows if ctx.leg.index is None else _sum_rows(rows, ctx.leg.index, ctx.shape[0]), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ticket: Tensor, leg: _Leg, returning: Callable[[], None] | None) -> Tensor:
-        clock.switch(leg.part)
+    def forward(ctx, ticket: Tensor, leg: _AsyncAllToAll, returning: Callable[[], None] | None) -> Tensor:
+        step_timer.switch(leg.part)
         ctx.leg, ctx.returning = leg, returning
         return leg.finish(ticket.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        clock.switch(ctx.leg.part)
+        step_timer.switch(ctx.leg.part)
         ctx.leg.start_back(grad)
         if ctx.returning is not None:
             ctx.returning()
         return grad.new_zeros(()).expand_as(grad), None, None
 
 
-class Shipment:
+class DispatchHandle:
     """Rows, weights and latents of tokens on their way to the experts' owners. Collective over the EP group.
 
     Args:
@@ -120,7 +120,7 @@ class Shipment:
     """
 
     def __init__(
-        self, hidden_TH: Tensor, probs_N: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None,
+        self, hidden_TH: Tensor, probs_N: Tensor, plan: DispatchPlan, exchange_dtype: torch.dtype | None = None,
         latents_TEr: Tensor | None = None,
     ):  # fmt: skip
         self.plan = plan
@@ -130,9 +130,9 @@ class Shipment:
         self.legs = []
         if (travel := plan.travel) is not None:
             self.legs = [
-                _Leg(travel.token_M, travel.rows, plan.group, "dispatch", exchange_dtype),
-                _Leg(None, travel.routes, plan.group, "dispatch"),
-                _Leg(plan.flat_N, travel.routes, plan.group, "dispatch"),
+                _AsyncAllToAll(travel.token_M, travel.rows, plan.group, "dispatch", exchange_dtype),
+                _AsyncAllToAll(None, travel.routes, plan.group, "dispatch"),
+                _AsyncAllToAll(plan.flat_N, travel.routes, plan.group, "dispatch"),
             ][: len(self.sources)]
         self.tickets = [leg.depart(source) for leg, source in zip(self.legs, self.sources, strict=False)]
 
@@ -173,11 +173,17 @@ class Return:
     """
 
     def __init__(
-        self, rows_PH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None, again: Shipment | None = None
+        self,
+        rows_PH: Tensor,
+        plan: DispatchPlan,
+        exchange_dtype: torch.dtype | None = None,
+        again: DispatchHandle | None = None,
     ):
         self.rows_PH, self.plan, self.again = rows_PH, plan, again
         if (travel := plan.travel) is not None:
-            self.leg = _Leg(None, Splits(travel.rows.receive, travel.rows.send), plan.group, "combine", exchange_dtype)
+            self.leg = _AsyncAllToAll(
+                None, Splits(travel.rows.receive, travel.rows.send), plan.group, "combine", exchange_dtype
+            )
             self.rows_PH = self.leg.depart(rows_PH)
 
     def arrive(self) -> Tensor:
@@ -189,19 +195,19 @@ class Return:
 
 
 def dispatch(
-    hidden_TH: Tensor, probs_TE: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None
+    hidden_TH: Tensor, probs_TE: Tensor, plan: DispatchPlan, exchange_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by expert."""
-    rows_RH, probs_R = Shipment(hidden_TH, weights_at(probs_TE, plan.flat_N), plan, exchange_dtype).arrive()
+    rows_RH, probs_R = DispatchHandle(hidden_TH, weights_at(probs_TE, plan.flat_N), plan, exchange_dtype).arrive()
     return rows_RH, probs_R
 
 
-def combine(rows_RH: Tensor, plan: RoutePlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
+def combine(rows_RH: Tensor, plan: DispatchPlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
     """Bring weighted expert outputs home and sum them per token: [T, H], exactly 0 where a token has no route."""
     return Return(sum_of_routes(rows_RH, plan), plan, exchange_dtype).arrive()
 
 
-def sum_of_routes(rows_RH: Tensor, plan: RoutePlan) -> Tensor:
+def sum_of_routes(rows_RH: Tensor, plan: DispatchPlan) -> Tensor:
     """What this rank's experts made of each row that came here: [P, H], or, on one rank, of each token, [T, H]."""
     return _sum_rows(rows_RH, plan.row_R, plan.tokens if plan.travel is None else plan.travel.received)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dsmoe.errors import ConfigError
 from dsmoe.moe import blocked, native
-from dsmoe.moe.sums import GradientSums
+from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
 from dsmoe.native import takes, unavailable
 from dsmoe.parallel.groups import mark_expert_parameter
 
@@ -110,7 +110,7 @@ class GroupedExperts(AutoEPMoELayer):
         """Called by DeepSpeed's engine; the groups exist already."""
 
     def forward(
-        self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor, sums: GradientSums | None = None
+        self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor, sums: ChunkedGradAccumulator | None = None
     ) -> tuple[Tensor, None]:
         """Weighted expert outputs [R, H]. The weight enters before the down projection, where rows are F wide.
 
@@ -123,7 +123,11 @@ class GroupedExperts(AutoEPMoELayer):
         return self._down(gate, up, probs_R, ends), None
 
     def _on_cpu(
-        self, projections: list[tuple[Tensor, Tensor]], counts_e: Tensor, probs_R: Tensor, sums: GradientSums | None
+        self,
+        projections: list[tuple[Tensor, Tensor]],
+        counts_e: Tensor,
+        probs_R: Tensor,
+        sums: ChunkedGradAccumulator | None,
     ) -> Tensor:
         rows, weights = zip(*projections, strict=True)
         fits = self.implementation == "native" and takes(*rows, *weights, self.down_proj, dtypes=native.DTYPES)
@@ -158,7 +162,7 @@ class LowRankExperts(GroupedExperts):
 
     def forward(
         self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor,
-        sums: GradientSums | None = None, latents_Rr: Tensor | None = None, reduce_erH: Tensor | None = None,
+        sums: ChunkedGradAccumulator | None = None, latents_Rr: Tensor | None = None, reduce_erH: Tensor | None = None,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Weighted expert outputs [R, H], from the latents of these rows or from the matrices A that give them."""
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)

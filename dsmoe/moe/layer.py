@@ -20,11 +20,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe.clock import REST, clock
-from dsmoe.moe.dispatch import Return, Shipment, sum_of_routes
-from dsmoe.moe.plan import PlanInProgress
-from dsmoe.moe.sums import GradientSums
+from dsmoe.moe.dispatch import DispatchHandle, Return, sum_of_routes
+from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
+from dsmoe.moe.plan import PendingPlan
 from dsmoe.routers.scores import weights_at
+from dsmoe.runtime.step_timer import REST, step_timer
 
 
 class VariableMoELayer(MoELayer):
@@ -49,44 +49,44 @@ class VariableMoELayer(MoELayer):
         """hidden_states [S, B, H]; padding_mask [B, S], True = padding. Returns (output [S, B, H], None)."""
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
-        (hidden_states,) = clock.boundary(REST, "routing", hidden_states)
+        (hidden_states,) = step_timer.mark_region(REST, "routing", hidden_states)
         probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
-        probs_TE, *latent = clock.boundary("routing", "dispatch", probs_TE, *latent)
+        probs_TE, *latent = step_timer.mark_region("routing", "dispatch", probs_TE, *latent)
         # T tokens in all, t in a part.
         of_tokens = [hidden_states.flatten(0, 1)]
         if latent and self.router.sends_latents:
             of_tokens.append(latent.pop())
         more = {"reduce_erH": latent[0]} if latent else {}
         if self.chunks > 1:
-            more["sums"] = GradientSums()
-        plans = [PlanInProgress(map_tE, self.ep_group) for map_tE in self._parts(map_TE)]
+            more["sums"] = ChunkedGradAccumulator()
+        plans = [PendingPlan(map_tE, self.ep_group) for map_tE in self._parts(map_TE)]
         alone = self.ep_group.size() == 1
         shared = self._shared_experts(hidden_states) if alone else None  # while the plans' sizes travel to the host
-        shipments = one_ahead(self._shipments(plans, probs_TE, *map(self._parts, of_tokens)))
+        shipments = prefetch_one(self._shipments(plans, probs_TE, *map(self._parts, of_tokens)))
         first = next(shipments)
         del of_tokens, probs_TE, map_TE, plans  # with many experts as large as what these keep
         if not alone:
             shared = self._shared_experts(hidden_states)
-        returns = one_ahead(self._to_experts(shipment, more) for shipment in chain([first], shipments))
+        returns = prefetch_one(self._to_experts(shipment, more) for shipment in chain([first], shipments))
         outputs = [rows.arrive() for rows in returns]
         output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(hidden_states)
-        (output,) = clock.boundary("combine", REST, output if shared is None else output + shared)
+        (output,) = step_timer.mark_region("combine", REST, output if shared is None else output + shared)
         return output, None
 
     def _shared_experts(self, hidden_states: Tensor) -> Tensor | None:
         if not self.use_shared_expert:
             return None
-        (hidden_states,) = clock.boundary("dispatch", "shared experts", hidden_states)
+        (hidden_states,) = step_timer.mark_region("dispatch", "shared experts", hidden_states)
         output = self.shared_experts_compute(hidden_states)
-        return clock.boundary("shared experts", "dispatch", output)[0]
+        return step_timer.mark_region("shared experts", "dispatch", output)[0]
 
     def _shipments(
-        self, plans: list[PlanInProgress], probs_TE: Tensor, hidden_tH: tuple[Tensor, ...], *latents: tuple[Tensor, ...]
-    ) -> Iterator[Shipment]:
+        self, plans: list[PendingPlan], probs_TE: Tensor, hidden_tH: tuple[Tensor, ...], *latents: tuple[Tensor, ...]
+    ) -> Iterator[DispatchHandle]:
         low = 0
         for progress, hidden, *sent in zip(plans, hidden_tH, *latents, strict=True):
             plan = progress.finish()
-            yield Shipment(hidden, weights_at(probs_TE, plan.flat_N, low), plan, self.exchange_dtype, *sent)
+            yield DispatchHandle(hidden, weights_at(probs_TE, plan.flat_N, low), plan, self.exchange_dtype, *sent)
             low += len(hidden)
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -97,7 +97,7 @@ class VariableMoELayer(MoELayer):
         least, more = divmod(len(rows), self.chunks)
         return rows.split([least + (part < more) for part in range(self.chunks)])
 
-    def _to_experts(self, shipment: Shipment, more: dict) -> Return:
+    def _to_experts(self, shipment: DispatchHandle, more: dict) -> Return:
         recompute = self.recompute and self.training
         if recompute:
             rows_PH = checkpoint(self._at_experts, shipment, more, True, use_reentrant=False, preserve_rng_state=False)
@@ -105,18 +105,18 @@ class VariableMoELayer(MoELayer):
             rows_PH = self._at_experts(shipment, more, False)
         return Return(rows_PH, shipment.plan, self.exchange_dtype, shipment if recompute else None)
 
-    def _at_experts(self, shipment: Shipment, more: dict, again: bool) -> Tensor:
+    def _at_experts(self, shipment: DispatchHandle, more: dict, again: bool) -> Tensor:
         """What this rank's experts make of the tokens that came here, [P, H]. On its way home nothing needs it in the
         backward pass, so a recompute ends here."""
         rows_RH, probs_R, *latents_Rr = shipment.arrive(again)
-        rows_RH, probs_R = clock.boundary("dispatch", "experts", rows_RH, probs_R)
+        rows_RH, probs_R = step_timer.mark_region("dispatch", "experts", rows_RH, probs_R)
         sent = {"latents_Rr": latents_Rr[0]} if latents_Rr else {}
         out_RH, _ = self.experts(rows_RH, shipment.plan.routes_per_expert_e, probs_R, **sent, **more)
-        (out_RH,) = clock.boundary("experts", "combine", out_RH)
+        (out_RH,) = step_timer.mark_region("experts", "combine", out_RH)
         return sum_of_routes(out_RH, shipment.plan)
 
 
-def one_ahead(items: Iterable) -> Iterator:
+def prefetch_one(items: Iterable) -> Iterator:
     """The same items, each once the next has been made."""
     held: list = []
     for item in items:

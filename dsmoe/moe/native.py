@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.moe.sums import gradient_sum
+from dsmoe.moe.gradient_accumulator import gradient_sum
 from dsmoe.native import LANES, run
 
 DTYPES = (torch.float32, torch.bfloat16)

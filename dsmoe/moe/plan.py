@@ -17,8 +17,8 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from dsmoe.maps import any_in_row, count_columns
 from dsmoe.parallel.collectives import start_all_to_all, start_counts
+from dsmoe.routers.routing_map import any_in_row, count_columns
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Travel:
+class ExchangePlan:
     """What more than one rank adds to a plan."""
 
     token_M: Tensor  # int64, the token of each row sent; rows are ordered by destination, then token
@@ -42,23 +42,23 @@ class Travel:
 
 
 @dataclass(frozen=True)
-class RoutePlan:
+class DispatchPlan:
     """Where every route goes. Routes are ordered by expert, then token."""
 
     tokens: int  # T
     flat_N: Tensor  # int64, token * E + expert of each route sent
-    find_row_R: Callable[[], Tensor]
+    wait_row_index: Callable[[], Tensor]
     routes_per_expert_e: Tensor  # int64, R split over this rank's experts
-    travel: Travel | None  # None on one rank
+    travel: ExchangePlan | None  # None on one rank
     group: object  # the EP group
 
     @cached_property
     def row_R(self) -> Tensor:
         """int64, the received row of each route, ordered by expert. Other ranks say it: the first to ask waits."""
-        return self.find_row_R()
+        return self.wait_row_index()
 
 
-class PlanInProgress:
+class PendingPlan:
     """A plan whose sizes are on their way: to other ranks, and to the host. `finish` waits for them. Collective over
     the EP group.
 
@@ -71,12 +71,12 @@ class PlanInProgress:
         tokens, experts = map_TE.shape
         self.map_TE, self.group, self.ep = map_TE, group, group.size()
         to_rank = any_in_row(map_TE.reshape(-1, experts // self.ep))
-        self.reach_TP = to_rank.view(tokens, self.ep)  # which token goes where
+        self.token_to_rank_TP = to_rank.view(tokens, self.ep)  # which token goes where
         # For each rank, routes to each of its experts and, last, rows.
-        sent = torch.cat((count_columns(map_TE).view(self.ep, -1), self.reach_TP.sum(0).unsqueeze(1)), dim=1)
+        sent = torch.cat((count_columns(map_TE).view(self.ep, -1), self.token_to_rank_TP.sum(0).unsqueeze(1)), dim=1)
         self.sizes = _Sizes(sent, start_counts(sent, group))
 
-    def finish(self) -> RoutePlan:
+    def finish(self) -> DispatchPlan:
         """The plan. Its sizes are known to the host from here on, so nothing in it asks the device again."""
         tokens, experts = self.map_TE.shape
         routes_to, rows_to = self.sizes.to_ranks()
@@ -86,12 +86,12 @@ class PlanInProgress:
         flat_N = token_N * experts + expert_N
         if self.ep == 1:
             counts_e = self.sizes.received[0, :-1]
-            return RoutePlan(tokens, flat_N, lambda: token_N, counts_e, None, self.group)
+            return DispatchPlan(tokens, flat_N, lambda: token_N, counts_e, None, self.group)
 
         # A route names its row by the row's place among those that go to the same rank.
-        row_TP = self.reach_TP.cumsum(0) - 1
+        row_TP = self.token_to_rank_TP.cumsum(0) - 1
         own_N = row_TP.flatten().index_select(0, token_N * self.ep + expert_N // (experts // self.ep))
-        token_M = _places(self.reach_TP, sum(rows_to)) % max(tokens, 1)
+        token_M = _places(self.token_to_rank_TP, sum(rows_to)) % max(tokens, 1)
 
         routes_from, rows_from = self.sizes.from_ranks()
         places = start_all_to_all(own_N.to(torch.int32), routes_to, routes_from, self.group)
@@ -100,7 +100,7 @@ class PlanInProgress:
         expert_order = _by_expert(counts, sum(routes_from))
         source_order = torch.empty_like(expert_order)
         source_order[expert_order] = torch.arange(sum(routes_from), device=expert_order.device)
-        travel = Travel(
+        travel = ExchangePlan(
             token_M=token_M,
             rows=Splits(rows_to, rows_from),
             routes=Splits(routes_to, routes_from),
@@ -113,12 +113,12 @@ class PlanInProgress:
             first = torch.repeat_interleave(rows_P.cumsum(0) - rows_P, counts.sum(1), output_size=sum(routes_from))
             return (places() + first).index_select(0, expert_order)
 
-        return RoutePlan(tokens, flat_N, row_R, counts.sum(0), travel, self.group)
+        return DispatchPlan(tokens, flat_N, row_R, counts.sum(0), travel, self.group)
 
 
-def plan_routes(map_TE: Tensor, group) -> RoutePlan:
+def plan_routes(map_TE: Tensor, group) -> DispatchPlan:
     """Turn a routing map into indices and split sizes, at once."""
-    return PlanInProgress(map_TE, group).finish()
+    return PendingPlan(map_TE, group).finish()
 
 
 class _Sizes:

@@ -8,7 +8,7 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
-from dsmoe.clock import clock
+from dsmoe.runtime.step_timer import step_timer
 
 
 class Traffic:
@@ -49,11 +49,11 @@ def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group) -
 
 
 def _begin(received: Tensor, sent: Tensor, receive, send, group) -> Callable[[], Tensor]:
-    with clock.within("exchange"):
+    with step_timer.within("exchange"):
         work = dist.all_to_all_single(received, sent.contiguous(), receive, send, group=group, async_op=True)
 
     def arrived() -> Tensor:
-        with clock.within("exchange"):
+        with step_timer.within("exchange"):
             work.wait()
         return received
 

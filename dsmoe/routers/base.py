@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dsmoe.config import ModelConfig, Section
 from dsmoe.errors import RouterError
-from dsmoe.maps import count_columns
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.logits import fp32_logits
 from dsmoe.routers.recorder import Load, RoutingRecorder
+from dsmoe.routers.routing_map import count_columns
 from dsmoe.routers.scores import Routing, Scores
 
 # Whose tokens a balance loss counts: all ranks' of a micro-step (then the layout does not change the loss), each rank's
@@ -169,7 +169,7 @@ class Router(megatron_router.Router):
         self.has_padding = padding_mask is not None
         real = None
         if self.has_padding:
-            real = self.once_a_pass("real", lambda: (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1))
+            real = self.cached_per_forward("real", lambda: (~padding_mask.reshape(-1).bool()).nonzero().squeeze(1))
         if real is None:
             routing = self.route(hidden_TH, sequence_T)
         else:
@@ -189,7 +189,7 @@ class Router(megatron_router.Router):
             routing.probs_TE = self._attach_losses(routing, tokens)
         return routing
 
-    def once_a_pass(self, name: str, make: Callable):
+    def cached_per_forward(self, name: str, make: Callable):
         """`make()` of the model's first router in this forward pass, for all of them: for what waits for the device."""
         shared = {} if self.recorder is None else self.recorder.shared
         if name not in shared:

@@ -30,11 +30,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dsmoe.memory import part
 from dsmoe.parallel.collectives import all_gather_rows, all_to_all_rows
 from dsmoe.parallel.groups import mark_expert_parameter
 from dsmoe.routers.base import Router, RouterOptions
-from dsmoe.routers.scores import may_look, slices
+from dsmoe.routers.scores import is_on_host, slices
+from dsmoe.runtime.buffers import part
 
 BLOCK = 1 << 18  # latents that a CPU works on while they are in its cache
 TOKENS = 512  # of a product with A on a CPU
@@ -90,7 +90,7 @@ class LowRankRouter(Router):
         ranks, tokens = self.ep.size(), hidden_TH.size(0)
         sizes = [tokens] * ranks
         if self.has_padding:  # ranks may have dropped different numbers of tokens, and all must know how many
-            sizes = self.once_a_pass("sizes", lambda: self._tokens_by_rank(hidden_TH))
+            sizes = self.cached_per_forward("sizes", lambda: self._tokens_by_rank(hidden_TH))
         everyone_H = all_gather_rows(hidden_TH, sizes, self.ep)
         norms_e, own_erH = latent_norms(everyone_H, self.reduce_proj, self.own_experts)
         back = all_to_all_rows(norms_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
@@ -180,7 +180,7 @@ def _sums(
         (token_N, expert_N), value_N = grad_TE._indices(), grad_TE._values()
         expert_N, order = expert_N.sort()
         return _sums_of_pairs(grad_TH, hidden_TH, reduce_ErH, token_N[order], expert_N, value_N[order], norms_TE)
-    if grad_TE is not None and may_look(grad_TE) and 2 * int(grad_TE.count_nonzero()) < grad_TE.numel():
+    if grad_TE is not None and is_on_host(grad_TE) and 2 * int(grad_TE.count_nonzero()) < grad_TE.numel():
         expert_N, token_N = grad_TE.t().nonzero().unbind(1)
         value_N = grad_TE[token_N, expert_N]
         return _sums_of_pairs(grad_TH, hidden_TH, reduce_ErH, token_N, expert_N, value_N, norms_TE)

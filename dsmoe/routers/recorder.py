@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dsmoe.errors import RouterError
-from dsmoe.maps import any_in_row, count_columns
 from dsmoe.parallel.collectives import sum_over
+from dsmoe.routers.routing_map import any_in_row, count_columns
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dsmoe.maps import count_rows
 from dsmoe.routers.base import BalanceScope, Router, Routing
 from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import mean_over_tokens
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
+from dsmoe.routers.routing_map import count_rows
 from dsmoe.routers.scores import Decision, Scores, in_blocks
 
 START_SCORE = 2.56  # expected score over theta at the start of the paper's S scale: 0.02 * sqrt(512 * 32)

@@ -139,7 +139,7 @@ class _RoutesOnly:
         self.like_TE, self.dense_TE, self.places, self.values = like_TE, None, [], []
 
     def __setitem__(self, rows: slice, grad_tE: Tensor) -> None:
-        if self.dense_TE is None and may_look(grad_tE) and 4 * int(grad_tE.count_nonzero()) < grad_tE.numel():
+        if self.dense_TE is None and is_on_host(grad_tE) and 4 * int(grad_tE.count_nonzero()) < grad_tE.numel():
             token_n, expert_n = grad_tE.nonzero().unbind(1)
             self.places.append(torch.stack((token_n + rows.start, expert_n)))
             self.values.append(grad_tE[token_n, expert_n])
@@ -239,7 +239,7 @@ def _by_block(grad_TE: Tensor | None, rows: list[slice]) -> Iterator[Tensor | No
         yield grad_tE
 
 
-def may_look(tensor: Tensor) -> bool:
+def is_on_host(tensor: Tensor) -> bool:
     """Whether the host has a tensor's values without waiting for a device."""
     return tensor.device.type == "cpu"
 

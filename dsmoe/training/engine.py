@@ -15,10 +15,10 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 
 from dsmoe.config import RunConfig, TrainingConfig
 from dsmoe.model.gpt import LanguageModel
+from dsmoe.optim.gradients import spare_copies
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
-from dsmoe.training.gradients import spare_copies
-from dsmoe.training.revival import Revival
+from dsmoe.training.dead_expert_reset import DeadExpertReset
 
 # On a CPU. DeepSpeed's 500M elements are a fresh 2-GB buffer in every step, whose pages the kernel must zero, and each
 # gradient is copied there first; one that is larger than the bucket is reduced where it lies.
@@ -51,7 +51,7 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
     if device == "cpu" and training.precision == "fp32":
         spare_copies(engine, config.parallel.zero_stage)
     if training.revive_idle_experts:
-        model.revival = Revival(engine, groups, training.revive_idle_experts, training.seed)
+        model.revival = DeadExpertReset(engine, groups, training.revive_idle_experts, training.seed)
     return engine
 
 

@@ -11,12 +11,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from dsmoe.checkpoint.save import CheckpointSaver
-from dsmoe.clock import clock
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError, TrainingError
 from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
-from dsmoe.signals import StopRequest
+from dsmoe.runtime.signals import StopRequest
+from dsmoe.runtime.step_timer import step_timer
 from dsmoe.training.diagnose import first_bad_tensor
 from dsmoe.training.engine import learning_rate
 from dsmoe.training.evaluate import evaluate
@@ -102,7 +102,7 @@ class Trainer:
         training = self.config.training
         started = time.perf_counter()
         if self.config.logging.timings:
-            clock.start()
+            step_timer.start()
         traffic.take()  # what an evaluation sent is not the step's
         lr = learning_rate(self.step, training)
         for group in self.engine.optimizer.param_groups:
@@ -130,7 +130,7 @@ class Trainer:
                 self.expert_lines.begin(self.step + 1)
                 if self.scaled_updates is not None:
                     self.scaled_updates.follow(totals)
-            with clock.within("optimizer"):
+            with step_timer.within("optimizer"):
                 self.engine.step()
         self.step += 1
         self.samples += training.global_batch_size
@@ -143,7 +143,7 @@ class Trainer:
             controller.update(totals)
         revived = {} if revival is None else {"revived_experts": revival.update(totals, self.step)}
         self.expert_lines.end(self.step, self.tokens, totals)
-        parts = {"seconds_by_part": clock.stop()} if self.config.logging.timings else {}
+        parts = {"seconds_by_part": step_timer.stop()} if self.config.logging.timings else {}
         seconds = time.perf_counter() - started
         summed = self.groups.dp_size * training.gradient_accumulation  # forward passes behind the two sums
         line = {

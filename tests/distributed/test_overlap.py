@@ -42,7 +42,7 @@ def pass_through_a_layer(model: dict) -> tuple[list[tuple[str, int]], torch.Tens
     def note(what: str) -> None:
         happened.append((what, len(under_way)))
 
-    start, make = dispatch.start_all_to_all, dispatch.Shipment.__init__
+    start, make = dispatch.start_all_to_all, dispatch.DispatchHandle.__init__
 
     def start_and_note(rows, *splits_and_group):
         arrived = start(rows, *splits_and_group)
@@ -69,7 +69,7 @@ def pass_through_a_layer(model: dict) -> tuple[list[tuple[str, int]], torch.Tens
         note("shared experts")
         return compute(hidden)
 
-    dispatch.start_all_to_all, dispatch.Shipment.__init__ = start_and_note, make_and_count
+    dispatch.start_all_to_all, dispatch.DispatchHandle.__init__ = start_and_note, make_and_count
     layer.experts.register_forward_hook(experts_done)
     layer.shared_experts_compute = shared_experts
     gc.disable()  # what a pass leaves behind must go by itself
@@ -81,7 +81,7 @@ def pass_through_a_layer(model: dict) -> tuple[list[tuple[str, int]], torch.Tens
     del total
     left = len(shipments)
     gc.enable()
-    dispatch.start_all_to_all, dispatch.Shipment.__init__ = start, make
+    dispatch.start_all_to_all, dispatch.DispatchHandle.__init__ = start, make
     gradients = torch.cat([safe_get_full_grad(parameter).flatten() for parameter in layer.experts.parameters()])
     return happened, loss, gradients, left
 

@@ -83,9 +83,9 @@ def test_mistakes_are_named_before_anything_runs(arguments, expected):
 
 
 def test_a_rank_that_dies_is_an_error_row():
-    from dsmoe.benchmark.jobs import run_job
-    from dsmoe.benchmark.problem import Problem
-    from dsmoe.benchmark.worker import Job
+    from dsmoe.lab.benchmark.jobs import run_job
+    from dsmoe.lab.benchmark.problem import Problem
+    from dsmoe.lab.benchmark.worker import Job
 
     (row,) = run_job(Job(Problem(dtype="fp8", tokens=64, hidden=32, ffn=16), ["balanced"], ""))
     assert "KeyError" in row["error"] and row["kind"] == "job" and row["experts"] == 8

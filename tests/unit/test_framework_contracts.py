@@ -289,7 +289,7 @@ def test_zero_moves_a_large_gradient_nowhere(stage, groups, monkeypatch):
     optimizer, places, stepped_on = engine.optimizer, [], []
     experts = {id(p) for name, p in engine.module.named_parameters() if ".experts." in name}
     copy, step = optimizer.copy_grads_in_partition, optimizer.optimizer.step
-    where = "dsmoe/training/gradients.py"
+    where = "dsmoe/optim/gradients.py"
 
     def copied(parameter, group_idx=None):
         found = optimizer.get_gradient_for_reduction(parameter).data_ptr()
@@ -429,7 +429,7 @@ def test_a_flat_tensor_is_a_key_of_the_optimizers_state():
 
 
 def test_starting_a_process_does_not_load_a_compiler():
-    """Megatron and DeepSpeed call `torch.compile` at import; `dsmoe/megatron.py` keeps that from costing seconds."""
+    """Megatron and DeepSpeed call `torch.compile` at import; `dsmoe/runtime/megatron.py` avoids that cost."""
     script = "import sys, dsmoe.training.run; print('torch._inductor.lowering' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.split()[-1] == "False"

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dsmoe.checkpoint.load import CheckpointReader
+from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.checkpoint.verify import verify_checkpoint
 from dsmoe.checkpoint.write import write_weights
 from dsmoe.config import load_config, validate_config
@@ -34,7 +35,6 @@ from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
 from dsmoe.routers import available, get
 from dsmoe.routers.registry import option_classes
-from dsmoe.trained import TrainedModel
 
 COMMON = dict(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -31,7 +31,7 @@ ALL = [name for name, router in available().items() if router.__module__.startsw
 def test_nothing_waits_for_the_device(monkeypatch, name, training):
     """A fake tensor has no values: whoever asks for one (.item(), nonzero, indexing by a mask) gets an exception."""
     for module in (low_rank, scores):
-        monkeypatch.setattr(module, "may_look", lambda tensor: False)  # as where values are on a device
+        monkeypatch.setattr(module, "is_on_host", lambda tensor: False)  # as where values are on a device
     with FakeTensorMode():
         routers = Routers(name, {}, 4)
         for router in routers.layers:
@@ -300,7 +300,7 @@ def test_weights_of_routes_of_any_other_tensor_have_a_dense_gradient():
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("shares", [(0.0, 0.1, 0.2), (0.1, 0.5, 0.1), (0.9, 0.0, 0.9)])
 def test_a_gradient_of_few_pairs_is_kept_as_these(monkeypatch, shares, seen):
-    monkeypatch.setattr(scores, "may_look", lambda tensor: seen)
+    monkeypatch.setattr(scores, "is_on_host", lambda tensor: seen)
     expected = torch.cat([torch.randn(10, 20) * (torch.rand(10, 20) < share) for share in shares])
     found = scores._RoutesOnly(expected)
     for rows in scores.slices(30, 10):
@@ -379,7 +379,7 @@ def test_the_entropy_of_shares_that_underflow_has_a_gradient():
 @pytest.mark.parametrize("tokens", [0, 3, 700])
 def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, share, on_device):
     if on_device:
-        monkeypatch.setattr(low_rank, "may_look", lambda tensor: False)
+        monkeypatch.setattr(low_rank, "is_on_host", lambda tensor: False)
     hidden, reduce = (torch.randn(size, dtype=torch.float64) for size in ((tokens, HIDDEN), (6, 3, HIDDEN)))
     reduce[2] = 0  # norms of 0
     grad = torch.randn(tokens, 6) * (torch.rand(tokens, 6) < share)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dsmoe.training.dead_expert_reset import pairs
 from dsmoe.training.experts import load_scale, shares
-from dsmoe.training.revival import pairs
 
 
 @pytest.mark.parametrize("numel", [1, 3, 7])

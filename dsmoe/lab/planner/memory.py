@@ -1,0 +1,156 @@
+"""Bytes that a rank holds at the worst moment of a step, by what they are for.
+
+States follow from the way DeepSpeed keeps them: the weights the model computes with, an fp32 master copy, two moments,
+gradients as the backward pass leaves them, and in bf16 a flat copy of the rank's own ones for the optimizer.
+Activations are what a backward pass needs again, layer by layer, and what the busiest rank holds while one layer is at
+work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from dsmoe.lab.planner.layout import Layout
+
+MASTER, MOMENTS = 4, 8  # fp32
+REDUCED = 4  # of the flat gradient that the optimizer reads, fp32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    process: float  # interpreter, libraries, device context
+    weights: float
+    gradients: float
+    optimizer: float  # master weights and moments
+    update: float  # flat gradients and what the norm is computed in, while the optimizer runs
+    gathered: float  # weights of the layers at work, where ranks hold parts of them
+    reduction: float  # gradients of the layer at work, and the copy in which ranks sum those of experts they share
+    activations: float  # kept for the backward pass
+    dispatch: float  # rows and buffers of the layer at work, on the busiest rank
+    logits: float  # of the vocabulary loss, a part of the rows at a time, and its weight gradient
+    overheads: tuple[float, float]  # bytes held for each byte of state, and of what comes and goes
+
+    @property
+    def state(self) -> float:
+        """Weights, gradients, optimizer state."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def transient(self) -> float:
+        """At the worst moment: the backward pass, when activations are there, or the update, when they are not."""
+        return max(self.update, self.activations + self.dispatch + self.logits + self.gathered + self.reduction)
+
+    @property
+    def total(self) -> float:
+        return self.process + self.overheads[0] * self.state + self.overheads[1] * self.transient
+
+    def parts(self) -> dict[str, float]:
+        """Bytes by what they are for, overheads apart."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "overheads"}
+
+
+def memory(layout: Layout) -> Memory:
+    """Of the busiest rank."""
+    stage, element = layout.config.parallel.zero_stage, layout.element
+    local = layout.dense_parameters + layout.expert_parameters
+    owned = layout.owned_parameters
+    largest = largest_parameter(layout)
+    accumulated = 4 if layout.element == 2 else element  # bf16 gradients are summed in fp32
+    in_fp64 = 0.0 if layout.gradients_by_block else largest * 8  # for the norm
+    layer = layer_parameters(layout) * element
+    # Those of the layer at work, where the optimizer does not read them, what ranks sum them in, and the sum of all
+    # micro-steps, of which a rank keeps its part.
+    copies = (not layout.gradients_in_place) + (layout.replicas > 1)
+    summed = layer_parameters(layout) * accumulated if stage > 1 else 0.0
+    return Memory(
+        process=layout.hardware.process_gib * 2**30,
+        weights=element * (owned if stage == 3 else local),
+        gradients=accumulated * (local if stage == 1 else owned),
+        optimizer=owned * (MASTER + MOMENTS),
+        update=(owned * REDUCED if element == 2 else 0.0) + in_fp64,
+        gathered=2 * layer if stage == 3 else 0.0,
+        reduction=copies * layer + summed,
+        activations=kept(layout),
+        dispatch=at_work(layout),
+        logits=logits(layout),
+        overheads=(layout.hardware.state_overhead, layout.hardware.activation_overhead),
+    )
+
+
+def layer_parameters(layout: Layout) -> float:
+    """Of the largest layer on one rank: what ZeRO 3 gathers at a time."""
+    return layout.dense_parameters / layout.model.num_layers + layout.expert_parameters / max(1, layout.moe_layers)
+
+
+def largest_parameter(layout: Layout) -> float:
+    """Elements of a rank's largest tensor under the optimizer."""
+    model = layout.model
+    experts = layout.local_experts * 2 * model.moe_ffn_hidden_size * model.hidden_size / layout.replicas
+    return max(experts if layout.moe_layers else 0.0, model.vocab_size * model.hidden_size / layout.ranks)
+
+
+def kept(layout: Layout) -> float:
+    """Activations of all layers, of one micro-step."""
+    model, tokens = layout.model, layout.tokens
+    inputs = tokens * model.hidden_size * layout.element
+    found = 0.0
+    for is_moe in model.moe_layers():
+        own = moe_activations(layout) if is_moe else dense(layout, model.dense_ffn_hidden_size)
+        if model.recompute == "full":
+            found += 2 * inputs + (routing(layout) if is_moe else own)
+        else:
+            found += attention(layout) + (routing(layout) if is_moe and model.recompute == "moe" else own)
+    return found
+
+
+def attention(layout: Layout) -> float:
+    """Kept of one layer: the input and output of both norms, queries, keys and values, the first two again where they
+    are normalised, and what attention gives."""
+    model = layout.model
+    heads = model.num_attention_heads * model.head_size
+    groups = model.key_value_heads * model.head_size
+    normalised = heads + groups if model.qk_layernorm else 0
+    return layout.tokens * (4 * model.hidden_size + 2 * heads + 2 * groups + normalised) * layout.element
+
+
+def dense(layout: Layout, width: int) -> float:
+    """Kept of a SwiGLU for all tokens, of torch operators: gate and up, silu of the gate, its product with up."""
+    return 4 * layout.tokens * width * layout.element
+
+
+def routing(layout: Layout) -> float:
+    """What a layer's routing keeps: the map, fp32 scores unless they are made again (dsmoe/routers/scores.py), latents
+    to be sent, and the plan's indices."""
+    pairs = layout.tokens * layout.model.num_experts
+    made_again = layout.element < 4 and layout.model.num_experts > layout.model.hidden_size and not layout.latent
+    scores = pairs * (1 if made_again else 4 + 1)
+    latents = pairs * layout.latent * (4 + layout.element) if layout.sends_latents else 0.0
+    return scores + latents + layout.routes * 8 * 4
+
+
+def moe_activations(layout: Layout) -> float:
+    """Kept of one MoE layer: routing, rows by expert, gate and up, and what a shared expert keeps."""
+    model = layout.model
+    rows = layout.routes * (model.hidden_size + 2 * model.moe_ffn_hidden_size + layout.latent) * layout.element
+    return routing(layout) + rows + dense(layout, model.moe_shared_expert_intermediate_size or 0)
+
+
+def at_work(layout: Layout) -> float:
+    """Beside what is kept, while a layer is in its backward pass: gradients of its rows, and, recomputed, the rows."""
+    model = layout.model
+    parts = model.moe_chunks if model.recompute != "none" else 1
+    rows = layout.routes / parts * 2 * model.hidden_size * layout.element
+    under_way = min(1.0, 2.5 / parts)  # the part at work, one on its way here and one on its way home
+    travelling = layout.tokens * layout.reach() * under_way * 2 * model.hidden_size * layout.element
+    again = moe_activations(layout) / parts if model.recompute != "none" else 0.0
+    again += attention(layout) if model.recompute == "full" else 0.0
+    return rows + travelling + again + 3 * layout.tokens * model.hidden_size * layout.element
+
+
+def logits(layout: Layout) -> float:
+    """A few MiB of logits on a CPU, 2^27 elsewhere, in fp32 with their softmax; the gradient of the output matrix."""
+    model = layout.model
+    chunk = min(layout.tokens * model.vocab_size, 2**21 if layout.hardware.cpu else 2**27)
+    return 3 * 4 * chunk + model.vocab_size * model.hidden_size * (4 + layout.element)

@@ -1,0 +1,209 @@
+"""What one cell of a scaling study measured, by name. A quantity that a run has not recorded is missing, never 0."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import numpy
+
+from dsmoe.config import RunConfig
+from dsmoe.lab.study.grid import MEASURED, Cell, Study
+from dsmoe.lab.study.inside import REPLAYED, Inside
+from dsmoe.lab.study.results import END, finished, read_result, run_config, run_lines, sized
+from dsmoe.lab.study.runner import read_record
+
+SPIKE_WINDOW, SPIKE_SIZE = 20, 6.0  # steps before, and median absolute deviations above their median
+PAUSE = 5.0  # a step that took this many times its neighbours' median was interrupted
+T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A quantity: what it is called, its unit, how it is written, whether seconds are in it, and whether it is of the
+    experts rather than of the run."""
+
+    title: str
+    unit: str
+    form: str
+    timed: bool = False
+    inside: bool = False
+
+    @property
+    def heading(self) -> str:
+        return self.title + (f" ({self.unit})" if self.unit else "")
+
+
+MEASURES = {
+    "val_loss": Measure("held-out loss", "nats/token", ".4f"),
+    "experts": Measure("experts per token, held-out", "", ".2f"),
+    "mean_experts": Measure("experts per token, whole training", "", ".2f"),
+    "parameters": Measure("parameters", "", ",.0f"),
+    "training_flops": Measure("training compute", "FLOP", ".3g"),
+    "step_seconds": Measure("step time", "s", ".3f", True),
+    "tokens_per_second": Measure("tokens per second", "1/s", ",.0f", True),
+    "peak_memory": Measure("peak memory of a process", "MiB", ",.0f"),
+    "bytes_per_flop": Measure("weights read per active FLOP", "byte", ".3g"),
+    "all_to_all": Measure("all-to-all per token", "byte", ",.0f"),
+    "imbalance": Measure("busiest expert over mean", "", ".2f"),
+    "dead_experts": Measure("experts without a token in a step", "", ".1%"),
+    "no_expert": Measure("tokens without an expert", "", ".1%"),
+    "spikes": Measure("loss spikes", "", ".1f"),
+    "joules_per_token": Measure("energy per token, modelled", "mJ", ".3f", True),
+    "measured_joules": Measure("energy per token, measured", "mJ", ".3f", True),
+    "passes_seconds": Measure("forward and backward", "s", ".3f", True),
+    "optimizer_seconds": Measure("optimizer", "s", ".3f", True),
+    "routing_share": Measure("routing, dispatch and combine in forward and backward", "", ".1%", True),
+    "exchange_share": Measure("all-to-all in forward and backward", "", ".1%", True),
+    "first_token": Measure("to the first token", "ms", ".2f", True),
+    "token": Measure("for each token after it", "ms", ".2f", True),
+    "idle_experts": Measure("experts without a token in the last tenth", "", ".1%", inside=True),
+    "weak_experts": Measure("experts with under a tenth of the mean gradient", "", ".1%", inside=True),
+    "expert_gradient": Measure("gradient norm of an expert, median", "", ".2g", inside=True),
+    "output_cosine": Measure("likeness of experts' outputs, cosine", "", ".3f", inside=True),
+    "output_cka": Measure("likeness of experts' outputs, CKA", "", ".3f", inside=True),
+    "weights_alike": Measure("likeness of experts' weights above chance", "", ".3f", inside=True),
+    "flips": Measure("routes changed since the checkpoint before", "", ".1%", inside=True),
+    "flips_bf16": Measure("routes changed by bf16 inputs", "", ".2%", inside=True),
+    "load_contiguous": Measure(f"busiest of {REPLAYED} ranks over mean, experts in order", "", ".2f", inside=True),
+    "load_aware": Measure(f"busiest of {REPLAYED} ranks, experts placed by load", "", ".2f", inside=True),
+    "load_replicated": Measure(f"busiest of {REPLAYED} ranks, hot experts copied", "", ".2f", inside=True),
+    "by_route": Measure("rows sent without de-duplication, over ours", "", ".2f", inside=True),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A finished cell."""
+
+    cell: Cell
+    inside: Inside
+    config: RunConfig
+    lines: list[dict]
+    values: dict[str, float]
+    layers: list[float] | None  # experts per token of each MoE layer, on held-out text
+    x: float | None  # its place along the bottom of pictures
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study and what came of it."""
+
+    study: Study
+    out: Path
+    found: list[Measured]
+    missing: list[tuple[Cell, str]]  # cells without a result, and why
+    machine: str
+    commits: list[str]
+
+    def arms(self) -> list[str]:
+        """Those with a result, in the study's order."""
+        return [arm.name for arm in self.study.arms if any(m.cell.arm == arm.name for m in self.found)]
+
+    def by_point(self, arm: str) -> dict[tuple, list[Measured]]:
+        """An arm's cells that differ in the seed alone, together; in the order of x."""
+        groups: dict[tuple, list[Measured]] = {}
+        for one in self.found:
+            if one.cell.arm == arm:
+                groups.setdefault(one.cell.point, []).append(one)
+        return dict(sorted(groups.items(), key=lambda item: mean(one.x or 0.0 for one in item[1])))
+
+
+def read_results(study: Study, out: Path) -> StudyResults:
+    """All cells of a study."""
+    found, missing, machines, commits = [], [], [], []
+    for cell in study.cells():
+        record, folder = read_record(cell, out), cell.folder(out)
+        if record is None or record["status"] != "done":
+            error = (record or {}).get("error", "").strip().splitlines()
+            missing.append(
+                (cell, f"{'not run' if record is None else record['status']}{': ' + error[-1] if error else ''}")
+            )
+            continue
+        machines.append(record.get("machine", ""))
+        commits.append(record.get("commit", ""))
+        found.append(measure(study, cell, folder, record))
+    return StudyResults(
+        study, out, found, missing, next(iter(machines), ""), list(dict.fromkeys(filter(None, commits)))
+    )
+
+
+def measure(study: Study, cell: Cell, folder: Path, record: dict) -> Measured:
+    """Read one finished run."""
+    config, lines, result = run_config(folder), run_lines(folder), read_result(folder)
+    if not finished(lines, config.training.steps):
+        raise ValueError(f"{folder} is not finished")
+    end = lines[-max(1, round(END * len(lines))) :]
+    tokens = config.training.global_batch_size * config.model.sequence_length
+    seconds = median(line["seconds"] for line in lines)
+    values = {
+        "val_loss": result.val_loss,
+        "experts": result.val_experts,
+        "mean_experts": result.mean_experts,
+        "parameters": sized(config).total,
+        "training_flops": flops(config, lines).sum(),
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "bytes_per_flop": 4 * sized(config).total / flops(config, lines[-1:])[0],
+        "imbalance": result.expert_imbalance,
+        "no_expert": result.no_expert,
+        "spikes": float(spikes([line["loss"] for line in lines])),
+        "joules_per_token": 1e3 * study.watts_per_core * record.get("cores", study.ranks) * seconds / tokens,
+    }
+    if "dead_experts" in lines[-1]:
+        values["dead_experts"] = mean(line["dead_experts"] for line in end)
+    if "peak_memory_bytes" in lines[-1]:
+        values["peak_memory"] = lines[-1]["peak_memory_bytes"] / 2**20
+    if "all_to_all_bytes" in lines[-1] and study.ranks > 1:
+        values["all_to_all"] = median(line["all_to_all_bytes"] for line in end) / tokens
+    inside = Inside(folder)
+    values |= inside.values(lines)
+    if "joules" in record:
+        values["measured_joules"] = 1e3 * record["joules"] / (tokens * len(lines))
+    if not study.timed:
+        values = {name: value for name, value in values.items() if not MEASURES[name].timed}
+    if not study.quality:
+        values = {name: value for name, value in values.items() if name not in ("val_loss", "spikes")}
+    x = result.val_experts if study.x == MEASURED else dict(cell.point).get(study.x)
+    return Measured(cell, inside, config, lines, values, result.val_experts_by_layer, x)
+
+
+def flops(config: RunConfig, lines: list[dict]) -> numpy.ndarray:
+    """Of each step, forward and backward: six for each parameter a token uses, with the experts it really had.
+
+    The products of attention with itself are left out; at these lengths they are a small and constant part.
+    """
+    size, layers = sized(config), sum(config.model.moe_layers())
+    always = size.total - layers * config.model.num_experts * size.expert
+    if config.model.tie_embeddings is False:
+        always -= config.model.vocab_size * config.model.hidden_size  # a look-up multiplies nothing
+    experts = numpy.array([line["experts_per_token"] for line in lines])
+    tokens = config.training.global_batch_size * config.model.sequence_length
+    return 6.0 * tokens * (always + layers * experts * size.expert)
+
+
+def wall(lines: list[dict]) -> numpy.ndarray:
+    """Seconds of training after each step, without the time a run was stopped in the middle of one."""
+    seconds = numpy.array([line["seconds"] for line in lines])
+    near = numpy.array([median(seconds[max(0, i - 10) : i + 11]) for i in range(len(seconds))])
+    return numpy.cumsum(numpy.where(seconds > PAUSE * near, near, seconds))
+
+
+def spikes(loss: list[float]) -> int:
+    """Steps whose loss stands out above the steps before: the median and median absolute deviation of a window."""
+    values, found = numpy.array(loss), 0
+    for step in range(SPIKE_WINDOW, len(values)):
+        before = values[step - SPIKE_WINDOW : step]
+        middle = numpy.median(before)
+        found += values[step] > middle + SPIKE_SIZE * max(1e-9, numpy.median(abs(before - middle)))
+    return int(found)
+
+
+def centre_and_band(values: list[float]) -> tuple[float, float | None]:
+    """Mean over seeds and half of its 95 % interval (Student's t); None for a single seed."""
+    if len(values) == 1:
+        return values[0], None
+    quantile = T_95[len(values) - 1] if len(values) <= len(T_95) else 1.96
+    return mean(values), quantile * stdev(values) / math.sqrt(len(values))

@@ -1,0 +1,65 @@
+"""Read a trained run and write RUN/probe.json: `python -m dsmoe.lab.study.probe RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean
+
+from dsmoe.runtime.command_line import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m dsmoe.lab.study.probe", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint of it")
+    parser.add_argument("--data", metavar="PATH", help="a dataset (default: the run's own)")
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of held-out text (default: 4096)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write (default: RUN/probe.json)")
+    arguments = parser.parse_args()
+
+    from dsmoe.checkpoint.files import write_atomically
+    from dsmoe.lab.study.probe import FILE, probe
+
+    found = probe(arguments.run, arguments.data, arguments.tokens)
+    target = arguments.json or arguments.run / FILE
+    write_atomically(target, (json.dumps(found, indent=1) + "\n").encode())
+    _show(found)
+    print(f"wrote {target}")
+
+
+def _show(found: dict) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"[bold]step {found['step']}[/], {found['tokens']:,} held-out tokens")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    headings = ("layer", "experts", "load", "dead", "cosine", "CKA", "weights", "flips", "bf16", "gradient")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for number, layer in enumerate(found["layers"]):
+        alike = [f"{layer[name]['mean']:.2f}" if name in layer else "" for name in ("cosine", "cka", "weights")]
+        flipped = f"{layer['flips_checkpoint']:.1%}" if "flips_checkpoint" in layer else ""
+        norms = layer["gradient_norm"]
+        table.add_row(
+            str(number), f"{layer['experts_per_token']:.2f}", f"{layer['load']:.2f}", f"{layer['dead']:.0%}", *alike,
+            flipped, f"{layer['flips_bf16']:.1%}", f"{min(norms):.0e}..{max(norms):.0e}",
+        )  # fmt: skip
+    console.print(table)
+    kinds = sorted(found["kinds"].items(), key=lambda item: -item[1])
+    said = [
+        f"{kind} {mean(layer['by_kind'][kind] for layer in found['layers']):.2f}" for kind, share in kinds if share > 0
+    ]
+    console.print(f"[bold]experts a token[/]  {', '.join(said)}")
+    for one in found["latency"]:
+        first, later = (f"{one[name] * 1e3:.1f} ms" for name in ("first_token_seconds", "token_seconds"))
+        console.print(
+            f"[bold]{one['setting']}[/]  {one['experts_per_token']:.2f} experts a token, loss {one['loss']:.4f}; "
+            f"{first} to the first token, {later} for each after it"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

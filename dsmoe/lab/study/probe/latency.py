@@ -1,0 +1,74 @@
+"""Inference with one user: seconds to the first token and for each one after it, and what they cost in loss."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from statistics import median
+
+from dsmoe.checkpoint.restore import TrainedModel
+from dsmoe.inference.generate import Reader
+from dsmoe.routers.base import Router
+from dsmoe.training.evaluate import evaluate
+
+# Options that decide at inference how many experts a token has, and by how much they are tried.
+CHANGED = {"k": (0.5, 1, 2), "p": (0.75, 1, 1.25), "threshold": (0.75, 1, 1.25)}
+STEERED = ("relu", "dtop_p", "expert_threshold")  # here they only aim at a density in training
+TOKENS, REPEATS = 12, 3
+
+
+def latencies(trained: TrainedModel, held) -> list[dict]:
+    """One entry for each setting of the router, its own first."""
+    routers = trained.model.recorder.routers
+    found = []
+    for setting, change in settings(trained):
+        with _options(routers, change):
+            loss = evaluate(trained.model, held, len(held), trained.groups, None)
+            first, later = seconds(trained, held.batch(0, 1)["tokens"][0].tolist())
+        found.append(
+            {
+                "setting": setting, "experts_per_token": loss["val_experts_per_token"], "loss": loss["val_loss"],
+                "first_token_seconds": first, "token_seconds": later,
+            }
+        )  # fmt: skip
+    return found
+
+
+def settings(trained: TrainedModel) -> list[tuple[str, dict]]:
+    """What the router is tried with: as trained, and, where an option decides it, with fewer and more experts."""
+    router, experts = trained.model.recorder.routers[0], trained.config.model.num_experts
+    found = [("as trained", {})]
+    for name, factors in CHANGED.items() if router.name not in STEERED else ():
+        value = getattr(router.options, name, None)
+        if value is None:
+            continue
+        for factor in factors:
+            changed = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+            if changed != value and (name != "k" or changed <= experts) and (name != "p" or changed <= 1):
+                found.append((f"{name}={changed:g}", {name: changed}))
+    return found
+
+
+def seconds(trained: TrainedModel, ids: list[int]) -> tuple[float, float]:
+    """To the first token after half a sequence, and for each of some more: medians."""
+    half = len(ids) // 2
+    first, later = [], []
+    for _ in range(REPEATS):
+        reader = Reader(trained.model)
+        for length in range(half, min(half + TOKENS, len(ids)) + 1):
+            began = time.perf_counter()
+            reader.logits(ids[:length])
+            (first if length == half else later).append(time.perf_counter() - began)
+    return median(first), median(later)
+
+
+@contextmanager
+def _options(routers: list[Router], change: dict):
+    before = [router.options for router in routers]
+    for router in routers:
+        router.options = router.options.model_copy(update=change)
+    try:
+        yield
+    finally:
+        for router, options in zip(routers, before, strict=True):
+            router.options = options

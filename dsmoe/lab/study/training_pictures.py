@@ -1,0 +1,171 @@
+"""Pictures of what changes over training: experts per token, by layer and by kind of token, and experts that starve."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy
+from matplotlib.ticker import FuncFormatter
+
+from dsmoe.lab.study.drawing import PALETTE, Picture, colors_of, first_seed, label, panels, shade, thinned
+from dsmoe.lab.study.inside import idle, weak
+from dsmoe.lab.study.measures import Measured, StudyResults
+from dsmoe.lab.study.probe.routes import KINDS
+
+AT_A_TIME = 5  # lines of experts.jsonl over which an expert without a token counts as idle
+CONSTANT = 1e-9
+
+
+def _changing(results: StudyResults) -> list[Measured]:
+    """First seed's cells in which the number of experts per token is not constant, small x first."""
+    return [
+        one for one in first_seed(results.found)
+        if numpy.ptp([line["experts_per_token"] for line in one.lines]) > CONSTANT
+    ]  # fmt: skip
+
+
+def _panels_of(arms: list[str], height: float = 3.4, **options):
+    """A panel for each arm, two in a row."""
+    lines = -(-len(arms) // 2)
+    figure, axes = panels(columns=min(2, len(arms)), rows=lines, height=height * lines, **options)
+    for axis in axes.flat[len(arms) :]:
+        axis.set_visible(False)
+    return figure, axes
+
+
+def _number(axis) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def density(results: StudyResults) -> Picture | None:
+    """Experts per token at every step, of arms where that changes."""
+    changing, colors, rows = _changing(results), colors_of(results), []
+    if not changing:
+        return None
+    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in changing)]
+    figure, axes = _panels_of(arms)
+    for axis, arm in zip(axes.flat, arms, strict=False):
+        ones = [one for one in changing if one.cell.arm == arm]
+        for one in ones:
+            lines = [one.lines[place] for place in thinned(len(one.lines))]
+            experts, steps = ([line[name] for line in lines] for name in ("experts_per_token", "step"))
+            axis.plot(steps, experts, color=colors[arm], alpha=shade(one, ones), linewidth=1.2, label=label(one))
+            rows += [[str(one.cell), line["step"], line["experts_per_token"], line["density"]] for line in lines]
+        axis.set(title=arm, xlabel="step", ylabel="experts per token", yscale="log")
+        _number(axis.yaxis)
+        if len(ones) > 1:
+            axis.legend(fontsize=8, ncols=2)
+    caption = "Mean over layers and tokens of each step, first seed; arms with a constant number are left out."
+    headings = ["cell", "step", "experts per token", "density"]
+    return Picture("density", "Experts per token over training", caption, headings, rows, figure)
+
+
+def layers(results: StudyResults) -> Picture | None:
+    """Experts per token by layer on held-out text, of cells whose layers differ."""
+    uneven = [one for one in results.found if one.layers and len(set(one.layers)) > 1]
+    if not uneven:
+        return None
+    colors, rows, shown = colors_of(results), [], first_seed(uneven)
+    figure, axes = panels(height=3.6)
+    for one in uneven:
+        rows += [[str(one.cell), layer, experts] for layer, experts in enumerate(one.layers, 1)]
+        if one in shown:
+            alpha = shade(one, uneven)
+            axes[0, 0].plot(range(1, len(one.layers) + 1), one.layers, "o-", color=colors[one.cell.arm], alpha=alpha,
+                            linewidth=1.2, label=one.cell.arm if alpha == 1.0 else None)  # fmt: skip
+    axes[0, 0].set(xlabel="MoE layer", ylabel="experts per token", xticks=range(1, len(uneven[0].layers) + 1))
+    axes[0, 0].set_ylim(bottom=0)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    by_name = dict(zip(names, handles, strict=True))
+    axes[0, 0].legend(by_name.values(), by_name)
+    caption = "On held-out text at the end of training, first seed; stronger lines are larger x."
+    return Picture("layers", "Experts per token by layer", caption, ["cell", "layer", "experts"], rows, figure)
+
+
+def layers_over_training(results: StudyResults) -> Picture | None:
+    """Experts per token of each layer at the steps of experts.jsonl; of each arm the largest x is drawn."""
+    changing = [one for one in _changing(results) if one.inside.expert_lines]
+    if not changing:
+        return None
+    rows, last = [], {one.cell.arm: one for one in changing}  # small x first
+    figure, axes = _panels_of(list(last))
+    for one in changing:
+        tokens = one.config.training.global_batch_size * one.config.model.sequence_length
+        found = one.inside.layers_over_training(tokens)
+        for step, by_layer in found:
+            rows += [[str(one.cell), step, layer, experts] for layer, experts in enumerate(by_layer, 1)]
+        if last[one.cell.arm] is one:
+            axis = axes.flat[list(last).index(one.cell.arm)]
+            steps = [step for step, _ in found]
+            for layer in range(len(found[0][1])):
+                experts = [by_layer[layer] for _, by_layer in found]
+                axis.plot(steps, experts, color=PALETTE[layer % len(PALETTE)], label=f"layer {layer + 1}")
+            axis.set(title=_title(one), xlabel="step", ylabel="experts per token")
+            axis.set_yscale("symlog", linthresh=0.1)
+            _number(axis.yaxis)
+            axis.set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=8)
+    caption = "First seed, the largest x of each arm; the CSV has all of them. Below 0.1 the axis is linear."
+    headings = ["cell", "step", "layer", "experts per token"]
+    title = "Experts per token over training, by layer"
+    return Picture("layers_over_training", title, caption, headings, rows, figure)
+
+
+def kinds(results: StudyResults) -> Picture | None:
+    """Experts per token of each kind of token at the traced steps; of each arm the cell with the largest x is drawn."""
+    found = [(one, one.inside.kinds_over_training()) for one in _changing(results)]
+    found = [(one, traced) for one, traced in found if traced]
+    if not found:
+        return None
+    rows, last = [], {one.cell.arm: one for one, _ in found}
+    figure, axes = _panels_of(list(last))
+    used = [kind for kind in KINDS if kind != "other"]  # parts of characters: a handful of tokens
+    for one, traced in found:
+        rows += [[str(one.cell), step, kind, value] for step, by_kind in traced for kind, value in by_kind.items()]
+        if last[one.cell.arm] is not one:
+            continue
+        axis = axes.flat[list(last).index(one.cell.arm)]
+        for place, kind in enumerate(used):
+            points = [(step, by_kind[kind]) for step, by_kind in traced if kind in by_kind]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=PALETTE[place], linewidth=1.3, label=kind)
+        axis.set(title=_title(one), xlabel="step", ylabel="experts per token")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].legend(fontsize=8)
+    caption = (
+        "Mean over layers, on the tokens of the traced steps; a token's kind follows from its text alone. First seed, "
+        "the largest x of each arm; the CSV has all of them."
+    )
+    headings = ["cell", "step", "kind", "experts per token"]
+    return Picture("kinds", "Experts per token by kind of token", caption, headings, rows, figure)
+
+
+def starving(results: StudyResults) -> Picture | None:
+    """Experts without tokens and experts almost without gradient over training, of every cell of the first seed."""
+    ones = [one for one in first_seed(results.found) if len(one.inside.expert_lines) >= AT_A_TIME]
+    if not ones or not results.study.quality:
+        return None
+    figure, axes = panels(columns=2, height=3.8)
+    colors, rows = colors_of(results), []
+    for one in ones:
+        lines = one.inside.expert_lines
+        steps = [line["step"] for line in lines[AT_A_TIME - 1 :]]
+        without = [idle(lines[end - AT_A_TIME : end]) for end in range(AT_A_TIME, len(lines) + 1)]
+        faint = [weak(line) for line in lines[AT_A_TIME - 1 :]]
+        rows += [[str(one.cell), *values] for values in zip(steps, without, faint, strict=True)]
+        for axis, shares in zip(axes[0], (without, faint), strict=True):
+            axis.plot(steps, shares, color=colors[one.cell.arm], alpha=shade(one, ones), linewidth=1.3)
+    every = one.config.logging.experts
+    titles = (f"no token in {AT_A_TIME} looks, {every} steps apart", "under a tenth of the layer's mean gradient")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set(title=title, xlabel="step", ylabel="share of experts")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axis.set_ylim(bottom=0)
+    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in ones)]
+    figure.legend([plt.Line2D([], [], color=colors[arm]) for arm in arms], arms, loc="outside upper center", ncols=4)
+    caption = "First seed; stronger lines are larger x."
+    headings = ["cell", "step", "experts without a token", "experts with a weak gradient"]
+    return Picture("starving", "Starved experts over training", caption, headings, rows, figure)
+
+
+def _title(one: Measured) -> str:
+    return f"{one.cell.arm}, {label(one)}" if label(one) else one.cell.arm

@@ -1,0 +1,1 @@
+"""Around the optimizer: parameter groups, and where gradients are written."""

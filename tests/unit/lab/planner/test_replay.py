@@ -1,0 +1,81 @@
+"""Load and traffic of a replayed step, beside a count one can do token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dsmoe.errors import ConfigError
+from dsmoe.lab.planner.replay import PLACEMENTS, cost_of, destinations, replay
+from dsmoe.training.trace import trace_of
+
+T, E = 64, 16
+
+
+def skewed(seed: int) -> np.ndarray:
+    """bool [T, E]: 0 to 4 experts a token, the first ones far more often."""
+    random = np.random.default_rng(seed)
+    popularity = 1.0 / (1 + np.arange(E))
+    found = np.zeros((T, E), dtype=bool)
+    for token in found:
+        token[random.choice(E, size=random.integers(0, 5), replace=False, p=popularity / popularity.sum())] = True
+    return found
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return trace_of([skewed(1), skewed(2)], np.arange(T), 8, step=3)
+
+
+def test_where_dsmoe_puts_experts_is_counted_as_by_hand(trace):
+    ranks = 4
+    found = next(row for row in replay(trace, [ranks]) if row.placement == "contiguous")
+    loads, rows, routes, received = [], [], [], []
+    for layer in range(2):
+        map_TE = trace.map_TE(layer)
+        load, reach, crossing = np.zeros(ranks), np.zeros((T, ranks), dtype=bool), 0
+        for token, expert in zip(*map_TE.nonzero(), strict=True):
+            rank = expert // (E // ranks)
+            load[rank] += 1
+            reach[token, rank] = True
+            crossing += token // (T // ranks) != rank
+        loads.append(load.max() / load.mean())
+        rows.append(sum(reach[t, p] for t in range(T) for p in range(ranks) if t // (T // ranks) != p) / ranks)
+        routes.append(crossing / ranks)
+        received.append(reach.sum(0).max())
+    assert found.load == pytest.approx(np.mean(loads)) and found.worst_load == pytest.approx(max(loads))
+    assert found.sent_rows == np.mean(rows) < found.sent_routes == np.mean(routes)
+    assert found.received_rows == max(received)
+    assert cost_of(found, 8, 4, "bf16").sent_bytes == found.sent_rows * 4 * 8 * 2
+
+
+@pytest.mark.parametrize("place", PLACEMENTS)
+@pytest.mark.parametrize("ranks", [1, 2, 8, 16])
+def test_every_route_goes_to_a_rank_that_holds_its_expert(trace, place, ranks):
+    counts_E = trace.counts_LE()[0]
+    placement = place(counts_E, ranks)
+    holds_EP = placement.holds_EP
+    assert holds_EP.any(1).all()
+    room = E // ranks + (placement.name == "replicated")
+    assert (holds_EP.sum(0) <= room).all() and (holds_EP.sum(0) >= E // ranks).all()
+    expert_N = trace.layers[0][1].astype(np.int64)
+    rank_N = destinations(expert_N, placement)
+    assert holds_EP[expert_N, rank_N].all()
+    for expert in range(E):  # copies share evenly
+        taken = np.bincount(rank_N[expert_N == expert], minlength=ranks)[holds_EP[expert]]
+        assert taken.max() - taken.min() <= 1
+
+
+def test_knowing_the_load_helps_and_copies_help_more(trace):
+    load = {row.placement: row.load for row in replay(trace, [8])}
+    assert 1.0 <= load["forced balance"] < 1.1 < load["replicated"] < load["load-aware"] < load["contiguous"]
+
+
+def test_one_rank_sends_nothing(trace):
+    for row in replay(trace, [1]):
+        assert row.load == 1.0 and row.sent_rows == row.sent_routes == 0
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_refused_with_all_others(trace):
+    with pytest.raises(ConfigError, match="found 3.*\n.*found 32"):
+        replay(trace, [2, 3, 32])

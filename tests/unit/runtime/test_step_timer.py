@@ -1,0 +1,64 @@
+"""A step's seconds by part: they add up, follow gradients back, and cost nothing while nobody asks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dsmoe.runtime.step_timer import REST, StepTimer, step_timer
+
+
+class Sleep(torch.autograd.Function):
+    """Takes known times, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.backward = backward
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.backward)
+        return grad, None, None
+
+
+def test_parts_are_timed_forward_and_backward_and_add_up():
+    x = torch.ones(3, requires_grad=True)
+    began = time.perf_counter()
+    step_timer.start()
+    (y,) = step_timer.mark_region(REST, "inner", x)
+    y = Sleep.apply(y, 0.02, 0.04)
+    with step_timer.within("wait"):
+        time.sleep(0.03)
+    (y,) = step_timer.mark_region("inner", REST, y)
+    y = Sleep.apply(y, 0.0, 0.05)
+    (2 * y).sum().backward()
+    found = step_timer.stop()
+    whole = time.perf_counter() - began
+    assert torch.equal(x.grad, torch.full((3,), 2.0))
+    assert set(found) == {REST, "inner", "wait"}
+    assert 0.06 <= found["inner"] <= 0.06 + whole - 0.14
+    assert 0.03 <= found["wait"] <= 0.03 + whole - 0.14
+    assert 0.05 <= found[REST] <= 0.05 + whole - 0.14
+    assert sum(found.values()) == pytest.approx(whole, abs=0.01)
+
+
+def test_while_it_does_not_run_tensors_pass_untouched():
+    own = StepTimer()
+    x = torch.ones(3, requires_grad=True)
+    assert own.boundary(REST, "inner", x) == (x,)
+    with own.within("wait"):
+        assert own.switch("other") == "other"
+    assert not own.running
+
+
+def test_an_error_inside_a_part_ends_it():
+    own = StepTimer()
+    own.start()
+    with pytest.raises(ValueError, match="here"), own.within("wait"):
+        raise ValueError("here")
+    assert own.switch("next") == REST
+    assert set(own.stop()) == {REST, "wait", "next"}
