@@ -49,7 +49,7 @@ def test_parts_are_timed_forward_and_backward_and_add_up():
 def test_while_it_does_not_run_tensors_pass_untouched():
     own = StepTimer()
     x = torch.ones(3, requires_grad=True)
-    assert own.boundary(REST, "inner", x) == (x,)
+    assert own.mark_region(REST, "inner", x) == (x,)
     with own.within("wait"):
         assert own.switch("other") == "other"
     assert not own.running
