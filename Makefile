@@ -12,7 +12,7 @@ VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test gpu-test benchmark gpu-benchmark clean
+.PHONY: help setup quickstart lint test test-fast gpu-test benchmark gpu-benchmark clean
 
 help: ## say what can be made
 	@echo 'make TARGET, where TARGET is one of'
@@ -23,9 +23,18 @@ setup: .venv/.installed ## make .venv with everything dsmoe needs; once it is th
 quickstart: setup ## train a small mixture-of-experts model on this machine and look at it
 	$(VENV_PYTHON) tools/quickstart.py $(ARGS)
 
-# One thread a process: the distributed tests start up to four processes, which would fight for the cores.
-test: setup ## run the tests (those that need a GPU are skipped without one)
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest $(ARGS)
+# One worker per core, a file's tests on one worker (they share fixtures), one thread per process.
+PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n auto --dist loadfile --durations=10
+
+lint: setup ## check style, formatting and imports with ruff
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+
+test: setup ## run all tests (those that need a GPU are skipped without one)
+	$(PYTEST) $(ARGS)
+
+test-fast: setup ## run the unit tests only: under two minutes on two cores
+	$(PYTEST) tests/unit $(ARGS)
 
 gpu-test: setup ## run only the tests that need a GPU
 	$(VENV_PYTHON) -m pytest -m gpu $(ARGS)
@@ -39,7 +48,7 @@ gpu-benchmark: setup ## measure an MoE layer on this machine's GPU
 	    --ranks 1 --json runs/benchmark/gpu.json $(ARGS)
 
 clean: ## remove .venv and all that was built; data/ and runs/ stay
-	rm -rf .venv build dist .pytest_cache dsmoe.egg-info
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis dsmoe.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is touched last, so that an install which was cut off does not count as one. A .venv without a working pip

@@ -14,6 +14,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns where a proce
 os.environ.pop("DS_ACCELERATOR", None)  # DeepSpeed is to detect the device, as a user's run does
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker per core this process may use, and no more than the memory of a usual machine can hold."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
