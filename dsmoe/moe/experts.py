@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
@@ -22,8 +21,10 @@ from dsmoe.moe import blocked, native
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
 from dsmoe.native import takes, unavailable
 from dsmoe.parallel.groups import mark_expert_parameter
+from dsmoe.runtime.device import on_gpu
 
 ON_CPU = ("native", "blocked")
+MAX_GROUPS = 1023  # of one call of torch's grouped_mm on CUDA
 
 
 def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
@@ -33,13 +34,31 @@ def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tenso
         rows_RK: rows ordered by expert.
         weight_eNK: one [N, K] matrix per expert.
         ends_e: int32, where each expert's rows end.
+
+    CUDA's kernel takes operands that lie on 16 bytes and fewer than 1024 groups. A weight that does not, as a view into
+    ZeRO-3's flat memory may not, is copied; experts beyond `MAX_GROUPS` cost a second call, and the host a wait.
     """
+    if rows_RK.size(1) * rows_RK.element_size() % 16 or weight_eNK.size(1) * weight_eNK.element_size() % 16:
+        return loop_linear(rows_RK, weight_eNK, ends_e)  # of a latent on a CPU; elsewhere such widths are refused
+    if len(weight_eNK) > MAX_GROUPS:
+        first = int(ends_e[MAX_GROUPS - 1])
+        return torch.cat(
+            (
+                grouped_linear(rows_RK[:first], weight_eNK[:MAX_GROUPS], ends_e[:MAX_GROUPS]),
+                grouped_linear(rows_RK[first:], weight_eNK[MAX_GROUPS:], ends_e[MAX_GROUPS:] - first),
+            )
+        )
+    rows_RK, weight_eNK = _on_16_bytes(rows_RK), _on_16_bytes(weight_eNK)
     if rows_RK.size(0) == 0:
         # grouped_mm cannot differentiate 0 rows whatever their gradient looks like in memory. A row of zeros joined to
         # them keeps both weights and rows in the graph: the rows' backward holds all-to-alls that others wait in.
         one_row = torch.cat((rows_RK, rows_RK.new_zeros(1, rows_RK.size(1))))
         return F.grouped_mm(one_row, weight_eNK.transpose(-2, -1), offs=torch.ones_like(ends_e))[:0]
     return F.grouped_mm(rows_RK, weight_eNK.transpose(-2, -1), offs=ends_e)
+
+
+def _on_16_bytes(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def loop_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
@@ -49,10 +68,10 @@ def loop_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
     return torch.cat([F.linear(block, weight) for block, weight in zip(blocks, weight_eNK.unbind(0), strict=True)])
 
 
-def _implementation(asked: str, config) -> str:
+def _implementation(asked: str, config, rank: int) -> str:
     """What "auto" means here. Raises `ConfigError` for what was asked for and cannot be."""
     chosen = asked
-    if asked == "auto" and get_accelerator().device_name() != "cpu":
+    if asked == "auto" and on_gpu():
         chosen = "grouped_mm"
     elif asked in ("auto", "native"):
         reason = unavailable()
@@ -62,10 +81,14 @@ def _implementation(asked: str, config) -> str:
                 "the configuration",
             )
         chosen = "blocked" if reason else "native"
+    widths = {
+        "model.hidden_size": config.hidden_size, "model.moe_ffn_hidden_size": config.moe_ffn_hidden_size,
+        "router.rank": rank,
+    }  # fmt: skip
     wrong = [
-        f"model.{name}: found {width}, expected a multiple of 8 (grouped_mm wants rows of a multiple of 16 bytes, "
+        f"{name}: found {width}, expected a multiple of 8 (grouped_mm wants rows of a multiple of 16 bytes, "
         f"in bf16 too), or model.experts_implementation=loop"
-        for name, width in (("hidden_size", config.hidden_size), ("moe_ffn_hidden_size", config.moe_ffn_hidden_size))
+        for name, width in widths.items()
         if width % 8
     ]
     if chosen == "grouped_mm" and wrong:
@@ -90,13 +113,15 @@ class GroupedExperts(AutoEPMoELayer):
         ConfigError: widths that `grouped_mm` cannot take, or native where it cannot be built.
     """
 
+    rank = 0  # of latents, in a subclass that has them
+
     def __init__(
         self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="auto", **kwargs
     ):
         nn.Module.__init__(self)  # not AutoEP's constructor, which converts a Hugging Face block
         self.num_experts = config.num_moe_experts
         self.num_local_experts = num_local_experts
-        self.implementation = _implementation(implementation, config)
+        self.implementation = _implementation(implementation, config, self.rank)
         self.linear = loop_linear if self.implementation == "loop" else grouped_linear
         self._create_weights(num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
         for parameter in self.parameters():

@@ -42,6 +42,76 @@ def test_grouped_linear_is_the_loop(counts, dtype):
         assert gradient.any() == (count > 0), "an expert without rows must get a gradient, and it must be exactly 0"
 
 
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple]:
+    """The operands of every call of torch's grouped GEMM."""
+    seen, original = [], F.grouped_mm
+
+    def grouped_mm(rows, weight, offs):
+        seen.append((rows, weight, offs))
+        return original(rows, weight, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    return seen
+
+
+def as_cuda_wants(rows, weight, offs) -> bool:
+    strides = (rows.stride(0), *weight.stride()[:1], max(weight.stride()[1:]))
+    aligned = rows.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    return aligned and len(offs) < 1024 and all(stride * rows.element_size() % 16 == 0 for stride in strides)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+def test_a_weight_that_begins_anywhere_is_multiplied_where_cuda_can(offset, calls):
+    """Under ZeRO-3 a weight is a view into flat memory, behind parameters of any size."""
+    memory = random_tensor(offset + 4 * FFN * HIDDEN, dtype=torch.bfloat16).detach()
+    weight = memory[offset:].view(4, FFN, HIDDEN).requires_grad_()
+    rows, ends = random_tensor(9, HIDDEN, dtype=torch.bfloat16), torch.tensor([3, 3, 8, 9], dtype=torch.int32)
+    found = grouped_linear(rows, weight, ends)
+    torch.testing.assert_close(found, loop_linear(rows, weight, ends), **TOLERANCE[torch.bfloat16])
+    found.backward(torch.ones_like(found))
+    assert weight.grad.shape == weight.shape and rows.grad is not None
+    assert len(calls) == 1 and as_cuda_wants(*calls[0])
+
+
+@pytest.mark.parametrize("experts", [1023, 1024, 2050])
+def test_any_number_of_experts_on_a_rank(experts, calls):
+    counts = torch.randint(0, 3, (experts,), generator=torch.Generator().manual_seed(0))
+    ends = counts.cumsum(0).to(torch.int32)
+    results = []
+    for linear in (grouped_linear, loop_linear):
+        rows = random_tensor(int(ends[-1]), 8, dtype=torch.float32)
+        weight = random_tensor(experts, 4, 8, dtype=torch.float32, seed=1)
+        out = linear(rows, weight, ends)
+        out.backward(torch.ones_like(out))
+        results.append((out, rows.grad, weight.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert len(calls) == -(-experts // 1023) and all(as_cuda_wants(*call) for call in calls)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rank", [3, 12])
+def test_latents_of_any_width_on_a_cpu(rank, dtype):
+    """rank 12 in bf16 was a stack trace after validation: its rows are not whole multiples of 16 bytes."""
+    outputs = []
+    for implementation in ("auto", "blocked", "loop"):
+        experts = build(LowRankExperts, implementation, rank=rank).to(dtype)
+        counts = torch.tensor([3, 0, 5, 1])
+        rows, reduce = random_tensor(9, HIDDEN, dtype=dtype), random_tensor(4, rank, HIDDEN, dtype=dtype, seed=9)
+        out, _ = experts(rows, counts, torch.ones(9), reduce_erH=reduce)
+        out.sum().backward()
+        outputs.append((out, rows.grad, reduce.grad))
+    for found in outputs[:2]:
+        for tensor, expected in zip(found, outputs[2], strict=True):
+            torch.testing.assert_close(tensor, expected, **TOLERANCE[dtype])
+
+
+def test_a_latent_that_grouped_gemm_cannot_take_is_refused_with_the_widths():
+    with pytest.raises(ConfigError, match=r"router.rank: found 12, expected a multiple of 8"):
+        build(LowRankExperts, "grouped_mm", rank=12)
+
+
 @pytest.mark.parametrize("linear", [grouped_linear, loop_linear])
 def test_no_row_still_hangs_rows_and_weights_in_the_graph(linear):
     """What came before the rows has to run backward too: it is an all-to-all that other ranks wait in."""
