@@ -22,9 +22,9 @@ from dsmoe.runtime.command_line import run
 def main() -> int:
     arguments = parse()
     if arguments.require_gpu:
-        import torch
+        from dsmoe.runtime.device import on_gpu
 
-        if not torch.cuda.is_available():
+        if not on_gpu():
             from dsmoe.lab.benchmark.problem import mistake
 
             raise mistake("--require-gpu: found no CUDA device, expected one")

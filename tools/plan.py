@@ -314,9 +314,9 @@ def replay(arguments: argparse.Namespace) -> None:
 def _ranks(arguments: argparse.Namespace) -> int:
     import os
 
-    import torch
+    from dsmoe.runtime.device import gpu_count
 
-    return arguments.ranks or torch.cuda.device_count() or os.cpu_count() or 1
+    return arguments.ranks or gpu_count() or os.cpu_count() or 1
 
 
 def _console():

@@ -192,9 +192,9 @@ def _beside_python(name: str) -> str:
 
 def _accelerator() -> dict[str, str]:
     """Two processes need two GPUs; with fewer, DeepSpeed is told to take the CPU, which it then does silently."""
-    import torch  # takes seconds, so only when something is about to run
+    from dsmoe.runtime.device import gpu_count  # takes seconds, so only when something is about to run
 
-    if "DS_ACCELERATOR" in os.environ or torch.cuda.device_count() >= PROCESSES:
+    if "DS_ACCELERATOR" in os.environ or gpu_count() >= PROCESSES:
         return {}
     return {"DS_ACCELERATOR": "cpu"}
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from dsmoe.checkpoint.fragments import KINDS, create_moments, owned_fragment, wr
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
+from dsmoe.runtime.device import accelerator, on_gpu
 
 
 class CheckpointReader:
@@ -188,5 +188,5 @@ def _restore_random_state(reader: CheckpointReader) -> None:
     for name, state in reader.random_state(dist.get_rank()).items():
         if name == "rng|cpu|0":
             torch.set_rng_state(state)
-        elif get_accelerator().device_name() != "cpu":
-            get_accelerator().set_rng_state(state)
+        elif on_gpu():
+            accelerator().set_rng_state(state)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from dsmoe.checkpoint.files import MANIFEST, newest_checkpoint
 from dsmoe.checkpoint.load import CheckpointReader, check_files, load_weights
@@ -17,6 +16,7 @@ from dsmoe.model.gpt import LanguageModel
 from dsmoe.parallel.groups import ParallelGroups, create_groups, start_processes
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
+from dsmoe.runtime.device import device_name
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TrainedModel:
         options = router.Options.model_validate(config.router.options)
         model = LanguageModel(config.model, (router, options), groups, config.training.seed)
         load_weights(model, reader)
-        device = get_accelerator().current_device_name()
+        device = device_name()
         if model.controller is not None:
             model.controller.to(device)
         return cls(model.to(device).eval(), config, groups, reader.manifest.step, folder.resolve().parent.parent)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from dsmoe.checkpoint.fragments import owned_fragment
 from dsmoe.config import CheckpointConfig, RunConfig
 from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
+from dsmoe.runtime.device import HostCopies, accelerator, on_gpu
 
 
 class CheckpointSaver:
@@ -144,12 +144,14 @@ class _RankSave:
 def _owned(engine, copied: bool) -> dict[str, dict[str, Tensor]]:
     """What this rank writes, by file and key, in host memory: views where it lies there already, unless `copied`."""
 
+    copies = HostCopies()
+
     def on_host(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", copy=copied).contiguous()
+        return copies.copy(tensor, clone=copied)
 
     tensors: dict[str, Tensor] = {"rng|cpu|0": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        tensors["rng|device|0"] = get_accelerator().get_rng_state()
+    if on_gpu():
+        tensors["rng|device|0"] = accelerator().get_rng_state()
     for parameter, pieces in parameter_pieces(engine.module):
         fragment = owned_fragment(parameter, engine)
         if fragment is None:
@@ -167,6 +169,7 @@ def _owned(engine, copied: bool) -> dict[str, dict[str, Tensor]]:
         contents[files.CONTROLLER] = {name: on_host(value) for name, value in controller.state.items()}
     if rank == 0 and engine.module.revival is not None:
         contents[files.IDLE_EXPERTS] = {"idle_steps": on_host(engine.module.revival.idle_LE)}
+    copies.finish()
     return contents
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from dsmoe.hf.observe import SEQUENCES_AT_ONCE
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
 from dsmoe.routers.base import Router
+from dsmoe.runtime.device import device_name
 
 OBSERVE = Path(observe.__file__)
 MAX_LOGIT_DIFFERENCE = 1e-4  # in fp32
@@ -159,7 +159,7 @@ def observe_run(checkpoint: Path, sample: Sample, dtype_of: DtypeOf | None = Non
 
 @torch.no_grad()
 def _observe(model: LanguageModel, sample: Sample) -> Observation:
-    device = get_accelerator().current_device_name()
+    device = device_name()
 
     def logits_of(tokens: Tensor) -> Tensor:
         found = model(tokens.to(device)).float()
@@ -190,7 +190,7 @@ def observe_folder(folder: Path, sample: Sample, dtype: torch.dtype) -> Observat
         source, target = Path(place) / "in.safetensors", Path(place) / "out.safetensors"
         given = {"tokens": sample.tokens, "prompt": sample.prompt.clone(), "steps": torch.tensor(GREEDY_TOKENS)}
         save_file(given, source)
-        name, device = str(dtype).removeprefix("torch."), get_accelerator().current_device_name()
+        name, device = str(dtype).removeprefix("torch."), device_name()
         command = [sys.executable, "-P", str(OBSERVE), str(folder), str(source), str(target), name, device]
         # The folder's code is copied before it is imported: to a place that goes away again.
         environment = os.environ | {"HF_MODULES_CACHE": str(Path(place) / "modules"), "HF_HUB_OFFLINE": "1"}

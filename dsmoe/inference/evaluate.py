@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.checkpoint.restore import TrainedModel
@@ -22,6 +21,7 @@ from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import ConfigError, DataError
 from dsmoe.hf.hosted import HostedModel, is_hugging_face
 from dsmoe.parallel.groups import ParallelGroups, create_groups, start_processes
+from dsmoe.runtime.device import device_name
 from dsmoe.training.evaluate import evaluate as evaluate_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -118,7 +118,7 @@ def _evaluate_hosted(path: Path, options: EvaluationOptions) -> dict[str, Any]:
         raise ConfigError(["--tasks: tasks are run by one process; launch it with plain python"], "the command line")
     groups = create_groups(1)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    model = HostedModel(path, dtype, groups, options.trust_remote_code).to(get_accelerator().current_device_name())
+    model = HostedModel(path, dtype, groups, options.trust_remote_code).to(device_name())
     settings = model.network.config
     used = options.dtype or next((name for name, kind in DTYPES.items() if kind == settings.dtype), str(settings.dtype))
     found: dict[str, Any] = {"model": str(path), "kind": "huggingface", "dtype": used}

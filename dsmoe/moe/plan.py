@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dsmoe.parallel.collectives import start_all_to_all, start_counts
 from dsmoe.routers.routing_map import any_in_row, count_columns
+from dsmoe.runtime.device import HostValues
 
 
 @dataclass(frozen=True)
@@ -135,15 +136,9 @@ class _Sizes:
 
     def __init__(self, sent: Tensor, arrived: Callable[[], Tensor]):
         self.sent, self._arrived, self._copy = sent, arrived, None
-        if sent.device.type == "cuda":
+        if sent.device.type != "cpu":
             both = torch.stack((_routes_and_rows(sent), _routes_and_rows(self.received)))
-            stream = _side_stream(sent.device)
-            stream.wait_stream(torch.cuda.current_stream(sent.device))
-            host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
-            with torch.cuda.stream(stream):
-                host.copy_(both, non_blocking=True)
-            both.record_stream(stream)
-            self._copy = host, stream.record_event()
+            self._copy = HostValues(both)
 
     @cached_property
     def received(self) -> Tensor:
@@ -151,25 +146,15 @@ class _Sizes:
 
     def to_ranks(self) -> list[list[int]]:
         """Routes to each rank, and rows."""
-        return _routes_and_rows(self.sent).tolist() if self._copy is None else self._copied()[0]
+        return _routes_and_rows(self.sent).tolist() if self._copy is None else self._copy.tolist()[0]
 
     def from_ranks(self) -> list[list[int]]:
-        return _routes_and_rows(self.received).tolist() if self._copy is None else self._copied()[1]
-
-    def _copied(self) -> list[list[list[int]]]:
-        host, done = self._copy
-        done.synchronize()
-        return host.tolist()
+        return _routes_and_rows(self.received).tolist() if self._copy is None else self._copy.tolist()[1]
 
 
 def _routes_and_rows(counts: Tensor) -> Tensor:
     """[ranks, e + 1] -> [2, ranks]."""
     return torch.stack((counts[:, :-1].sum(1), counts[:, -1]))
-
-
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def _places(map_TX: Tensor, count: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 
 from dsmoe.errors import ParallelError
+from dsmoe.runtime.device import on_gpu, use_local_device
 
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
 
@@ -74,6 +75,7 @@ def start_processes(timeout_minutes: float = 30) -> None:
     # Built at start-up otherwise, with a C++ compiler and 45 s; it serves inference on one CPU node only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.distributed.is_initialized():
+        use_local_device()
         return
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not launched and not any(mark in os.environ for mark in MPI_MARKS):
@@ -87,6 +89,8 @@ def start_processes(timeout_minutes: float = 30) -> None:
         for name, value in alone.items():
             os.environ.setdefault(name, value)
     _share_cores()
+    if "LOCAL_RANK" in os.environ:
+        use_local_device()
     try:
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
     except (ImportError, RuntimeError) as error:
@@ -96,6 +100,7 @@ def start_processes(timeout_minutes: float = 30) -> None:
             "this process was started by an MPI launcher, but no MPI library can be loaded "
             f"({error}); install one with: pip install 'dsmoe[mpi]'"
         ) from error
+    use_local_device()  # mpirun's processes have learnt their LOCAL_RANK only now
 
 
 def free_port() -> str:
@@ -107,7 +112,7 @@ def free_port() -> str:
 
 def _share_cores() -> None:
     """On a CPU host, give each local rank its share of the cores: oversubscribed threads slow all of them down."""
-    if torch.cuda.is_available() or "OMP_NUM_THREADS" in os.environ:
+    if on_gpu() or "OMP_NUM_THREADS" in os.environ:
         return
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
     local_ranks = int(next((os.environ[name] for name in names if name in os.environ), "1"))
@@ -168,8 +173,5 @@ def _solo_group() -> torch.distributed.ProcessGroup:
     """A group of this rank alone; made once, since groups are never freed before the job ends."""
     global _solo
     if _solo is None:
-        for rank in range(torch.distributed.get_world_size()):
-            group = torch.distributed.new_group([rank])
-            if rank == torch.distributed.get_rank():
-                _solo = group
+        _solo = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
     return _solo

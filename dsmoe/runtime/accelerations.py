@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dsmoe.runtime.device import device_name, gpu_count, gpu_model, on_gpu
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -63,7 +65,7 @@ def rms_norm_class(on_cpu: type[nn.Module]) -> type[nn.Module]:
             return getattr(importlib.import_module(module), attribute)
     import torch
 
-    return torch.nn.RMSNorm if _has_cuda() else on_cpu
+    return torch.nn.RMSNorm if on_gpu() else on_cpu
 
 
 def _probe(name: str) -> Acceleration:
@@ -77,10 +79,11 @@ def _probe(name: str) -> Acceleration:
 def _cuda() -> Finding:
     import torch
 
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return Finding(True, f"{count} x {torch.cuda.get_device_name(0)}, CUDA", torch.version.cuda)
-    if torch.version.cuda is None:
+    if on_gpu():
+        return Finding(True, f"{gpu_count()} x {gpu_model()}, CUDA", torch.version.cuda)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        reason = "DS_ACCELERATOR=cpu: runs on the CPU"
+    elif torch.version.cuda is None:
         reason = f"torch {torch.__version__} is built without CUDA; runs on the CPU"
     elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         reason = "CUDA_VISIBLE_DEVICES hides every GPU; runs on the CPU"
@@ -93,7 +96,7 @@ def _transformer_engine() -> Finding:
     if _find_spec("transformer_engine") is None:
         return Finding(False, "not installed (pip install 'dsmoe[gpu]'); RMSNorm is torch's")
     version = _distribution_version("transformer-engine", "transformer_engine")
-    if not _has_cuda():
+    if not on_gpu():
         return Finding(False, "installed, but needs a CUDA device; RMSNorm is torch's", version)
     importlib.import_module("transformer_engine.pytorch").RMSNorm
     return Finding(True, "fused RMSNorm", version)
@@ -112,7 +115,7 @@ def _apex() -> Finding:
     missing = [extension for extension in ("amp_C", "fused_layer_norm_cuda") if _find_spec(extension) is None]
     if missing:
         return Finding(False, f"built without its CUDA extensions ({', '.join(missing)})", version)
-    if not _has_cuda():
+    if not on_gpu():
         return Finding(False, "installed, but needs a CUDA device; RMSNorm is torch's", version)
     importlib.import_module("apex.normalization").FusedRMSNorm
     return Finding(True, "fused RMSNorm", version)
@@ -137,7 +140,7 @@ def _grouped_gemm() -> Finding:
     if not hasattr(torch.nn.functional, "grouped_mm"):
         return Finding(False, f"torch {torch.__version__} has no grouped_mm; {remedy}")
     # bf16 and rows of 16 bytes are what the CUDA kernel asks for; the CPU takes them too.
-    device = _device()
+    device = device_name()
     rows = torch.ones(4, 16, dtype=torch.bfloat16, device=device)
     experts = torch.ones(2, 16, 16, dtype=torch.bfloat16, device=device)
     ends = torch.tensor([1, 4], dtype=torch.int32, device=device)
@@ -152,7 +155,7 @@ def _grouped_gemm() -> Finding:
 def _cpu_kernels() -> Finding:
     from dsmoe.native import unavailable
 
-    if _has_cuda():
+    if on_gpu():
         return Finding(False, "for CPUs only")
     reason = unavailable()
     if reason:
@@ -163,7 +166,7 @@ def _cpu_kernels() -> Finding:
 def _fused_adamw() -> Finding:
     import torch
 
-    device = _device()
+    device = device_name()
     parameter = torch.nn.Parameter(torch.ones(4, device=device))
     parameter.grad = torch.ones_like(parameter)
     torch.optim.AdamW([parameter], fused=True).step()
@@ -224,16 +227,6 @@ PROBES: dict[str, Callable[[], Finding]] = {
     "MPI library": _mpi,
     "C++ compiler, ninja": _compiler,
 }
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _device() -> str:
-    return "cuda" if _has_cuda() else "cpu"
 
 
 def _find_spec(module: str) -> importlib.machinery.ModuleSpec | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import dsmoe.runtime.signals  # noqa: F401  (notes the launcher before anything slow is imported)
 from dsmoe.errors import DsmoeError
+from dsmoe.runtime.device import prefer_growing_segments
 
 USER_ERROR = 2  # exit code for a mistake of the user
 
@@ -18,6 +19,7 @@ USER_ERROR = 2  # exit code for a mistake of the user
 def run(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0, or 2 with the message of a `DsmoeError` instead of a stack trace."""
     quiet_libraries()
+    prefer_growing_segments()
     try:
         code = main() or 0
     except DsmoeError as error:

@@ -8,6 +8,7 @@ missing or of another version. torch.distributed is not initialised, so it needs
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -23,6 +24,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dsmoe.runtime.accelerations import Acceleration, find_accelerations
+from dsmoe.runtime.command_line import quiet_libraries
+from dsmoe.runtime.device import gpu_count, gpu_memory_bytes, gpu_model
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,9 @@ def _memory_bytes() -> int:
 
 def _gpus() -> list[Gpu]:
     try:
-        import torch
-
-        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return [Gpu(gpu_model(index), gpu_memory_bytes(index)) for index in range(gpu_count())]
     except Exception:  # a broken torch is named among the accelerations
         return []
-    return [Gpu(device.name, device.total_memory) for device in properties]
 
 
 def as_json(environment: Environment) -> str:
@@ -239,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsmoe.env", description="What dsmoe finds on this machine.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     options = parser.parse_args(arguments)
-    environment = find_environment()
+    quiet_libraries()
+    with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed says what it detects
+        environment = find_environment()
     if options.json:
         print(as_json(environment))
     else:

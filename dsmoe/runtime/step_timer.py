@@ -9,13 +9,14 @@ On a GPU the boundaries are events on the current stream, read when the step is 
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from dsmoe.runtime.device import seconds_between, timestamp
 
 REST = "rest"  # projections around attention, dense MLPs, norms, embeddings, data, gradient reduction
 
@@ -28,22 +29,22 @@ class StepTimer:
         self._marks: list[tuple[str, object]] = []  # a part, and when it began
 
     def start(self) -> None:
-        self.running, self._marks = True, [(REST, _now())]
+        self.running, self._marks = True, [(REST, timestamp())]
 
     def switch(self, part: str) -> str:
         """From here on `part` is at work. Returns the part that was."""
         before = self._marks[-1][0] if self.running else part
         if before != part:
-            self._marks.append((part, _now()))
+            self._marks.append((part, timestamp()))
         return before
 
     def stop(self) -> dict[str, float]:
         """Seconds of each part since `start`; together they are all of that time. On a GPU it waits for the device."""
         self.running = False
-        ends = [*(began for _, began in self._marks[1:]), _now()]
+        ends = [*(began for _, began in self._marks[1:]), timestamp()]
         found: dict[str, float] = defaultdict(float)
         for (part, began), ended in zip(self._marks, ends, strict=True):
-            found[part] += _seconds(began, ended)
+            found[part] += seconds_between(began, ended)
         self._marks = []
         return dict(found)
 
@@ -74,18 +75,3 @@ class _RegionMark(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         step_timer.switch(ctx.before)
         return None, None, *grads
-
-
-def _now():
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(began, ended) -> float:
-    if isinstance(began, float):
-        return ended - began
-    ended.synchronize()
-    return began.elapsed_time(ended) / 1e3  # from ms

@@ -18,6 +18,7 @@ from dsmoe.model.gpt import LanguageModel
 from dsmoe.optim.gradients import spare_copies
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
+from dsmoe.runtime.device import device_name, on_gpu
 from dsmoe.training.dead_expert_reset import DeadExpertReset
 
 # On a CPU. DeepSpeed's 500M elements are a fresh 2-GB buffer in every step, whose pages the kernel must zero, and each
@@ -37,7 +38,7 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
     router_class = get(config.router.name)
     options = router_class.Options.model_validate(config.router.options)
     model = LanguageModel(config.model, (router_class, options), groups, training.seed)
-    device = deepspeed.get_accelerator().current_device_name()
+    device = device_name()
     if model.controller is not None:
         model.controller.to(device)
     optimizer = torch.optim.AdamW(
@@ -67,7 +68,7 @@ def deepspeed_json(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "overlap_comm": False,
-            **(SMALL_BUCKETS if deepspeed.get_accelerator().device_name() == "cpu" else {}),
+            **(SMALL_BUCKETS if not on_gpu() else {}),
             **settings.get("zero_optimization", {}),
             "stage": config.parallel.zero_stage,
             "reduce_scatter": True,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.runtime.device import device_name
 from dsmoe.training.metrics import experts_per_token_by_layer, routing_metrics
 
 
@@ -27,7 +27,7 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
         val_loss (nats per token), val_ppl, val_bpb (bits per byte), val_experts_per_token and the same by MoE layer, a
         list: val_experts_per_token_by_layer. The last two are left out where nothing is routed.
     """
-    device = get_accelerator().current_device_name()
+    device = device_name()
     count, world, rank = len(heldout), groups.dp_size, groups.dp_rank
     total = torch.zeros((), dtype=torch.float64, device=device)
     model = getattr(engine, "module", engine)

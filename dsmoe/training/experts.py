@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from dsmoe.checkpoint.fragments import Fragment, owned_fragment
 from dsmoe.config import RunConfig
@@ -122,7 +123,7 @@ class ExpertGradients:
             if gradient is None:  # DeepSpeed steps on one group of parameters after the other
                 continue
             for place, share in owned.shares():
-                self._squares_LE[place] += share.of(gradient).double().square().sum(1)
+                self._squares_LE[place] += vector_norm(share.of(gradient), dim=1, dtype=torch.float64).square()
 
 
 class ExpertLines:

@@ -8,20 +8,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from dsmoe.checkpoint.save import CheckpointSaver
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError, TrainingError
 from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes
 from dsmoe.runtime.signals import StopRequest
 from dsmoe.runtime.step_timer import step_timer
 from dsmoe.training.diagnose import first_bad_tensor
 from dsmoe.training.engine import learning_rate
 from dsmoe.training.evaluate import evaluate
 from dsmoe.training.experts import ExpertLines, LoadScaledUpdates
-from dsmoe.training.metrics import MetricsWriter, peak_memory_bytes, routing_metrics
+from dsmoe.training.metrics import MetricsWriter, routing_metrics
 from dsmoe.training.progress import TrainingProgress
 from dsmoe.training.trace import StepTracer
 
@@ -43,7 +43,7 @@ class Trainer:
         self.config, self.engine, self.groups = config, engine, groups
         self.stream, self.held, self.bytes_per_token = stream, held, bytes_per_token
         self.step, self.samples = step, samples
-        self.device = get_accelerator().current_device_name()
+        self.device = device_name()
         self.micro_batch = config.training.global_batch_size // (groups.dp_size * config.training.gradient_accumulation)
         self.progress = TrainingProgress(config.training.steps, step, active=groups.dp_rank == 0)
         self.metrics = MetricsWriter(Path(config.logging.run_dir), groups.dp_rank, engine.monitor, step)
@@ -170,7 +170,8 @@ class Trainer:
         per_part = self.micro_batch * self.groups.dp_size
         first = self.samples + part * per_part + self.groups.dp_rank * self.micro_batch
         batch = self.stream.batch(first, self.micro_batch)
-        return {name: batch[name].to(self.device, non_blocking=True) for name in ("tokens", "labels")}
+        rows = {name: batch[name].pin_memory() if on_gpu() else batch[name] for name in ("tokens", "labels")}
+        return {name: values.to(self.device, non_blocking=True) for name, values in rows.items()}
 
     def _check_finite(self, value: float, what: str, batch: dict[str, torch.Tensor]) -> None:
         """Stop all ranks, without a checkpoint, when a number they share is not finite."""

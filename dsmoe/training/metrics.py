@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,13 +102,6 @@ def routing_metrics(totals: RoutingTotals, ep_size: int) -> dict[str, float]:
 def experts_per_token_by_layer(totals: RoutingTotals) -> list[float]:
     """Mean active experts of a token in each MoE layer, first layer first."""
     return (totals.counts_LE.sum(1).double() / totals.tokens.double().clamp(min=1)).tolist()
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has had: torch's on a GPU, resident pages elsewhere."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _max_over_mean(load_LN: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dsmoe.config import RunConfig
 from dsmoe.data.dataset import Corpus, TrainingStream, heldout, open_corpus
 from dsmoe.model.size import ModelSize, model_size
 from dsmoe.parallel.groups import check_world, create_groups, start_processes
+from dsmoe.runtime.device import on_gpu
 from dsmoe.training.engine import build_engine
 from dsmoe.training.loop import Trainer
 
@@ -36,6 +37,7 @@ def train(config: RunConfig) -> RunSummary:
         DsmoeError: a mistake of the user, before anything is built where that is possible.
     """
     start_processes()
+    config = with_precision(config)
     training, world = config.training, dist.get_world_size()
     check_world(world, config.parallel.expert_parallel, training.global_batch_size, training.gradient_accumulation)
     run_dir = Path(config.logging.run_dir)
@@ -59,6 +61,14 @@ def train(config: RunConfig) -> RunSummary:
     return RunSummary(run_dir, trainer.step, finished, metrics)
 
 
+def with_precision(config: RunConfig) -> RunConfig:
+    """The configuration with `training.precision` settled: bf16 on a GPU unless the user has said fp32. In fp32 torch's
+    grouped GEMM is one call an expert there."""
+    if "precision" in config.training.model_fields_set or not on_gpu():
+        return config
+    return config.model_copy(update={"training": config.training.model_copy(update={"precision": "bf16"})})
+
+
 def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
     """The configuration with `model.vocab_size` settled, and checked against the data.
 
@@ -73,8 +83,9 @@ def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
 
 
 def describe(config: RunConfig, world: int, corpus: Corpus, size: ModelSize, checkpoint: Path | None, step: int) -> str:
-    """Three lines that say what is about to happen."""
+    """A few lines that say what is about to happen."""
     model, parallel, training = config.model, config.parallel, config.training
+    in_fp32 = on_gpu() and training.precision == "fp32"
     start = "from the beginning" if checkpoint is None else f"resumed from {checkpoint} (step {step})"
     return (
         f"model   {size.total:,} parameters, {size.active:,} active; {sum(model.moe_layers())} MoE layers of "
@@ -83,6 +94,11 @@ def describe(config: RunConfig, world: int, corpus: Corpus, size: ModelSize, che
         f"{training.global_batch_size} x {model.sequence_length} tokens a step\n"
         f"run     {world} process{'es' if world > 1 else ''}, expert parallel {parallel.expert_parallel}, "
         f"ZeRO {parallel.zero_stage}, {training.precision}; {training.steps} steps {start}"
+        + (
+            "\nnote    fp32 on a GPU is slow: one call an expert, no tensor cores; see training.precision"
+            if in_fp32
+            else ""
+        )
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe.runtime.buffers import buffer_pool
+from dsmoe.runtime.device import accelerator, device_name, on_gpu, synchronize
 
 Kind = Literal["limit", "peer", "ours", "part"]
 
@@ -57,11 +58,6 @@ class Case:
         return outputs
 
 
-def wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
@@ -71,9 +67,7 @@ def largest(values: list[float]) -> list[float]:
     """Of all ranks, by place."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
-    found = torch.tensor(values, dtype=torch.float64)
-    if torch.cuda.is_available():
-        found = found.cuda()
+    found = torch.tensor(values, dtype=torch.float64, device=device_name())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.tolist()
 
@@ -112,7 +106,7 @@ def interleave(
             barrier()
             start = clock()
             outputs = case.run()
-            wait_for_device()
+            synchronize()
             seconds = clock() - start
             del outputs
             case.after()
@@ -140,12 +134,12 @@ def peak_growth(case: Case) -> int:
     """
     case.clear()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if on_gpu():
+        accelerator().reset_peak_memory_stats()
+        before = accelerator().memory_allocated()
         case.run()
-        wait_for_device()
-        return torch.cuda.max_memory_allocated() - before
+        synchronize()
+        return accelerator().max_memory_allocated() - before
     libc = ctypes.CDLL(None)
     libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
     try:

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe.runtime.device import synchronize, use_local_device
+
 LEARNING_RATE = 1e-8  # so small that routes stay where they were set; the arithmetic of AdamW is the same
 
 
@@ -95,8 +97,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
 
     def mark(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         now = time.perf_counter()
         self.seconds[name] = now - self.last
         self.last = now
@@ -248,7 +249,7 @@ def autoep_step(job: StepJob, rank: int) -> Step:
 
 def transformers_step(job: StepJob, rank: int) -> Step:
     """The Qwen3-MoE in plain transformers and torch."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = use_local_device()
     model = qwen3_moe(job).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     steps = iter(range(1, 1 << 30))
@@ -275,7 +276,7 @@ def matmuls_step(job: StepJob, rank: int) -> Step:
 
     An expert's rows count as if all were one expert's: no layout of the same work multiplies less.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = use_local_device()
     routes = job.tokens * job.k
     shapes = [
         (job.tokens, job.hidden, 3 * job.hidden, job.layers),

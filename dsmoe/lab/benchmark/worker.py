@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -284,9 +283,10 @@ def main() -> None:
         map_blocks_one_by_one()
     from dsmoe.lab.benchmark.cases import World
     from dsmoe.parallel.groups import create_groups, start_processes
+    from dsmoe.runtime.device import device_name
 
     start_processes(timeout_minutes=20)
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    device = device_name()
     world = World(job.problem, create_groups(job.problem.ranks), device)
     rows = measure(job, world)
     if dist.get_rank() == 0:

@@ -22,6 +22,7 @@ from dsmoe.lab.planner.layout import Layout
 from dsmoe.lab.planner.measure import Case, MeasuredRun, config_of, machine, measure_all
 from dsmoe.lab.planner.memory import memory
 from dsmoe.lab.planner.work import work
+from dsmoe.runtime.device import device_name, gpu_memory_bytes, on_gpu, synchronize, use_local_device
 
 VOCABULARY = 2048
 TYPICAL = 0.05  # relative error that is nothing unusual
@@ -76,7 +77,8 @@ def measure_machine(
     Raises:
         TrainingError: a run failed.
     """
-    cpu = not torch.cuda.is_available()
+    use_local_device()
+    cpu = not on_gpu()
     precision = "fp32" if cpu else "bf16"
     say("matrix products and copies")
     matmul = matmul_tflops(precision)
@@ -192,7 +194,7 @@ def non_negative_fit(
 
 def matmul_tflops(precision: str, size: int = 1024, seconds: float = 2.0) -> float:
     """The best of many square products, one thread on a CPU."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_name()
     size = size if device == "cpu" else 8192
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
@@ -201,7 +203,7 @@ def matmul_tflops(precision: str, size: int = 1024, seconds: float = 2.0) -> flo
 
 def copy_gb_s(megabytes: int = 64, seconds: float = 1.0) -> float:
     """Bytes read and written by a copy that no cache holds."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_name()
     source = torch.ones(megabytes << 18, device=device)
     target = torch.empty_like(source)
     return float(f"{2 * source.nbytes / _best(lambda: target.copy_(source), seconds) / 1e9:.4g}")
@@ -214,14 +216,13 @@ def _best(action: Callable[[], object], seconds: float) -> float:
     while time.perf_counter() < until:
         began = time.perf_counter()
         action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         best = min(best, time.perf_counter() - began)
     torch.set_num_threads(threads)
     return best
 
 
 def _memory_gib(ranks: int) -> float:
-    if torch.cuda.is_available():
-        return round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+    if on_gpu():
+        return round(gpu_memory_bytes() / 2**30, 1)
     return round(psutil.virtual_memory().total / 2**30 / ranks, 1)

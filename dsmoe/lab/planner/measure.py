@@ -21,6 +21,7 @@ from dsmoe.config import RunConfig, load_config
 from dsmoe.errors import TrainingError
 from dsmoe.parallel.groups import free_port
 from dsmoe.routers.registry import option_classes
+from dsmoe.runtime.device import gpu_count, gpu_model, on_gpu
 from dsmoe.training.metrics import FILE, read_lines
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,8 +133,8 @@ def _random_corpus(prefix: Path, vocabulary: int, tokens: int = 400_000) -> None
 
 def machine() -> str:
     """In words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if on_gpu():
+        return f"{gpu_count()} x {gpu_model()}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -9,7 +9,6 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from dsmoe.lab.study.grid import Cell, Study, cell_config, cell_overrides, load_
 from dsmoe.lab.study.results import read_result
 from dsmoe.lab.study.runner import ROOT, Launch, Runner, train_script
 from dsmoe.parallel.groups import free_port
+from dsmoe.runtime.device import gpu_count, gpu_model, on_gpu
 
 COPY = "study.yaml"
 PROBE = "probe.json"
@@ -89,8 +89,8 @@ def _launcher(ranks: int) -> list[str]:
 
 def machine() -> str:
     """What this machine is, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    if on_gpu():
+        return f"{gpu_count()} x {gpu_model()}"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{len(names) or 1} cores of {names[0] if names else platform.processor()}"

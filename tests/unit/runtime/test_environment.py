@@ -14,6 +14,7 @@ from dsmoe.model.native_norm import RMSNorm
 from dsmoe.runtime import accelerations
 from dsmoe.runtime import environment as env
 from dsmoe.runtime.accelerations import find_accelerations, rms_norm_class
+from dsmoe.runtime.device import on_gpu
 
 ACCELERATIONS = [
     "CUDA device",
@@ -54,7 +55,7 @@ def acceleration(name: str) -> accelerations.Acceleration:
 
 
 def with_cuda(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    monkeypatch.setattr(accelerations, "on_gpu", lambda: available)
 
 
 APEX_OF_NVIDIA = {
@@ -192,7 +193,6 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_json_parses_and_says_what_deepspeed_chooses():
-    import torch
 
     shown = report("--json")
     tree = json.loads(shown.stdout)
@@ -202,7 +202,7 @@ def test_json_parses_and_says_what_deepspeed_chooses():
     assert {"python", "dsmoe", "torch", "deepspeed", "megatron-core", "transformers", "sentencepiece"} <= names
     assert all(package["fits"] for package in tree["packages"])
     assert tree["host"]["cores"] >= 1 and tree["host"]["memory_bytes"] > 2**28
-    expected = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
+    expected = ("cuda", "nccl") if on_gpu() else ("cpu", "gloo")
     assert (tree["deepspeed"]["accelerator"], tree["deepspeed"]["backend"]) == expected
     assert [found["name"] for found in tree["accelerations"]] == ACCELERATIONS
 

@@ -85,7 +85,7 @@ def gradient_norms(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     model.recorder.take()
     squares_LE = torch.zeros(len(model.recorder.routers), model.config.num_experts, dtype=torch.float64)
     for one, gradient in zip(packed, gradients, strict=True):
-        squares_LE[one.layer] += gradient.double().flatten(1).square().sum(1)
+        squares_LE[one.layer] += torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square()
     return squares_LE.sqrt()
 
 
