@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Scaling studies: train a grid of router x experts x granularity x seed at equal active compute, and report on it.
 
+    python tools/scaling_study.py corpus --output data/study
     python tools/scaling_study.py run configs/studies/relu_over_experts.yaml --out runs/studies/relu --parallel 2
     python tools/scaling_study.py report runs/studies/relu --target docs/results/scaling
 
@@ -27,7 +28,16 @@ def main() -> int:
     report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of studies that were run")
     report.add_argument("--target", type=Path, metavar="DIR", help="where it goes (default: report/ in the first DIR)")
     report.add_argument("--limits", type=Path, metavar="PAGE.md", help="a page that shows the limits, between marks")
+    corpus = commands.add_parser("corpus", help="make the studies' dataset of what this machine has installed")
+    corpus.add_argument("--output", type=Path, default=Path("data/study"), metavar="FOLDER", help="default: data/study")
+    corpus.add_argument("--linux", type=Path, metavar="FILE", help="default: /usr/src/linux-source-*.tar.xz, if there")
+    corpus.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="default: 2048")
+    corpus.add_argument("--limit-mb", type=float, metavar="X", help="use X MB of text (default: all, about 430)")
+    corpus.add_argument("--workers", type=int, default=2, metavar="N", help="processes that tokenize (default: 2)")
+    corpus.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
     arguments = parser.parse_args()
+    if arguments.command == "corpus":
+        return make_corpus(arguments)
     if arguments.command == "report":
         from dsmoe.lab.study.scaling_report import write_report
 
@@ -45,6 +55,21 @@ def main() -> int:
     if failed:
         print(f"{failed} of {len(study.cells())} cells failed; their errors are in {arguments.out}/*/*/*/cell.json")
     return 1 if failed else 0
+
+
+def make_corpus(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dsmoe.lab.study.corpus import build_corpus
+
+    limit = None if arguments.limit_mb is None else int(arguments.limit_mb * 1e6)
+    description = build_corpus(
+        arguments.output, linux=arguments.linux, vocab_size=arguments.vocab_size, limit_bytes=limit,
+        workers=arguments.workers, overwrite=arguments.overwrite, console=Console(),
+    )  # fmt: skip
+    for name, split in description.splits.items():
+        print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")
+    return 0
 
 
 if __name__ == "__main__":

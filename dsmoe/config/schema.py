@@ -101,6 +101,9 @@ class TrainingConfig(Section):
     lr: float = Field(1e-3, gt=0)
     min_lr: float | None = Field(None, ge=0)  # at the last step; None: a tenth of lr
     warmup_steps: int = Field(10, ge=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, a constant rate, then a decay
+    decay_steps: int | None = Field(None, ge=0)  # of wsd; None: a fifth of steps
+    decay_from: str | None = None  # checkpoint (.../step_N) of a wsd run: continue it with a decay from N to steps
     weight_decay: float = Field(0.1, ge=0)  # on matrices; never on norms and biases
     decay_embeddings: bool = False  # whether weight decay also touches embedding and output matrices
     adam_beta1: float = Field(0.9, ge=0, lt=1)

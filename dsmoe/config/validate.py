@@ -6,7 +6,9 @@ A field that has a line of its own does not cause further ones: the checks that 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -191,5 +193,25 @@ def _check_plan(model: ModelConfig, parallel: ParallelConfig, training: Training
         size = getattr(parallel, field)
         if size != 1 and found.none_in(f"parallel.{field}"):
             found.add(f"parallel.{field}", size, f"1: {reason}")
+    _check_schedule(training, found)
     if training.final_lr > training.lr and found.none_in("training.min_lr", "training.lr"):
         found.add("training.min_lr", training.min_lr, f"at most training.lr ({training.lr})")
+
+
+def _check_schedule(training: TrainingConfig, found: _Mistakes) -> None:
+    if not found.none_in("training.schedule", "training.decay_steps", "training.decay_from", "training.steps"):
+        return
+    for field in ("decay_steps", "decay_from"):
+        if training.schedule != "wsd" and getattr(training, field) is not None:
+            found.add(f"training.{field}", repr(getattr(training, field)), "none: training.schedule is not wsd")
+    if (training.decay_steps or 0) > training.steps:
+        found.add("training.decay_steps", training.decay_steps, f"at most training.steps ({training.steps})")
+    if training.decay_from is None:
+        return
+    name = Path(training.decay_from).name
+    if not re.fullmatch(r"step_\d+", name):
+        found.add("training.decay_from", repr(training.decay_from), "a checkpoint's folder, .../checkpoints/step_N")
+    elif int(name.removeprefix("step_")) >= training.steps:
+        found.add("training.decay_from", repr(name), f"a step before training.steps ({training.steps})")
+    if training.decay_steps is not None:
+        found.add("training.decay_steps", training.decay_steps, "none: the decay lasts from decay_from to steps")

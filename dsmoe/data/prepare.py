@@ -95,11 +95,16 @@ def prepare(
             ),
             splits=splits,
             files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
-            versions={"dsmoe": dsmoe.__version__}
-            | {package: version(package) for package in ("megatron-core", model.package)},
+            versions=written_by(model),
         )
         description.save(folder)
     return description
+
+
+def written_by(tokenizer: Tokenizer) -> dict[str, str]:
+    """Package -> version, of those that wrote a dataset's files."""
+    packages = ("megatron-core", tokenizer.package)
+    return {"dsmoe": dsmoe.__version__} | {package: version(package) for package in packages}
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ def _encode(
     texts: _Texts, survey: Survey, seed: int, model: Tokenizer, folder: Path, workers: int, progress: Progress
 ) -> dict[str, SplitDescription]:
     task = progress.add_task("Encoding", total=survey.bytes, detail="loading Megatron-Core")
-    writers = {name: _SplitWriter(folder / name, model.vocab_size) for name in ("train", "valid")}
+    writers = {name: SplitWriter(folder / name, model.vocab_size) for name in ("train", "valid")}
     progress.update(task, detail=_count(workers, "worker"))
     for group, encoded in encode_documents(texts.documents(), model.path, writers["train"].dtype, workers):
         size = 0
@@ -195,7 +200,7 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-class _SplitWriter:
+class SplitWriter:
     """One split's .bin/.idx, and the sums that describe it."""
 
     def __init__(self, prefix: Path, vocab_size: int):

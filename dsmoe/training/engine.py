@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around the model: its JSON, the optimizer's parameter groups, the learning rate.
+"""DeepSpeed's engine around the model: its JSON, the optimizer's parameter groups.
 
 ZeRO 1 and 2 want experts in groups of their own, named after their expert-parallel group and marked `moe`. Weight
 decay applies to matrices only, and to embedding and output matrices only if `training.decay_embeddings` says so.
@@ -6,7 +6,6 @@ decay applies to matrices only, and to embedding and output matrices only if `tr
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import deepspeed
@@ -95,11 +94,3 @@ def parameter_groups(model: torch.nn.Module, training: TrainingConfig) -> list[d
         {"name": "plain", "params": plain, "weight_decay": 0.0},
     ]
     return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
-
-
-def learning_rate(step: int, training: TrainingConfig) -> float:
-    """Linear warm-up over `warmup_steps`, then a cosine from `lr` to `final_lr` at `steps`. `step` counts from 0."""
-    if step < training.warmup_steps:
-        return training.lr * (step + 1) / training.warmup_steps
-    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
-    return training.final_lr + (training.lr - training.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -18,11 +18,11 @@ from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes
 from dsmoe.runtime.signals import StopRequest
 from dsmoe.runtime.step_timer import step_timer
 from dsmoe.training.diagnose import first_bad_tensor
-from dsmoe.training.engine import learning_rate
 from dsmoe.training.evaluate import evaluate
 from dsmoe.training.experts import ExpertLines, LoadScaledUpdates
 from dsmoe.training.metrics import MetricsWriter, routing_metrics
 from dsmoe.training.progress import TrainingProgress
+from dsmoe.training.schedule import learning_rate
 from dsmoe.training.trace import StepTracer
 
 

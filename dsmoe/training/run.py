@@ -42,6 +42,8 @@ def train(config: RunConfig) -> RunSummary:
     check_world(world, config.parallel.expert_parallel, training.global_batch_size, training.gradient_accumulation)
     run_dir = Path(config.logging.run_dir)
     checkpoint = find_checkpoint(training.resume, run_dir)
+    if checkpoint is None and training.decay_from is not None:
+        checkpoint = find_checkpoint(training.decay_from, run_dir)
     corpus = open_corpus(config.data)
     config = with_vocabulary(config, corpus)
     stream = TrainingStream(corpus, config.model.sequence_length, seed=training.seed, cache_dir=config.data.cache_dir)

@@ -10,7 +10,8 @@ from dsmoe.config import RunConfig, validate_config
 from dsmoe.model.names import parameter_pieces
 from dsmoe.parallel.groups import create_groups
 from dsmoe.routers.registry import option_classes
-from dsmoe.training.engine import build_engine, learning_rate
+from dsmoe.training.engine import build_engine
+from dsmoe.training.schedule import learning_rate
 
 TINY = {
     "model": dict(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from deepspeed.moe.utils import is_moe_param
@@ -12,7 +10,7 @@ from dsmoe.config import TrainingConfig, validate_config
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
-from dsmoe.training.engine import deepspeed_json, learning_rate, parameter_groups
+from dsmoe.training.engine import deepspeed_json, parameter_groups
 
 MODEL = dict(
     num_layers=2, hidden_size=32, num_attention_heads=4, sequence_length=16, vocab_size=64, num_experts=4,
@@ -22,27 +20,6 @@ MODEL = dict(
 
 def training_config(**values) -> TrainingConfig:
     return TrainingConfig(**{"steps": 100, "warmup_steps": 10, "lr": 1e-3, **values})
-
-
-def test_learning_rate_climbs_in_a_line_and_falls_in_a_cosine():
-    training = training_config(min_lr=1e-4)
-    rates = [learning_rate(step, training) for step in range(101)]
-    assert rates[0] == pytest.approx(1e-4) and rates[4] == pytest.approx(5e-4)  # no step is wasted on a rate of 0
-    assert rates[9] == rates[10] == 1e-3
-    assert rates[55] == pytest.approx((1e-3 + 1e-4) / 2)  # half way down
-    assert rates[100] == pytest.approx(1e-4)
-    assert all(before >= after for before, after in itertools.pairwise(rates[10:]))
-
-
-def test_learning_rate_without_warm_up_and_after_the_end():
-    training = training_config(warmup_steps=0, min_lr=0.0)
-    assert learning_rate(0, training) == 1e-3
-    assert learning_rate(100, training) == learning_rate(1000, training) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_learning_rate_that_is_all_warm_up():
-    training = training_config(warmup_steps=100)
-    assert [learning_rate(step, training) for step in (0, 99, 100)] == pytest.approx([1e-5, 1e-3, 1e-3])
 
 
 def model_of(groups, **model) -> LanguageModel:
