@@ -8,6 +8,9 @@ PYTHON ?=
 # More arguments for the command behind a target: make test ARGS='-k config -x'
 ARGS ?=
 
+# Extras of pyproject.toml that are installed, when .venv is made.
+EXTRAS ?= test
+
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -71,7 +74,7 @@ clean: ## remove .venv and all that was built; data/ and runs/ stay
 	fi
 	@echo 'Installing into .venv. The first time takes a few minutes, and more where torch comes with CUDA.'
 	@PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	    $(VENV_PYTHON) -m pip install --quiet -e '.[test]'
+	    $(VENV_PYTHON) -m pip install --quiet -e '.[$(EXTRAS)]'
 	@grep -lIE '^#!/.* .*/python' .venv/bin/* | while IFS= read -r script; do \
 	    sed -i "1s|.*|#!/bin/sh\n'''exec' \"\$$(dirname \"\$$0\")/python\" \"\$$0\" \"\$$@\"\n' '''|" "$$script"; \
 	done
