@@ -50,13 +50,16 @@ class VariableMoELayer(MoELayer):
         if padding_mask is not None:
             padding_mask = padding_mask.transpose(0, 1).bool()
         (hidden_states,) = step_timer.mark_region(REST, "routing", hidden_states)
-        probs_TE, map_TE, *latent = self.router(hidden_states, padding_mask)
-        probs_TE, *latent = step_timer.mark_region("routing", "dispatch", probs_TE, *latent)
+        routed = self.router(hidden_states, padding_mask)
+        map_TE, latents_TEr, reduce_erH = routed.map_TE, routed.latents_TEr, routed.reduce_erH
+        probs_TE, latents_TEr, reduce_erH = step_timer.mark_region(
+            "routing", "dispatch", routed.probs_TE, latents_TEr, reduce_erH
+        )
         # T tokens in all, t in a part.
         of_tokens = [hidden_states.flatten(0, 1)]
-        if latent and self.router.sends_latents:
-            of_tokens.append(latent.pop())
-        more = {"reduce_erH": latent[0]} if latent else {}
+        if latents_TEr is not None:
+            of_tokens.append(latents_TEr)
+        more = {} if reduce_erH is None else {"reduce_erH": reduce_erH}
         if self.chunks > 1:
             more["sums"] = ChunkedGradAccumulator()
         plans = [PendingPlan(map_tE, self.ep_group) for map_tE in self._parts(map_TE)]
@@ -64,7 +67,7 @@ class VariableMoELayer(MoELayer):
         shared = self._shared_experts(hidden_states) if alone else None  # while the plans' sizes travel to the host
         shipments = prefetch_one(self._shipments(plans, probs_TE, *map(self._parts, of_tokens)))
         first = next(shipments)
-        del of_tokens, probs_TE, map_TE, plans  # with many experts as large as what these keep
+        del of_tokens, routed, probs_TE, map_TE, latents_TEr, plans  # with many experts as large as what these keep
         if not alone:
             shared = self._shared_experts(hidden_states)
         returns = prefetch_one(self._to_experts(shipment, more) for shipment in chain([first], shipments))

@@ -24,8 +24,9 @@ from dsmoe.errors import RouterError
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.logits import fp32_logits
 from dsmoe.routers.recorder import Load, RoutingRecorder
+from dsmoe.routers.routing import Routing, RoutingResult
 from dsmoe.routers.routing_map import count_columns
-from dsmoe.routers.scores import Routing, Scores
+from dsmoe.routers.scores import Scores
 
 # Whose tokens a balance loss counts: all ranks' of a micro-step (then the layout does not change the loss), each rank's
 # own (Megatron's and the ReMoE code's choice), or all ranks' of the optimizer step so far (arXiv 2501.11873).
@@ -147,18 +148,18 @@ class Router(megatron_router.Router):
         """Abstract in Megatron, where logits come first; here `route` decides from the hidden states."""
         raise NotImplementedError
 
-    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Megatron's contract.
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> RoutingResult:
+        """Route; as in Megatron's contract the result unpacks into weights and map.
 
         Args:
             hidden: [S, B, H].
             padding_mask: bool [S, B], True where a token is padding; such a token gets no expert and counts nowhere.
 
         Returns:
-            probs [S * B, E] fp32, 0 where inactive, and routing map [S * B, E] bool.
+            probs_TE [S * B, E] fp32, 0 where inactive, map_TE [S * B, E] bool and, in dsmoe's MoE layer, the latents of
+            experts that score themselves.
         """
-        routing = self.decide(hidden, padding_mask)
-        return routing.probs_TE, routing.map_TE
+        return RoutingResult.from_routing(self.decide(hidden, padding_mask), with_latents=self.recorder is not None)
 
     def decide(self, hidden: Tensor, padding_mask: Tensor | None) -> Routing:
         """Route the tokens that are not padding, check the plugin's answer, and hand it to the recorder."""

@@ -102,13 +102,6 @@ class LowRankRouter(Router):
         dist.all_gather_into_tensor(counts, counts.new_full((1,), hidden_TH.size(0)), group=self.ep)
         return counts.tolist()
 
-    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Megatron's contract and, for `VariableMoELayer`, what gives the experts their latents: those of all pairs
-        [S * B, E, r] to be sent, or this rank's part of A, [e, r, H]."""
-        routing = self.decide(hidden, padding_mask)
-        latents = routing.latents_TEr if self.sends_latents else routing.reduce_erH
-        return routing.probs_TE, routing.map_TE, latents
-
 
 def latent_norms(hidden_TH: Tensor, reduce_ErH: Tensor, own: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """||x A_i||_2 of every token and expert, fp32 or wider: [T, E]; and A of `own` experts (first, count), over

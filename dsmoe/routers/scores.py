@@ -17,20 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsmoe.routers.logits import fp32_logits
+from dsmoe.routers.routing import Routing
 
 BLOCK = 1 << 18  # scores that a CPU works on at a time; the operators of a rule make ten times as many numbers of them
-
-
-@dataclass
-class Routing:
-    """One layer's decision."""
-
-    probs_TE: Tensor  # fp32 weights, 0 where inactive
-    map_TE: Tensor  # bool
-    kept: dict[str, Tensor] = field(default_factory=dict)  # all that the losses get, with its gradient
-    statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
-    latents_TEr: Tensor | None = None  # what a self-scoring expert was scored by, in the model's dtype
-    reduce_erH: Tensor | None = None  # or, for this rank's experts, the matrices that it is made with
 
 
 @dataclass

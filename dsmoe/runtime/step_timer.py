@@ -56,8 +56,8 @@ class StepTimer:
         finally:
             self.switch(before)
 
-    def mark_region(self, before: str, after: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The same tensors. `after` begins once they exist, `before` again once their gradients do."""
+    def mark_region(self, before: str, after: str, *tensors: Tensor | None) -> tuple:
+        """The same tensors (or None). `after` begins once they exist, `before` again once their gradients do."""
         return _RegionMark.apply(before, after, *tensors) if self.running else tensors
 
 
@@ -66,10 +66,10 @@ step_timer = StepTimer()
 
 class _RegionMark(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, before: str, after: str, *tensors: Tensor):
+    def forward(ctx, before: str, after: str, *tensors: Tensor | None):
         ctx.before = before
         step_timer.switch(after)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):

@@ -134,7 +134,9 @@ class StepTracer:
 
     def __enter__(self) -> StepTracer:
         for router, maps in zip(self.routers, self.maps, strict=True):
-            self._hooks.append(router.register_forward_hook(lambda module, args, out, maps=maps: maps.append(out[1])))
+            self._hooks.append(
+                router.register_forward_hook(lambda module, args, out, maps=maps: maps.append(out.map_TE))
+            )
         return self
 
     def __exit__(self, *_) -> None:

@@ -38,7 +38,7 @@ def _train(route: str, expert_parallel: int, stage: int):
 
 
 def _keep_map(layer, router, inputs, output) -> None:
-    layer.seen_map_TE = output[1]
+    layer.seen_map_TE = output.map_TE
 
 
 def _check_tokens_without_experts(layer, inputs, output) -> None:

@@ -103,9 +103,9 @@ def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:
     hidden, _ = inputs
     layer.router.recorder.begin()
     with torch.no_grad():
-        probs_TE, map_TE = layer.router(hidden.transpose(0, 1))[:2]
-        plan = plan_routes(map_TE, layer.ep_group)
-        rows_RH, _ = dispatch.dispatch(hidden.flatten(0, 1), probs_TE, plan)
+        routed = layer.router(hidden.transpose(0, 1))
+        plan = plan_routes(routed.map_TE, layer.ep_group)
+        rows_RH, _ = dispatch.dispatch(hidden.flatten(0, 1), routed.probs_TE, plan)
     layer.router.recorder.finish()
     layer.router.recorder.take()
     gate_up, down = world.gate_up_proj.detach(), world.down_proj.detach()
@@ -241,7 +241,7 @@ def part_cases(world: World, inputs: tuple[Tensor, Tensor]) -> list[Case]:
     length_first = hidden.detach().transpose(0, 1).requires_grad_()
     recorder.begin()
     with torch.no_grad():
-        probs_TE, map_TE = router(length_first)[:2]
+        probs_TE, map_TE, *_ = router(length_first)
         plan = plan_routes(map_TE, layer.ep_group)
         rows_RH, probs_R = dispatch.dispatch(hidden_TH, probs_TE, plan)
         out_RH, _ = layer.experts(rows_RH, plan.routes_per_expert_e, probs_R)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from dsmoe.errors import RouterError
 from dsmoe.routers import available, get, register, registry
 from dsmoe.routers.base import Router, RouterOptions, Routing
+from dsmoe.routers.recorder import RoutingRecorder
+from dsmoe.routers.routing import RoutingResult
 
 # Of the package alone: other tests of the same session register routers of their own.
 GATED = [name for name, router in available().items() if router.has_gate and router.__module__.startswith("dsmoe.")]
@@ -151,6 +154,37 @@ def test_in_a_stock_moe_layer_the_loss_arrives_through_megatrons_hook(scale, mon
     (gradient,) = torch.autograd.grad((probs * 0).sum(), weight)
     mean_logit = hidden.flatten(0, 1).mean(0) / EXPERTS
     torch.testing.assert_close(gradient, 3.0 * scale * mean_logit.expand(EXPERTS, -1))
+
+
+@pytest.mark.parametrize("name", available())
+def test_what_a_router_returns_is_typed_and_unpacks_as_megatrons_pair(name):
+    """Also for experts that score themselves: what those need besides goes to the layer that attached the router."""
+    router_class = get(name)
+    router = router_class(megatron_config(), groups_of_one(), options=router_class.Options())
+    for parameter in router.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(5, 2, HIDDEN)
+    probs_TE, map_TE = result = router(hidden)
+    assert isinstance(result, RoutingResult)
+    assert result.probs_TE is probs_TE and result.map_TE is map_TE
+    assert (probs_TE.dtype, map_TE.dtype) == (torch.float32, torch.bool)
+    assert result.latents_TEr is None and result.reduce_erH is None
+    router.attach(RoutingRecorder(EXPERTS, alone()), router.controller)
+    router.recorder.begin()
+    scores_itself = router_class.latent_rank(router.options) > 0
+    attached = router(hidden)
+    assert attached.latents_TEr is None and (attached.reduce_erH is not None) == scores_itself
+    assert torch.equal(attached.map_TE, map_TE)
+
+
+def test_zero_3_finds_every_tensor_that_a_router_returns():
+    """Contract: DeepSpeed applies its hooks to the items of a tuple and makes a tuple of the same class of them."""
+    given = RoutingResult((torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool), None, torch.ones(3, 4, 5)))
+    seen = []
+    result = apply_to_tensors_only(lambda tensor: seen.append(tensor) or tensor.clone(), given)
+    assert [tensor.shape for tensor in seen] == [(2, 3), (2, 3), (3, 4, 5)]
+    assert isinstance(result, RoutingResult) and result.reduce_erH is not given.reduce_erH
+    assert torch.equal(result.reduce_erH, given.reduce_erH) and result.latents_TEr is None
 
 
 def test_in_evaluation_no_loss_is_attached():

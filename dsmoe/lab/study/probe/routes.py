@@ -33,8 +33,7 @@ class SeenLayer:
         """The map for inputs that were rounded to another dtype."""
         rounded = self.hidden_TH.to(dtype).to(self.hidden_TH.dtype).view(*self.shape, -1)
         with torch.no_grad():
-            _, map_TE, *_ = self.module.router(rounded, None)
-        return map_TE.cpu().numpy()
+            return self.module.router(rounded, None).map_TE.cpu().numpy()
 
 
 def look(model: LanguageModel, tokens_BS: Tensor) -> list[SeenLayer]:
@@ -45,7 +44,7 @@ def look(model: LanguageModel, tokens_BS: Tensor) -> list[SeenLayer]:
     def keep(module, args, out) -> None:
         hidden = args[0]
         layer = layers[len(seen)]
-        seen.append(SeenLayer(layer, hidden.flatten(0, 1), out[1].cpu().numpy(), tuple(hidden.shape[:2])))
+        seen.append(SeenLayer(layer, hidden.flatten(0, 1), out.map_TE.cpu().numpy(), tuple(hidden.shape[:2])))
 
     hooks = [layer.router.register_forward_hook(keep) for layer in layers]
     try:

@@ -72,7 +72,7 @@ def test_every_router_takes_the_routes_that_were_asked_for(world, entries, route
     case = entries[f"dsmoe {router}"].build(inputs)
     layer_map = []
     layer = next(cell.cell_contents for cell in case.forward.__closure__ if hasattr(cell.cell_contents, "router"))
-    hook = layer.router.register_forward_hook(lambda module, args, output: layer_map.append(output[1]))
+    hook = layer.router.register_forward_hook(lambda module, args, output: layer_map.append(output.map_TE))
     case.run()
     case.after()
     case.clear()
