@@ -18,10 +18,11 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     quiet_libraries()
     from dsmoe.config import load_config
-    from dsmoe.routers.registry import option_classes
+    from dsmoe.optim import registry as optimizers
+    from dsmoe.routers import registry as routers
     from dsmoe.training.run import train
 
-    config = load_config(arguments.config, arguments.overrides, option_classes())
+    config = load_config(arguments.config, arguments.overrides, routers.option_classes(), optimizers.option_classes())
     train(config)
     return 0
 

@@ -47,6 +47,11 @@ class Manifest:
     serial: int = 0  # saves of this run folder so far: which checkpoint was written last, whatever its step
     copied_experts: bool = False  # the run began with experts that were copies of one MLP (an upcycled dense model)
 
+    @property
+    def optimizer(self) -> str:
+        """`training.optimizer` of the run; older runs had no such key."""
+        return self.config.get("training", {}).get("optimizer", "adamw")
+
     def write(self, folder: Path) -> None:
         content = asdict(self)
         content["sha256"] = _digest(content)

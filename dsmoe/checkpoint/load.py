@@ -19,10 +19,11 @@ from torch import Tensor
 
 from dsmoe.checkpoint import files
 from dsmoe.checkpoint.files import Manifest
-from dsmoe.checkpoint.fragments import KINDS, create_moments, owned_fragment, write_model_weight
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
+from dsmoe.optim.deepspeed import flat_master_weights, inner_optimizer, owned_fragment, write_model_weight
+from dsmoe.optim.registry import optimizer_class
 from dsmoe.runtime.device import accelerator, on_gpu
 
 
@@ -58,15 +59,17 @@ class CheckpointReader:
             if kind == "rng":
                 continue
             part = file.get_slice(key)
-            if kind not in KINDS or not start.isdecimal() or part.get_dtype() != "F32" or len(part.get_shape()) != 1:
+            flat_fp32 = part.get_dtype() == "F32" and len(part.get_shape()) == 1
+            if not kind.isidentifier() or not start.isdecimal() or not flat_fp32:
                 raise CheckpointError(f"{self.folder / name}: {key!r} is not fp32 elements KIND|NAME|START of a tensor")
             found.append(((kind, tensor), (int(start), int(start) + part.get_shape()[0], name, key)))
         self._open[name] = file
         for place, part in found:
             insort(self._places[place], part)
 
-    def has(self, kind: str) -> bool:
-        return any(place[0] == kind for place in self._places)
+    def kinds(self) -> set[str]:
+        """ "weight", and the optimizer's states that files hold."""
+        return {kind for kind, _ in self._places}
 
     def ranges(self, kind: str) -> dict[str, list[tuple[int, int]]]:
         """For each tensor of this kind the ranges [low, high) of its elements that files hold, in order."""
@@ -106,14 +109,12 @@ def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
     """Bring engine, controller and random state to where the checkpoint left them; collective.
 
     Raises:
-        CheckpointError: a damaged or missing file, tensors of another model, another router's controller.
+        CheckpointError: a damaged or missing file, tensors of another model, another router's controller or optimizer.
     """
     check_files(folder)
     reader = CheckpointReader(folder)
     _check_model(reader.manifest, engine.module, config)
-    has_moments = reader.has("exp_avg")
-    if has_moments:
-        create_moments(engine, reader.manifest.step)
+    kinds = _create_optimizer_state(engine, config, reader)
     for parameter, pieces in parameter_pieces(engine.module):
         fragment = owned_fragment(parameter, engine)
         for piece in pieces:
@@ -122,7 +123,7 @@ def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
                 continue
             low = max(piece.start, fragment.start)
             high = min(piece.start + piece.numel, fragment.start + fragment.numel)
-            for kind in (KINDS if has_moments else KINDS[:1]) if low < high else ():
+            for kind in kinds if low < high else ():
                 values = reader.read(kind, piece.name, low - piece.start, high - piece.start)
                 fragment.tensors[kind][low - fragment.start : high - fragment.start].copy_(values)
     controller = engine.module.controller
@@ -132,6 +133,22 @@ def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
         engine.module.revival.load(reader.idle_steps())
     _restore_random_state(reader)
     return reader.manifest
+
+
+def _create_optimizer_state(engine, config: RunConfig, reader: CheckpointReader) -> tuple[str, ...]:
+    """Give a fresh optimizer the state that it has after the checkpoint's steps, with zeros to be filled. Returns the
+    kinds of tensors to read: weights alone from a checkpoint that is older than its run's first step (an import)."""
+    manifest, optimizer = reader.manifest, optimizer_class(config.training)
+    if not manifest.step and reader.kinds() == {"weight"}:
+        return ("weight",)
+    if manifest.optimizer != optimizer.name:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is {manifest.optimizer!r}, this run's training.optimizer is {optimizer.name!r}"
+        )
+    inner = inner_optimizer(engine)
+    for flat in flat_master_weights(engine):
+        inner.state[flat] = optimizer.initial_state(flat, manifest.step)
+    return optimizer.kinds()
 
 
 def load_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from dsmoe.checkpoint import files
 from dsmoe.checkpoint.files import Manifest
-from dsmoe.checkpoint.fragments import owned_fragment
 from dsmoe.config import CheckpointConfig, RunConfig
 from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
+from dsmoe.optim.deepspeed import owned_fragment
 from dsmoe.runtime.device import HostCopies, accelerator, on_gpu
 
 

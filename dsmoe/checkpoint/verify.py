@@ -1,9 +1,9 @@
 """Verify: is a checkpoint whole, and the model that its configuration describes?
 
 Everything is read once and nothing is trusted: every file's checksum; of every tensor that the configuration's model
-has, and no other, each element exactly once, as weight and as both of Adam's moments; finite values; as many distinct
-experts in every layer as there should be; the state that a run goes on from. One process, no process groups, and no
-more than a few MB of tensors in memory at a time.
+has, and no other, each element exactly once, as weight and as each state of the optimizer; finite values; as many
+distinct experts in every layer as there should be; the state that a run goes on from. One process, no process groups,
+and no more than a few MB of tensors in memory at a time.
 
 Experts are drawn apart and stay apart, so two equal ones mean that a save wrote one rank's experts under the names of
 another's, as happened to several trainers (DeepSpeed #6589, KempnerForge #202, MegaBlocks #160). One exception: where
@@ -27,11 +27,12 @@ from safetensors import safe_open
 
 from dsmoe.checkpoint import files
 from dsmoe.checkpoint.files import Manifest
-from dsmoe.checkpoint.fragments import KINDS
 from dsmoe.checkpoint.load import CheckpointReader
 from dsmoe.config import RunConfig, validate_config
 from dsmoe.errors import CheckpointError, DsmoeError
 from dsmoe.model.skeleton import logical_shapes
+from dsmoe.optim.base import Optimizer
+from dsmoe.optim.registry import optimizer_class
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 
@@ -50,7 +51,8 @@ class Verification:
     manifest: Manifest | None = None  # None if it cannot be read
     tensors: int = 0  # logical tensors of the model
     elements: int = 0  # of one kind: parameters
-    moments: bool = False
+    optimizer: str = ""
+    states: tuple[str, ...] = ()  # of the optimizer, in the files
     experts: dict[str, int] = field(default_factory=dict)  # module -> distinct experts
     untrained_copies: int = 0  # experts that are equal to another one and may be
     state: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the router's controller: name -> shape
@@ -76,8 +78,8 @@ class Verification:
         layout = f"{saved.world_size} ranks, expert parallel {saved.expert_parallel}, ZeRO {saved.zero_stage}"
         yield "saved", f"step {saved.step}, {saved.samples:,} samples, router {router}; by {layout}"
         yield "files", f"{len(saved.files)}, {self.bytes / 1e6:,.1f} MB"
-        kinds = "weights and both Adam moments" if self.moments else "weights, no Adam moments"
-        yield "tensors", f"{self.tensors:,}, {self.elements:,} parameters; {kinds}"
+        states = f"{self.optimizer}'s {', '.join(self.states)}" if self.states else "no optimizer state"
+        yield "tensors", f"{self.tensors:,}, {self.elements:,} parameters; weights, {states}"
         if self.experts:
             counts = sorted(set(self.experts.values()))
             each = " or ".join(map(str, counts))
@@ -100,22 +102,41 @@ def verify_checkpoint(folder: Path, progress: Progress = lambda done, total: Non
     found.problems += _file_problems(folder, manifest, meter)
     reader = _reader(folder, manifest, found.problems)
     shapes = {name: tuple(shape) for name, shape in manifest.tensors.items()}
+    optimizer, found.optimizer = None, manifest.optimizer
     try:
         config = validate_config(manifest.config, option_classes(), source=f"the configuration in {files.MANIFEST}")
         expected = logical_shapes(config.model, config.router)
         found.problems += _shape_problems(shapes, expected)
         found.problems += _state_problems(folder, manifest, config, found.state)
-        shapes = expected
+        shapes, optimizer = expected, optimizer_class(config.training)
     except DsmoeError as error:
         found.problems.append(f"{error}; so tensors are held against the manifest's own list only")
     found.tensors, found.elements = len(shapes), sum(math.prod(shape) for shape in shapes.values())
-    found.moments = reader.has("exp_avg")
-    if manifest.step and not found.moments:
-        found.problems.append(f"no Adam moments, but the checkpoint is of step {manifest.step}")
-    kinds = KINDS if found.moments else KINDS[:1]
+    kinds = _kinds(reader, manifest, optimizer, found)
     whole = _coverage(reader, shapes, kinds, found.problems)
-    _check_values(reader, shapes, kinds, whole, found, meter)
+    values = _check_values(reader, shapes, kinds, whole, found, meter)
+    for state in optimizer.states if optimizer else ():
+        below = [name for (kind, name), value in values.items() if kind == state.name and value.negative]
+        if state.non_negative and below:
+            found.problems.append(_counted(below, f"tensors have negative values of {state.name}"))
     return found
+
+
+def _kinds(
+    reader: CheckpointReader, manifest: Manifest, optimizer: type[Optimizer] | None, found: Verification
+) -> tuple[str, ...]:
+    """What each element should be there as: weight, and the optimizer's states after the first step."""
+    there = reader.kinds() - {"weight"}
+    expected = optimizer.kinds()[1:] if optimizer else tuple(sorted(there))
+    found.states = tuple(name for name in expected if name in there)
+    if odd := sorted(there - {*expected}):
+        found.problems.append(f"{', '.join(odd)}: files hold it, but {found.optimizer} keeps no such state")
+    if manifest.step and expected and not found.states:
+        found.problems.append(
+            f"no optimizer state ({', '.join(expected)} of {found.optimizer}), but the checkpoint is of step "
+            f"{manifest.step}"
+        )
+    return ("weight", *expected) if found.states else ("weight",)
 
 
 def checkpoints_of(path: Path, every: bool = False) -> list[Path]:
@@ -271,7 +292,7 @@ class _Values:
 
 def _check_values(
     reader: CheckpointReader, shapes: Shapes, kinds: tuple[str, ...], whole: set, found: Verification, meter: _Meter
-) -> None:
+) -> dict[tuple[str, str], _Values]:
     """All values, one tensor after another."""
     values: dict[tuple[str, str], _Values] = {}
     for name in shapes:
@@ -279,11 +300,10 @@ def _check_values(
             if (kind, name) in whole:
                 values[kind, name] = _read_values(reader, kind, name, math.prod(shapes[name]), meter)
     odd = [f"{kind} of {name}" for (kind, name), value in values.items() if not value.finite]
-    below = [name for (kind, name), value in values.items() if kind == "exp_avg_sq" and value.negative]
     found.problems += [_counted(odd, "tensors hold values that are not finite")] if odd else []
-    found.problems += [_counted(below, "tensors have negative second moments")] if below else []
     for module, experts in _expert_tensors(shapes).items():
         _check_experts(module, experts, kinds, values, found)
+    return values
 
 
 def _read_values(reader: CheckpointReader, kind: str, name: str, numel: int, meter: _Meter) -> _Values:
@@ -316,10 +336,10 @@ def _expert_tensors(shapes: Shapes) -> dict[str, dict[int, list[str]]]:
 def _check_experts(
     module: str, experts: dict[int, list[str]], kinds: tuple[str, ...], values: dict, found: Verification
 ) -> None:
-    """That no two experts of a module are equal, in weights or in moments."""
+    """That no two experts of a module are equal, in weights or in the optimizer's states."""
     readable = {n: names for n, names in experts.items() if all((k, name) in values for k in kinds for name in names)}
-    moments = kinds[1:]
-    trained = {n for n, names in readable.items() if any(not values[k, name].zero for k in moments for name in names)}
+    states = kinds[1:]
+    trained = {n for n, names in readable.items() if any(not values[k, name].zero for k in states for name in names)}
 
     def alike(kinds: tuple[str, ...], among) -> list[list[int]]:
         groups = defaultdict(list)
@@ -334,8 +354,9 @@ def _check_experts(
             found.untrained_copies += len(group)
         else:
             found.problems.append(f"{module}: experts {_listed(group)} are equal; each should have weights of its own")
-    for group in alike(moments, trained) if moments else ():
-        found.problems.append(f"{module}: experts {_listed(group)} have equal Adam moments; each should have its own")
+    for group in alike(states, trained) if states else ():
+        equal_states = f"experts {_listed(group)} have equal optimizer states"
+        found.problems.append(f"{module}: {equal_states}; each should have its own")
 
 
 def _counted(names: list[str], what: str) -> str:

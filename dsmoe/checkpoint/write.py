@@ -1,7 +1,7 @@
 """A checkpoint of weights alone, written by one process from tensors that come one after another (an import).
 
 It is what a job of as many ranks as there are files could have saved before its first step: `load_checkpoint` reads it
-at any layout, and the optimizer starts without moments.
+at any layout, and the optimizer starts without state.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ def load_config(
     path: str | Path | None,
     overrides: list[str] | tuple[str, ...] = (),
     routers: Mapping[str, type[BaseModel]] | None = None,
+    optimizers: Mapping[str, type[BaseModel]] | None = None,
 ) -> RunConfig:
     """Read, override and validate a configuration.
 
@@ -26,13 +27,15 @@ def load_config(
         path: YAML file; None starts from the defaults.
         overrides: dotted assignments such as `training.steps=50`; the value is read as YAML.
         routers: options class of every known router; with it the router's name and options are checked too.
+        optimizers: the same of every optimizer.
 
     Raises:
         ConfigError: with every mistake found, each naming field, value, expectation and the nearest known name.
     """
     tree = _read_yaml(path)
     problems = apply_overrides(tree, overrides)
-    return validate_config(tree, routers, problems, source=str(path) if path else "configuration")
+    source = str(path) if path else "configuration"
+    return validate_config(tree, routers, problems, source, optimizers)
 
 
 class _Loader(yaml.SafeLoader):

@@ -106,6 +106,8 @@ class TrainingConfig(Section):
     decay_from: str | None = None  # checkpoint (.../step_N) of a wsd run: continue it with a decay from N to steps
     weight_decay: float = Field(0.1, ge=0)  # on matrices; never on norms and biases
     decay_embeddings: bool = False  # whether weight decay also touches embedding and output matrices
+    optimizer: str = "adamw"  # or lion, or an installed plugin's (dsmoe/optim)
+    optimizer_options: dict[str, Any] = {}  # of another optimizer than adamw, whose options are the next three keys
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
@@ -128,7 +130,9 @@ class CheckpointConfig(Section):
     interval: int = Field(100, ge=0)  # optimizer steps; 0: only at the end and on a signal
     keep_last: int = Field(2, ge=1)
     keep_every: int = Field(0, ge=0)  # also keep every checkpoint whose step is a multiple of this; 0: none
-    background: bool = True  # write beside training, from a copy in host memory (12 bytes per parameter of a rank)
+    background: bool = (
+        True  # write beside training, from a copy in host memory (12 bytes per parameter of a rank with adamw)
+    )
 
 
 class LoggingConfig(Section):

@@ -21,7 +21,7 @@ REFUSED_DEEPSPEED_KEYS = {
     "train_batch_size": "set training.global_batch_size",
     "train_micro_batch_size_per_gpu": "it follows from training.global_batch_size, the accumulation and the ranks",
     "gradient_accumulation_steps": "set training.gradient_accumulation",
-    "optimizer": "set training.lr, training.weight_decay and training.adam_*",
+    "optimizer": "set training.optimizer, training.lr and training.weight_decay",
     "scheduler": "set training.warmup_steps, training.lr and training.min_lr",
     "gradient_clipping": "set training.clip_grad",
     "bf16": "set training.precision",
@@ -50,6 +50,7 @@ def validate_config(
     routers: Mapping[str, type[BaseModel]] | None = None,
     problems: list[str] | None = None,
     source: str = "configuration",
+    optimizers: Mapping[str, type[BaseModel]] | None = None,
 ) -> RunConfig:
     """Validate a tree of plain values in one pass. Raises `ConfigError` with all mistakes."""
     found = _Mistakes(problems or [])
@@ -62,6 +63,7 @@ def validate_config(
     }
     if routers is not None:
         valid["router"] = _validate_router(valid["router"], routers, valid["model"], found)
+    _check_optimizer(valid["training"], optimizers, found)
     deepspeed = {} if tree.get("deepspeed") is None else tree["deepspeed"]
     _check_deepspeed(deepspeed, found)
     _check_model(valid["model"], found)
@@ -117,6 +119,22 @@ def _validate_router(
     if not any(field.startswith(("router.", "model.")) for field in found.fields) and hasattr(options, "problems"):
         found.lines.extend(options.problems(model))
     return RouterConfig(name=router.name, **options.model_dump())
+
+
+def _check_optimizer(
+    training: TrainingConfig, optimizers: Mapping[str, type[BaseModel]] | None, found: _Mistakes
+) -> None:
+    name = training.optimizer
+    for field in ("adam_beta1", "adam_beta2", "adam_eps") if name != "adamw" else ():
+        if getattr(training, field) != TrainingConfig.model_fields[field].default:
+            found.lines.append(f"training.{field}: is adamw's, but training.optimizer is {name}")
+    if optimizers is None or not found.none_in("training.optimizer", "training.optimizer_options"):
+        return
+    if name not in optimizers:
+        known = f"one of {', '.join(sorted(optimizers))}{_nearest(name, list(optimizers))}"
+        found.add("training.optimizer", repr(name), known)
+    else:
+        _validate_section("training.optimizer_options", optimizers[name], training.optimizer_options, found)
 
 
 def _explain(error: ValidationError, section: str, known: list[str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from dsmoe.optim.deepspeed import logical_shape
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -21,11 +23,6 @@ class Piece:
     shape: tuple[int, ...]
     start: int
     numel: int
-
-
-def logical_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of all of it: ZeRO-3 leaves an empty tensor in place."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def parameter_pieces(model: nn.Module) -> Iterator[tuple[nn.Parameter, list[Piece]]]:

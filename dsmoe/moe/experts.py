@@ -4,23 +4,19 @@ Shapes: e experts on this rank, R rows ordered by expert, H hidden, F expert wid
 
 Three implementations: `grouped_linear`, one `torch.nn.functional.grouped_mm` for gate and up and one for down, for
 accelerators; `dsmoe.moe.blocked`, for CPUs; and `loop_linear`, the plain reference both are tested against.
-
-The module subclasses DeepSpeed's AutoEP layer for one reason: DeepSpeed's engine recognises expert modules by class
-alone, and this class is the only one it accepts under ZeRO-3. Nothing of AutoEP's own code runs.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor, nn
 
 from dsmoe.errors import ConfigError
 from dsmoe.moe import blocked, native
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
 from dsmoe.native import takes, unavailable
-from dsmoe.parallel.groups import mark_expert_parameter
+from dsmoe.optim.deepspeed import ExpertModule, is_partitioned, mark_expert_parameter
 from dsmoe.runtime.device import on_gpu
 
 ON_CPU = ("native", "blocked")
@@ -96,7 +92,7 @@ def _implementation(asked: str, config, rank: int) -> str:
     return chosen
 
 
-class GroupedExperts(AutoEPMoELayer):
+class GroupedExperts(ExpertModule):
     """This rank's experts: `gate_up_proj` [e, 2F, H] (gate first) and `down_proj` [e, H, F], no biases.
 
     Constructor and forward follow Megatron-Core's contract for `MoESubmodules.experts`.
@@ -118,7 +114,7 @@ class GroupedExperts(AutoEPMoELayer):
     def __init__(
         self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="auto", **kwargs
     ):
-        nn.Module.__init__(self)  # not AutoEP's constructor, which converts a Hugging Face block
+        super().__init__()
         self.num_experts = config.num_moe_experts
         self.num_local_experts = num_local_experts
         self.implementation = _implementation(implementation, config, self.rank)
@@ -130,9 +126,6 @@ class GroupedExperts(AutoEPMoELayer):
     def _create_weights(self, experts: int, hidden: int, ffn: int) -> None:
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * ffn, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
-
-    def set_deepspeed_parallelism(self, *args, **kwargs) -> None:
-        """Called by DeepSpeed's engine; the groups exist already."""
 
     def forward(
         self, rows_RH: Tensor, routes_per_expert_e: Tensor, probs_R: Tensor, sums: ChunkedGradAccumulator | None = None
@@ -157,7 +150,7 @@ class GroupedExperts(AutoEPMoELayer):
         rows, weights = zip(*projections, strict=True)
         fits = self.implementation == "native" and takes(*rows, *weights, self.down_proj, dtypes=native.DTYPES)
         way, counts = native if fits else blocked, counts_e.tolist()  # on a CPU nothing waits
-        if sums is None or hasattr(self.down_proj, "ds_id"):  # ZeRO 3 gathers a parameter, and would keep its views
+        if sums is None or is_partitioned(self.down_proj):  # ZeRO 3 gathers a parameter, and would keep its views
             return way.swiglu_experts(projections, self.down_proj, probs_R, counts)
         *weights, down = sums.shared(*weights, self.down_proj)
         return way.swiglu_experts(list(zip(rows, weights, strict=True)), down, probs_R, counts, sums.sums)

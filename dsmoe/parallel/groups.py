@@ -13,10 +13,12 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import deepspeed
 import torch
 import torch.distributed
 
 from dsmoe.errors import ParallelError
+from dsmoe.optim.deepspeed import expert_and_data_groups, skip_shared_memory_op
 from dsmoe.runtime.device import on_gpu, use_local_device
 
 MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
@@ -69,11 +71,7 @@ def start_processes(timeout_minutes: float = 30) -> None:
     Understands torchrun, the deepspeed launcher and mpirun (through mpi4py). Without a launcher the job is one
     process and needs no MPI library.
     """
-    import deepspeed
-    import deepspeed.ops
-
-    # Built at start-up otherwise, with a C++ compiler and 45 s; it serves inference on one CPU node only.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_op()
     if torch.distributed.is_initialized():
         use_local_device()
         return
@@ -139,31 +137,10 @@ def check_world(world_size: int, expert_parallel: int, global_batch_size: int, g
 
 def create_groups(expert_parallel: int) -> ParallelGroups:
     """Make all groups of this job, once per expert-parallel size; every rank must call it."""
-    from deepspeed.utils import groups
-
     world_size = torch.distributed.get_world_size()
     check_world(world_size, expert_parallel, global_batch_size=world_size, gradient_accumulation=1)
-    groups._create_expert_and_data_parallel(expert_parallel, pp_size=1)
-    name = f"ep_size_{expert_parallel}"
-    return ParallelGroups(
-        ep=groups._get_expert_parallel_group(name),
-        edp=groups._get_expert_data_parallel_group(name),
-        dp=groups._get_data_parallel_group(),
-        solo=_solo_group(),
-        ep_name=name,
-    )
-
-
-def mark_expert_parameter(parameter: torch.nn.Parameter, ep: torch.distributed.ProcessGroup, first_expert: int) -> None:
-    """Say that a packed parameter [e, ...] holds the experts `first_expert` ... and differs between the ranks of `ep`.
-
-    These attributes are what DeepSpeed reads: reduce over the expert-data-parallel group (all ZeRO stages) and
-    partition over it (stage 3); `first_expert` is what `dsmoe.model.names` reads.
-    """
-    parameter.allreduce = False
-    parameter.group_name = parameter.ds_zero_partition_group_name = f"ep_size_{ep.size()}"
-    parameter.ds_zero_placement_family = "autoep_expert"
-    parameter.first_expert = first_expert
+    ep, edp, dp = expert_and_data_groups(expert_parallel)
+    return ParallelGroups(ep=ep, edp=edp, dp=dp, solo=_solo_group(), ep_name=f"ep_size_{expert_parallel}")
 
 
 _solo: torch.distributed.ProcessGroup | None = None

@@ -30,8 +30,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dsmoe.optim.deepspeed import mark_expert_parameter
 from dsmoe.parallel.collectives import all_gather_rows, all_to_all_rows
-from dsmoe.parallel.groups import mark_expert_parameter
 from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.scores import is_on_host, slices
 from dsmoe.runtime.buffers import part

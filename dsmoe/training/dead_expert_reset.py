@@ -1,8 +1,9 @@
 """Experts that no token takes learn nothing, and so stay as they are. Begin them anew, near experts that are in demand.
 
 An expert without a token for `patience` optimizer steps becomes a copy of a busy one of its layer: the busiest for the
-first such expert, the next for the second. It takes over weights, the router's row, Adam's second moment, which sets
-the size of its steps, and what a controller holds for that expert; the first moment begins at 0. A little noise on the
+first such expert, the next for the second. It takes over weights, the router's row, what a controller holds for that
+expert, and those of the optimizer's states that say so (Adam's second moment, which sets the size of its steps); other
+states, such as a momentum, begin at 0. A little noise on the
 weights lets the two part. No expert below the mean load is copied, so where there are more idle experts than busy ones,
 the rest wait.
 
@@ -20,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoe.checkpoint.fragments import KINDS, Fragment, owned_fragment, write_model_weight
 from dsmoe.errors import CheckpointError
 from dsmoe.model.initialize import generator_of
-from dsmoe.model.names import logical_shape
 from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.optim.base import Optimizer
+from dsmoe.optim.deepspeed import Fragment, logical_shape, owned_fragment, write_model_weight
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers.recorder import RoutingTotals
@@ -54,13 +55,16 @@ class DeadExpertReset:
     Args:
         patience: optimizer steps without a token.
         seed: of the noise.
+        optimizer: whose states there are.
 
     Attributes:
         idle_LE: int64, steps that each expert has been without a token. A checkpoint holds it.
     """
 
-    def __init__(self, engine, groups: ParallelGroups, patience: int, seed: int):
+    def __init__(self, engine, groups: ParallelGroups, patience: int, seed: int, optimizer: type[Optimizer]):
         self.engine, self.groups, self.patience, self.seed = engine, groups, patience, seed
+        self.kinds = optimizer.kinds()
+        self.inherited = ("weight", *(state.name for state in optimizer.states if state.inherited))
         self.layers = [list(_expert_rows(layer)) for layer in _moe_layers(engine.module)]
         recorder = engine.module.recorder
         shape = len(recorder.routers), recorder.num_experts
@@ -90,20 +94,20 @@ class DeadExpertReset:
     def _copy(self, layer: int, idle: int, busy: int, step: int) -> None:
         for rows in self.layers[layer]:
             fragment = owned_fragment(rows.parameter, self.engine)
-            values_Kn = torch.zeros(len(KINDS), rows.numel, device=self.engine.device)
-            for kind, own, place in _overlap(rows.start(busy), rows.numel, fragment):
-                values_Kn[kind, place] = own
+            values_Kn = torch.zeros(len(self.kinds), rows.numel, device=self.engine.device)
+            values = dict(zip(self.kinds, values_Kn, strict=True))  # views
+            for kind, own, place in _overlap(rows.start(busy), rows.numel, fragment, self.inherited):
+                values[kind][place] = own
             sum_over(self.groups.dp, values_Kn)  # every element is on one rank
-            weight_n, first_moment_n, _ = values_Kn  # views, in the order of KINDS
-            first_moment_n.zero_()
+            weight_n = values["weight"]
             if rows.numel > 1:
                 drawn = torch.randn(rows.numel, generator=generator_of(self.seed, f"{rows.name}.{idle} at step {step}"))
                 weight_n += NOISE * weight_n.square().mean().sqrt() * drawn.to(weight_n.device)
             if rows.start(idle) is None:
                 continue
             write_model_weight(rows.parameter, rows.start(idle), weight_n)
-            for kind, own, place in _overlap(rows.start(idle), rows.numel, fragment):
-                own.copy_(values_Kn[kind, place])
+            for kind, own, place in _overlap(rows.start(idle), rows.numel, fragment, self.kinds):
+                own.copy_(values[kind][place])
         controller = self.engine.module.controller
         for state in () if controller is None else controller.state.values():
             if state.shape[:2] == self.idle_LE.shape:
@@ -136,15 +140,14 @@ def _expert_rows(named_layer: tuple[str, VariableMoELayer]) -> Iterator[ExpertRo
             yield ExpertRows(f"{prefix}.{name}", parameter, 0, shape[0], numel)
 
 
-def _overlap(start: int | None, numel: int, fragment: Fragment | None) -> Iterator[tuple[int, Tensor, slice]]:
-    """Where a fragment holds elements [start, start + numel) of its parameter: for each kind of state, its number, the
+def _overlap(
+    start: int | None, numel: int, fragment: Fragment | None, kinds: tuple[str, ...]
+) -> Iterator[tuple[str, Tensor, slice]]:
+    """Where a fragment holds elements [start, start + numel) of its parameter: for each kind of state its name, the
     fragment's own elements, and their place in the range."""
     if start is None or fragment is None:
         return
     low, high = max(start, fragment.start), min(start + numel, fragment.start + fragment.numel)
-    for kind, name in enumerate(KINDS) if low < high else ():
-        yield (
-            kind,
-            fragment.tensors[name][low - fragment.start : high - fragment.start],
-            slice(low - start, high - start),
-        )
+    for kind in kinds if low < high else ():
+        own = fragment.tensors[kind][low - fragment.start : high - fragment.start]
+        yield kind, own, slice(low - start, high - start)

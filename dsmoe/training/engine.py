@@ -1,20 +1,16 @@
-"""DeepSpeed's engine around the model: its JSON, the optimizer's parameter groups.
-
-ZeRO 1 and 2 want experts in groups of their own, named after their expert-parallel group and marked `moe`. Weight
-decay applies to matrices only, and to embedding and output matrices only if `training.decay_embeddings` says so.
-"""
+"""DeepSpeed's engine around the model: its JSON, and the optimizer in it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import deepspeed
-import torch
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-from dsmoe.config import RunConfig, TrainingConfig
+from dsmoe.config import RunConfig
 from dsmoe.model.gpt import LanguageModel
-from dsmoe.optim.gradients import spare_copies
+from dsmoe.optim.deepspeed import spare_copies
+from dsmoe.optim.groups import parameter_groups
+from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
 from dsmoe.runtime.device import device_name, on_gpu
@@ -23,7 +19,6 @@ from dsmoe.training.dead_expert_reset import DeadExpertReset
 # On a CPU. DeepSpeed's 500M elements are a fresh 2-GB buffer in every step, whose pages the kernel must zero, and each
 # gradient is copied there first; one that is larger than the bucket is reduced where it lies.
 SMALL_BUCKETS = {"reduce_bucket_size": 1 << 19}
-EMBEDDINGS = ("word_embeddings.weight", "output_layer.weight")
 
 
 def build_engine(config: RunConfig, groups: ParallelGroups):
@@ -40,18 +35,14 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
     device = device_name()
     if model.controller is not None:
         model.controller.to(device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, training),
-        lr=training.lr,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_eps,
-        fused=True,
-    )
+    optimizer_kind = optimizer_class(training)
+    optimizer = optimizer_kind.build(parameter_groups(model, training), training)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(config, groups.dp_size))
     if device == "cpu" and training.precision == "fp32":
         spare_copies(engine, config.parallel.zero_stage)
     if training.revive_idle_experts:
-        model.revival = DeadExpertReset(engine, groups, training.revive_idle_experts, training.seed)
+        patience, seed = training.revive_idle_experts, training.seed
+        model.revival = DeadExpertReset(engine, groups, patience, seed, optimizer_kind)
     return engine
 
 
@@ -80,17 +71,3 @@ def deepspeed_json(config: RunConfig, world_size: int) -> dict[str, Any]:
     if config.logging.tensorboard:
         settings["tensorboard"] = {"enabled": True, "output_path": config.logging.run_dir, "job_name": "tensorboard"}
     return settings
-
-
-def parameter_groups(model: torch.nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
-    """Optimizer groups with and without weight decay, experts apart."""
-    decayed, plain = [], []
-    for name, parameter in model.named_parameters():
-        embedding = name.endswith(EMBEDDINGS)
-        decays = parameter.dim() >= 2 and (training.decay_embeddings or not embedding)
-        (decayed if decays else plain).append(parameter)
-    groups = [
-        {"name": "decayed", "params": decayed, "weight_decay": training.weight_decay},
-        {"name": "plain", "params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]

@@ -1,7 +1,7 @@
 """The optimizer's view of single experts: how large each one's gradient is, and how far each one may move.
 
 ZeRO steps on flat tensors that hold many experts, cut wherever the ranks' shares end. So both are done around the inner
-AdamW's own step, on this rank's fragments, cut again at the borders between experts. All ranks together have each
+optimizer's own step, on this rank's fragments, cut again at the borders between experts. All ranks together have each
 element once.
 
 Shapes: L MoE layers, E experts of all ranks; a packed parameter holds e of them, of n elements each.
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from dsmoe.checkpoint.fragments import Fragment, owned_fragment
 from dsmoe.config import RunConfig
 from dsmoe.model.names import Piece, parameter_pieces
 from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.optim.deepspeed import Fragment, inner_optimizer, owned_fragment
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers.recorder import RoutingTotals
@@ -105,7 +105,7 @@ class ExpertGradients:
         self.owned, self.groups, self.recorder = owned_experts(engine), groups, engine.module.recorder
         self.device = engine.device
         self._squares_LE: Tensor | None = None
-        engine.optimizer.optimizer.register_step_pre_hook(self._look)
+        inner_optimizer(engine).register_step_pre_hook(self._look)
 
     def watch(self) -> None:
         """Look at the optimizer step that comes."""
@@ -153,25 +153,26 @@ class ExpertLines:
 
 
 class LoadScaledUpdates:
-    """Makes every expert's update, AdamW's step and weight decay both, follow the expert's load.
+    """Makes every expert's update, the optimizer's step and weight decay both, follow the expert's load.
 
-        update_e = min(2, sqrt(c_e / mean(c))) * update        c: routes of this step, over all ranks
+        update_e = min(2, (c_e / mean(c))^p) * update        c: routes of this step, over all ranks
 
-    An expert's batch is the tokens it gets, and Adam's learning rate is to grow with the root of the batch
-    (arXiv 2205.10287); Hunyuan-Large (2411.02265) scales that way between its shared and its routed experts. Here it
-    is between routed experts, in every step. An expert without a token stays where it is, whatever its moments say.
+    An expert's batch is the tokens it gets, and an optimizer's learning rate is to grow with a power p of the batch
+    (`Optimizer.batch_exponent`): Adam's with its root (arXiv 2205.10287); Hunyuan-Large (2411.02265) scales that way
+    between its shared and its routed experts. Here it is between routed experts, in every step. An expert without a
+    token stays where it is, whatever the optimizer's state says.
     """
 
-    def __init__(self, engine):
-        self.owned = owned_experts(engine)
+    def __init__(self, engine, exponent: float = 0.5):
+        self.owned, self.exponent = owned_experts(engine), exponent
         self.scale_LE: Tensor | None = None
         self._before: list[tuple[OwnedExperts, Tensor]] = []
-        engine.optimizer.optimizer.register_step_pre_hook(self._keep)
-        engine.optimizer.optimizer.register_step_post_hook(self._scale)
+        inner_optimizer(engine).register_step_pre_hook(self._keep)
+        inner_optimizer(engine).register_step_post_hook(self._scale)
 
     def follow(self, totals: RoutingTotals) -> None:
         """The loads of the optimizer step that comes."""
-        self.scale_LE = load_scale(totals.counts_LE)
+        self.scale_LE = load_scale(totals.counts_LE, self.exponent)
 
     def _keep(self, *_) -> None:
         present = [owned for owned in self.owned if owned.fragment.gradient() is not None]
@@ -185,7 +186,7 @@ class LoadScaledUpdates:
         self._before = []
 
 
-def load_scale(counts_LE: Tensor) -> Tensor:
-    """fp32 [L, E]: min(2, sqrt(count / mean count of the layer)); 0 in a layer without routes."""
+def load_scale(counts_LE: Tensor, exponent: float = 0.5) -> Tensor:
+    """fp32 [L, E]: min(2, (count / mean count of the layer) ** exponent); 0 in a layer without routes."""
     counts_LE = counts_LE.to(torch.float32)
-    return (counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1e-12)).sqrt().clamp(max=MOST)
+    return (counts_LE / counts_LE.mean(1, keepdim=True).clamp(min=1e-12)).pow(exponent).clamp(max=MOST)

@@ -12,6 +12,7 @@ import torch
 from dsmoe.checkpoint.save import CheckpointSaver
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError, TrainingError
+from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes
@@ -48,7 +49,9 @@ class Trainer:
         self.progress = TrainingProgress(config.training.steps, step, active=groups.dp_rank == 0)
         self.metrics = MetricsWriter(Path(config.logging.run_dir), groups.dp_rank, engine.monitor, step)
         self.expert_lines = ExpertLines(config, engine, groups, step)
-        self.scaled_updates = LoadScaledUpdates(engine) if config.training.expert_lr == "load" else None
+        self.scaled_updates = None
+        if config.training.expert_lr == "load":
+            self.scaled_updates = LoadScaledUpdates(engine, optimizer_class(config.training).batch_exponent)
         self.saver = CheckpointSaver(engine, config, step or None, copied_experts)
 
     def run(self) -> tuple[bool, dict[str, float]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from dsmoe.checkpoint.fragments import owned_fragment
 from dsmoe.config import RunConfig, validate_config
 from dsmoe.model.names import parameter_pieces
+from dsmoe.optim.deepspeed import owned_fragment
 from dsmoe.parallel.groups import create_groups
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.engine import build_engine

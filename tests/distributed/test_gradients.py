@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from steps import joined, tiny_config, train_each
 
-from dsmoe.optim.gradients import _blocks
+from dsmoe.optim.deepspeed import _blocks
 
 BUCKETS = [1, 1 << 19]  # each gradient reduced where it lies; several copied together
 CASES = [*product([1, 2], BUCKETS, [1, 2]), (3, 1 << 19, 2)]  # ZeRO stage, bucket, micro-steps

@@ -10,10 +10,10 @@ import torch
 from ranks import once, run_ranks
 from steps import batch_of, fresh_engine, owned_tensors, run_steps, tiny_config, whole_tensors
 
-from dsmoe.checkpoint.fragments import owned_fragment
 from dsmoe.checkpoint.load import load_checkpoint
 from dsmoe.checkpoint.save import save_checkpoint
 from dsmoe.checkpoint.verify import verify_checkpoint
+from dsmoe.optim.deepspeed import owned_fragment
 from dsmoe.training.experts import ExpertGradients, LoadScaledUpdates, load_scale, packed_experts
 
 LAYOUTS = [(1, 1), (2, 2), (4, 2)]  # ranks, expert parallel

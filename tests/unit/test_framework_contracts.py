@@ -5,9 +5,12 @@ A failure here after an upgrade says what changed and which part of dsmoe has to
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -230,16 +233,15 @@ def stepped(request, groups):
 def test_engine_takes_our_experts_for_moe(stepped):
     engine, _ = stepped
     assert engine.has_moe_layers, (
-        "DeepSpeed's engine no longer recognises a subclass of AutoEPMoELayer; dsmoe/moe/experts.py:GroupedExperts is "
-        "one so that expert gradients are reduced over the ranks that share them"
+        "DeepSpeed's engine no longer recognises a subclass of AutoEPMoELayer; dsmoe/optim/deepspeed.py:ExpertModule "
+        "is one so that expert gradients are reduced over the ranks that share them"
     )
 
 
 def test_zero_keeps_what_a_checkpoint_reads(stepped):
-    """dsmoe/checkpoint/fragments.py is the one place that knows these names."""
     engine, stage = stepped
     optimizer = engine.optimizer
-    where = "dsmoe/checkpoint/fragments.py reads it to save what this rank owns"
+    where = "dsmoe/optim/deepspeed.py reads it to save what this rank owns"
     for parameter in engine.module.parameters():
         if stage == 3:
             for name in ("ds_id", "ds_shape", "ds_numel", "ds_tensor", "ds_zero_partition_rank"):
@@ -289,7 +291,7 @@ def test_zero_moves_a_large_gradient_nowhere(stage, groups, monkeypatch):
     optimizer, places, stepped_on = engine.optimizer, [], []
     experts = {id(p) for name, p in engine.module.named_parameters() if ".experts." in name}
     copy, step = optimizer.copy_grads_in_partition, optimizer.optimizer.step
-    where = "dsmoe/optim/gradients.py"
+    where = "dsmoe/optim/deepspeed.py"
 
     def copied(parameter, group_idx=None):
         found = optimizer.get_gradient_for_reduction(parameter).data_ptr()
@@ -329,13 +331,13 @@ def test_a_module_hook_can_drop_what_cannot_be_saved(stepped):
 def test_expert_parameters_are_told_by_their_attribute():
     from deepspeed.moe.utils import is_moe_param
 
-    from dsmoe.parallel.groups import mark_expert_parameter
+    from dsmoe.optim.deepspeed import mark_expert_parameter
 
     parameter = nn.Parameter(torch.zeros(1))
     assert not is_moe_param(parameter)
     mark_expert_parameter(parameter, SimpleNamespace(size=lambda: 2, rank=lambda: 0), 0)
     assert is_moe_param(parameter) and parameter.group_name == "ep_size_2", (
-        "DeepSpeed no longer tells experts by `allreduce = False`; dsmoe/parallel/groups.py:mark_expert_parameter does"
+        "DeepSpeed no longer tells experts by `allreduce = False`; dsmoe/optim/deepspeed.py:mark_expert_parameter does"
     )
 
 
@@ -349,7 +351,7 @@ def test_parameter_groups_are_split_into_dense_and_expert_ones():
     )
     found = {(group["name"], group.get("moe", False), len(group["params"]), group["weight_decay"]) for group in split}
     assert found == {("all", False, 1, 0.3), ("ep_size_2", True, 1, 0.3)}, (
-        "DeepSpeed splits parameter groups in another way; dsmoe/training/engine.py:parameter_groups hands ZeRO groups "
+        "DeepSpeed splits parameter groups in another way; dsmoe/optim/groups.py:parameter_groups hands ZeRO groups "
         f"named after their expert-parallel group and marked moe, and gets {found}"
     )
 
@@ -359,7 +361,8 @@ def test_groups_are_found_under_the_names_deepspeed_gives_them(groups):
 
     for getter in ("_get_expert_parallel_group", "_get_expert_data_parallel_group"):
         assert getattr(of_deepspeed, getter)("ep_size_1").size() == 1, (
-            f"deepspeed.utils.groups.{getter} does not know 'ep_size_1'; dsmoe/parallel/groups.py:create_groups asks it"
+            f"deepspeed.utils.groups.{getter} does not know 'ep_size_1'; "
+            "dsmoe/optim/deepspeed.py:expert_and_data_groups asks it"
         )
     assert of_deepspeed._get_data_parallel_group().size() == 1
 
@@ -368,13 +371,13 @@ def test_the_shared_memory_op_can_be_switched_off(groups):
     import deepspeed.ops
 
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False, (
-        "deepspeed.ops.__compatible_ops__ no longer has deepspeed_shm_comm; dsmoe/parallel/groups.py:start_processes "
-        "switches it off there, and without that every start needs a C++ compiler"
+        "deepspeed.ops.__compatible_ops__ no longer has deepspeed_shm_comm; dsmoe/optim/deepspeed.py "
+        "switches it off there (skip_shared_memory_op), and without that every start needs a C++ compiler"
     )
     backend = importlib.import_module("deepspeed.comm.torch")
     assert "__compatible_ops__" in inspect.getsource(backend.build_shm_op), (
         "DeepSpeed no longer looks into __compatible_ops__ before it builds deepspeed_shm_comm at start-up; see "
-        "dsmoe/parallel/groups.py:start_processes"
+        "dsmoe/optim/deepspeed.py:skip_shared_memory_op"
     )
 
 
@@ -386,8 +389,86 @@ def test_autoep_layers_can_be_built_without_their_own_constructor():
             nn.Module.__init__(self)
 
     assert isinstance(Bare(), nn.Module), (
-        "AutoEPMoELayer needs its own constructor now; dsmoe/moe/experts.py:GroupedExperts calls nn.Module's only"
+        "AutoEPMoELayer needs its own constructor now; dsmoe/optim/deepspeed.py:ExpertModule calls nn.Module's only"
     )
+
+
+PUBLIC_MODULES = {"deepspeed", "deepspeed.comm", "deepspeed.accelerator", "deepspeed.moe.utils"}
+PUBLIC_OF_THE_ENGINE = {
+    "backward", "device", "eval", "get_global_grad_norm", "module", "monitor", "optimizer", "step", "train",
+}  # fmt: skip
+MEASURED = ("deepspeed.moe.layer", "deepspeed.module_inject.auto_ep")  # products that the benchmark runs as peers
+ONE_MODULE = ROOT / "dsmoe" / "optim" / "deepspeed.py"
+
+
+def strings_of(call: ast.Call) -> set[str]:
+    """What getattr(x, "NAME") and hasattr(x, "NAME") ask for."""
+    if not isinstance(call.func, ast.Name) or call.func.id not in ("getattr", "hasattr"):
+        return set()
+    return {node.value for node in call.args if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+
+
+@functools.cache
+def private_names() -> set[str]:
+    """What the one module takes of DeepSpeed's objects."""
+    owners = {"optimizer", "mapping", "partition", "parameter", "gradient", "block_norms", "deepspeed_groups"}
+    taken = set()
+    for node in ast.walk(ast.parse(ONE_MODULE.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in owners:
+            taken.add(node.attr)
+        if isinstance(node, ast.Call):
+            taken |= strings_of(node)
+    known = {*dir(torch.Tensor), *dir(torch.optim.Optimizer), *dir(nn.Module), "param_groups", "state", "optimizer"}
+    return taken - known - {"first_expert"}
+
+
+def trespasses(source: str) -> list[str]:
+    """Where a module's source reaches for what DeepSpeed keeps to itself."""
+    found = []
+
+    def check(name: str) -> None:
+        if name in private_names() or re.match(r"ds_(id|tensor|numel|shape|status|zero)|_hp_|_z3_", name):
+            found.append(name)
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            named = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            inside = [name for name in named if name and name.split(".")[0] == "deepspeed"]
+            found += [f"import {n}" for n in inside if n not in PUBLIC_MODULES and not n.startswith(MEASURED)]
+        elif isinstance(node, ast.Call):
+            for name in strings_of(node):
+                check(name)
+        elif isinstance(node, ast.Attribute):
+            check(node.attr)
+            owner = ast.unparse(node.value).removeprefix("self.")
+            if owner == "engine" and node.attr not in PUBLIC_OF_THE_ENGINE:
+                found.append(f"engine.{node.attr}")
+            if owner == "engine.optimizer" and node.attr != "param_groups":
+                found.append(f"engine.optimizer.{node.attr}")
+    return found
+
+
+def test_one_module_knows_deepspeeds_private_names():
+    assert {"_hp_mapping", "grad_position", "grads_in_partition", "_get_expert_parallel_group"} <= private_names()
+    found = {
+        str(path.relative_to(ROOT)): trespasses(path.read_text())
+        for folder in ("dsmoe", "launch", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if path != ONE_MODULE
+    }
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from deepspeed.utils import groups", "import deepspeed.runtime.engine", "x = parameter.ds_id",
+        "x = hasattr(parameter, 'ds_tensor')", "engine.optimizer.optimizer.step()", "self.engine._config",
+        "optimizer.grads_in_partition = None", "engine.optimizer.averaged_gradients",
+    ],
+)  # fmt: skip
+def test_a_module_that_reaches_for_a_private_name_is_found(source):
+    assert trespasses(source)
 
 
 # --- torch -----------------------------------------------------------------------------------------------------------
@@ -424,7 +505,7 @@ def test_a_flat_tensor_is_a_key_of_the_optimizers_state():
     optimizer.step()
     state = optimizer.state[parameter]
     assert state["step"].dtype == torch.float32 and state["step"].shape == (), (
-        "torch.optim.AdamW keeps its step in another form; dsmoe/checkpoint/fragments.py:create_moments makes one"
+        "torch.optim.AdamW keeps its step in another form; dsmoe/optim/adamw.py:AdamW.shared_state makes one"
     )
 
 

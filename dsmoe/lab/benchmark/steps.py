@@ -22,7 +22,7 @@ from dsmoe.lab.benchmark.step import StepJob
 from dsmoe.parallel.groups import free_port
 
 # Of all parameters that training holds: weights, gradients, both moments, the optimizer's copy; and working space of
-# the same size, which dsmoe's way of writing gradients spares (dsmoe/optim/gradients.py).
+# the same size, which dsmoe's way of writing gradients spares (dsmoe/optim/deepspeed.py).
 COPIES, COPIES_OF_DSMOE = 6, 5.25
 
 

@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def gradients_in_place(self) -> bool:
-        """Whether experts write their gradients where the optimizer reads them (dsmoe/optim/gradients.py)."""
+        """Whether experts write their gradients where the optimizer reads them (dsmoe/optim/deepspeed.py)."""
         return self.gradients_by_block and self.config.parallel.zero_stage < 3
 
     @property

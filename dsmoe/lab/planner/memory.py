@@ -1,9 +1,9 @@
 """Bytes that a rank holds at the worst moment of a step, by what they are for.
 
-States follow from the way DeepSpeed keeps them: the weights the model computes with, an fp32 master copy, two moments,
-gradients as the backward pass leaves them, and in bf16 a flat copy of the rank's own ones for the optimizer.
-Activations are what a backward pass needs again, layer by layer, and what the busiest rank holds while one layer is at
-work.
+States follow from the way DeepSpeed keeps them: the weights the model computes with, an fp32 master copy, the
+optimizer's states, gradients as the backward pass leaves them, and in bf16 a flat copy of the rank's own ones for the
+optimizer. Activations are what a backward pass needs again, layer by layer, and what the busiest rank holds while one
+layer is at work.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from dsmoe.lab.planner.layout import Layout
+from dsmoe.optim.registry import optimizer_class
 
-MASTER, MOMENTS = 4, 8  # fp32
+MASTER = STATE = 4  # of a master weight, and of each state of the optimizer, fp32
 REDUCED = 4  # of the flat gradient that the optimizer reads, fp32
 
 
@@ -23,7 +24,7 @@ class Memory:
     process: float  # interpreter, libraries, device context
     weights: float
     gradients: float
-    optimizer: float  # master weights and moments
+    optimizer: float  # master weights and the optimizer's states
     update: float  # flat gradients and what the norm is computed in, while the optimizer runs
     gathered: float  # weights of the layers at work, where ranks hold parts of them
     reduction: float  # gradients of the layer at work, and the copy in which ranks sum those of experts they share
@@ -68,7 +69,7 @@ def memory(layout: Layout) -> Memory:
         process=layout.hardware.process_gib * 2**30,
         weights=element * (owned if stage == 3 else local),
         gradients=accumulated * (local if stage == 1 else owned),
-        optimizer=owned * (MASTER + MOMENTS),
+        optimizer=owned * (MASTER + STATE * len(optimizer_class(layout.config.training).states)),
         update=(owned * REDUCED if element == 2 else 0.0) + in_fp64,
         gathered=2 * layer if stage == 3 else 0.0,
         reduction=copies * layer + summed,

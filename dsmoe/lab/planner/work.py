@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsmoe.lab.planner.layout import Layout
+from dsmoe.optim.registry import optimizer_class
 
 PASSES = 3  # a product and the two of its gradient
 
@@ -154,14 +155,15 @@ def experts(layout: Layout) -> Work:
 
 
 def optimizer(layout: Layout) -> Work:
-    """AdamW on what the rank owns; before it gradients are flattened, their norm taken, and they are clipped, after it
-    the model's weights are copied."""
+    """The optimizer on what the rank owns; before it gradients are flattened, their norm taken, and they are clipped,
+    after it the model's weights are copied."""
     owned = layout.owned_parameters
     passes = 0 if layout.gradients_in_place else 2  # to flatten them
     passes += 1 if layout.gradients_by_block else 2  # for their norm
     passes += 2  # to clip them
-    adam = owned * 7 * 4  # reads weight, gradient and moments; writes all but the gradient
-    return Work(0.0, 0.0, owned * passes * 4 + adam + owned * (4 + layout.element), 1.0)
+    states = len(optimizer_class(layout.config.training).states)
+    step = owned * (3 + 2 * states) * 4  # reads weight, gradient and states; writes all but the gradient
+    return Work(0.0, 0.0, owned * passes * 4 + step + owned * (4 + layout.element), 1.0)
 
 
 def _rows(layout: Layout) -> float:

@@ -41,6 +41,7 @@ from dsmoe.config import RunConfig, Section, load_config
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.plan import slug
 from dsmoe.lab.study.results import sized
+from dsmoe.optim.registry import optimizer_class
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 
@@ -274,9 +275,9 @@ def _launch_problems(ranks: int, config: RunConfig) -> list[str]:
 
 
 def memory_needed(config: RunConfig, ranks: int) -> float:
-    """Bytes of all processes for weights, gradients and Adam's state in fp32, at the least; activations come on top."""
-    copies = ranks // config.parallel.expert_parallel
-    return sized(config).total * (8.0 * copies + 8.0)  # the optimizer's state is split in every ZeRO stage
+    """Bytes of all processes for weights, gradients and optimizer state in fp32, at the least, without activations."""
+    copies, states = ranks // config.parallel.expert_parallel, len(optimizer_class(config.training).states)
+    return sized(config).total * (8.0 * copies + 4.0 * states)  # the optimizer's state is split in every ZeRO stage
 
 
 def memory_there() -> float:

@@ -112,7 +112,7 @@ def problems(folder: Path) -> list[str]:
 def test_a_whole_checkpoint_is_whole(written):
     found = verify_checkpoint(written.write())
     assert found.problems == []
-    assert found.moments
+    assert found.states == ("exp_avg", "exp_avg_sq")
     assert found.elements == sum(value.numel() for (kind, _), value in written.values.items() if kind == "weight")
     assert found.experts == {f"gpt.decoder.layers.{layer}.mlp.experts": 4 for layer in (0, 1)}
     assert found.state == {"lambda": ()}
@@ -163,13 +163,13 @@ WRONG = {  # what a save did wrong, with checksums that are right; what must be 
     "no moments of one tensor": (_moments_of_one, [f"exp_avg of {NORM} [0, 16)", f"exp_avg_sq of {NORM} [0, 16)"]),
     "infinity": (lambda w: _spoil(w, "exp_avg", math.inf), [f"exp_avg of {NORM}", "not finite"]),
     "not a number": (lambda w: _spoil(w, "weight", math.nan), [f"weight of {NORM}", "not finite"]),
-    "a negative square": (lambda w: _spoil(w, "exp_avg_sq", -1.0), [NORM, "negative second moments"]),
+    "a negative square": (lambda w: _spoil(w, "exp_avg_sq", -1.0), [NORM, "negative values of exp_avg_sq"]),
     "one rank's experts under another's names": (
         lambda w: (copy_expert(w, 0, 2), copy_expert(w, 1, 3)),
-        ["layers.1.mlp.experts: experts 0, 2 are equal", "experts 1, 3 are equal", "equal Adam moments"],
+        ["layers.1.mlp.experts: experts 0, 2 are equal", "experts 1, 3 are equal", "equal optimizer states"],
     ),
     "one rank's moments under another's names": (
-        lambda w: copy_expert(w, 0, 3, KINDS[1:]), ["layers.1.mlp.experts: experts 0, 3 have equal Adam moments"],
+        lambda w: copy_expert(w, 0, 3, KINDS[1:]), ["layers.1.mlp.experts: experts 0, 3 have equal optimizer states"],
     ),
     "another shape": (_wider, [f"{NORM} [17] instead of [16]"]),
     "a tensor fewer": (lambda w: w.shapes.pop(NORM), [f"1 tensors of the configuration's model are missing: {NORM}"]),
@@ -270,7 +270,7 @@ def test_only_a_run_that_has_not_begun_needs_no_moments(tmp_path, step, wrong):
     made = Written(tmp_path / f"step_{step:08d}", step=step)
     made.values = {key: value for key, value in made.values.items() if key[0] == "weight"}
     made.cut()
-    assert any("no Adam moments" in problem for problem in problems(made.write())) == wrong
+    assert any("no optimizer state" in problem for problem in problems(made.write())) == wrong
 
 
 def test_a_router_without_a_controller_needs_no_state(tmp_path):
@@ -355,5 +355,11 @@ def test_a_report_names_what_was_read(written):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(verify_checkpoint(written.write()).report())
     text = console.export_text()
-    for words in ("step 2", "router relu", "2 ranks, expert parallel 2, ZeRO 2", "lambda []", "both Adam moments"):
+    for words in (
+        "step 2",
+        "router relu",
+        "2 ranks, expert parallel 2, ZeRO 2",
+        "lambda []",
+        "adamw's exp_avg, exp_avg_sq",
+    ):
         assert words in text
