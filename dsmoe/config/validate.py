@@ -116,8 +116,10 @@ def _validate_router(
         found.add("router.name", repr(router.name), known)
         return router
     options = _validate_section("router", routers[router.name], router.options, found)
-    if not any(field.startswith(("router.", "model.")) for field in found.fields) and hasattr(options, "problems"):
-        found.lines.extend(options.problems(model))
+    if not any(field.startswith(("router.", "model.")) for field in found.fields) and hasattr(
+        options, "validate_for_model"
+    ):
+        found.lines.extend(options.validate_for_model(model))
     return RouterConfig(name=router.name, **options.model_dump())
 
 

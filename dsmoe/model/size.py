@@ -34,5 +34,5 @@ def model_size(config: RunConfig) -> ModelSize:
     dense = (model.num_layers - moe_layers) * 3 * hidden * model.dense_ffn_hidden_size
     embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
     always = embeddings + hidden + model.num_layers * (attention + norms) + dense + moe_layers * (router + shared)
-    active = round(options.mean_experts(model) * expert)
+    active = round(options.target_experts_per_token(model) * expert)
     return ModelSize(always + moe_layers * model.num_experts * expert, always + moe_layers * active, expert)

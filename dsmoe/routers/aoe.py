@@ -1,7 +1,7 @@
-"""Autonomy-of-Experts: the experts with the largest norm of their own latent win (arXiv 2501.13074, ICML 2025).
+"""Autonomy-of-Experts: a token uses the k experts whose latent has the largest norm (arXiv 2501.13074, ICML 2025).
 
     C_i = x A_i;  s_i = ||C_i||_2;  S = the k experts with the largest s
-    gates: all        softmax over the norms of all experts, those of S kept, not renormalised     (released code)
+    gates: all        softmax over the norms of all experts, restricted to S, not renormalised      (released code)
            selected   softmax over the norms of S                                                  (paper)
     E_i(x) = [silu(C_i B_i) * (x W_up_i)] W_down_i
     L_balance = a E sum_i f_i mean_t softmax(s)_ti,  optional; f_i = routes of i / (k T); a = 1e-2 in the paper
@@ -23,7 +23,7 @@ from dsmoe.routers.losses import balance_product
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Decision, Scores, in_blocks
-from dsmoe.routers.topk import largest_shares
+from dsmoe.routers.topk import top_k_softmax
 
 
 class AoEOptions(LowRankOptions):
@@ -32,13 +32,13 @@ class AoEOptions(LowRankOptions):
     balance_coefficient: float = Field(0.0, ge=0)
     balance_scope: BalanceScope = "micro_batch"
 
-    def problems(self, model):
-        found = self.more_than_all("k", model)
+    def validate_for_model(self, model):
+        mistakes = self.at_most_num_experts("k", model)
         if self.k == 1 and self.gates == "selected":
-            found.append("router.gates: found 'selected' with k = 1: every gate is 1; expected 'all'")
-        return found
+            mistakes.append("router.gates: found 'selected' with k = 1: every gate is 1; expected 'all'")
+        return mistakes
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         return self.k
 
 
@@ -50,11 +50,11 @@ class AutonomyOfExperts(LowRankRouter):
         score_TE, latents = self.score(hidden_TH)
         return replace(in_blocks(self._decide, Scores(score_TE)), **latents)
 
-    def _decide(self, score_tE: Tensor, _, chosen: Tensor | None) -> Decision:
-        return largest_shares(score_tE, chosen, self.options.k, of_all=self.options.gates == "all")
+    def _decide(self, score_tE: Tensor, _, saved_selection: Tensor | None) -> Decision:
+        return top_k_softmax(score_tE, saved_selection, self.options.k, over_all_experts=self.options.gates == "all")
 
     def losses(self, routing, loads):
         if not self.options.balance_coefficient:
             return {}
-        product = balance_product(routing.kept["softmax_sum_E"], loads[self.options.balance_scope])
+        product = balance_product(routing.loss_inputs["softmax_sum_E"], loads[self.options.balance_scope])
         return {"balance": self.options.balance_coefficient / self.options.k * product}

@@ -1,10 +1,10 @@
-"""What a router plugin is: Megatron-Core's `Router` with fp32 scores, 0..E experts per token, losses and a controller.
+"""The router plugin contract: Megatron-Core's `Router` with fp32 scores, 0..E experts per token, losses, a controller.
 
-A plugin subclasses `Router`, declares its `Options`, and implements `route`; `losses` and `make_controller` where it
-has them. It then runs in dsmoe's MoE layer, where a `RoutingRecorder` gathers exact global counts, and, alone, in
-Megatron-Core's stock `MoELayer`, where it falls back to this rank's counts and Megatron's aux-loss hook.
+A plugin subclasses `Router`, declares its `Options` and implements `route`, and `losses` and `make_controller` where it
+has any. It runs in dsmoe's MoE layer, where a `RoutingRecorder` collects exact global counts, and in Megatron-Core's
+stock `MoELayer`, where it falls back to the counts of its rank and to Megatron's aux-loss hook.
 
-Shapes: T tokens here, E experts, H hidden.
+Shapes: T tokens of this rank, E experts, H hidden.
 """
 
 from __future__ import annotations
@@ -24,44 +24,49 @@ from dsmoe.errors import RouterError
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.logits import fp32_logits
 from dsmoe.routers.recorder import Load, RoutingRecorder
+from dsmoe.routers.renamed import OPTION_METHODS, refuse_old_methods
 from dsmoe.routers.routing import Routing, RoutingResult
 from dsmoe.routers.routing_map import count_columns
 from dsmoe.routers.scores import Scores
 
-# Whose tokens a balance loss counts: all ranks' of a micro-step (then the layout does not change the loss), each rank's
-# own (Megatron's and the ReMoE code's choice), or all ranks' of the optimizer step so far (arXiv 2501.11873).
+# Whose tokens a balance loss counts: those of all ranks in a micro-step (then the layout does not change the loss), of
+# each rank alone (as Megatron and ReMoE's code do), or of all ranks in the optimizer step so far (arXiv 2501.11873).
 BalanceScope = Literal["micro_batch", "rank", "global_batch"]
 
 
 class RouterOptions(Section):
     """Options of one router. Unknown keys are refused."""
 
-    def problems(self, model: ModelConfig) -> list[str]:
-        """What is wrong with these options for that model, one line each: `field: found ..., expected ...`."""
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs) -> None:
+        refuse_old_methods(cls, OPTION_METHODS)
+
+    def validate_for_model(self, model: ModelConfig) -> list[str]:
+        """Mistakes of these options for that model, one line each: `field: found ..., expected ...`."""
         return []
 
-    def more_than_all(self, field: str, model: ModelConfig) -> list[str]:
-        """For `problems`: a line if the option asks for more experts than the model has."""
+    def at_most_num_experts(self, field: str, model: ModelConfig) -> list[str]:
+        """For `validate_for_model`: a line if an option asks for more experts than the model has."""
         value = getattr(self, field)
         if value is None or value <= model.num_experts:
             return []
         return [f"router.{field}: found {value}, expected at most model.num_experts ({model.num_experts})"]
 
-    def mean_experts(self, model: ModelConfig) -> float:
-        """Experts per token these options aim at, for counting active parameters."""
+    def target_experts_per_token(self, model: ModelConfig) -> float:
+        """Mean experts per token that training aims at, for counting active parameters."""
         raise NotImplementedError
 
-    def first_experts(self, model: ModelConfig) -> float:
-        """Experts per token in the first steps, for counting memory: more than later where density is steered."""
-        return self.mean_experts(model)
+    def initial_experts_per_token(self, model: ModelConfig) -> float:
+        """Mean experts per token in the first steps, for planning memory: a controller may lower it later."""
+        return self.target_experts_per_token(model)
 
 
 class Router(megatron_router.Router):
-    """Base of all routers. Megatron's constructor makes the weight [E, H] of the gate, unless `has_gate` is False.
+    """Base of all routers. Megatron's constructor creates the gate's weight [E, H], unless `has_gate` is False.
 
     Attributes:
-        inference_file: of a router outside dsmoe: the stand-alone Python file that goes with an export to Hugging Face
-            as routing_dsmoe.py. It defines `build_routing(config)` (dsmoe/hf/remote/routing_dsmoe.py says what that
+        inference_file: for a router outside dsmoe, the stand-alone Python file that an export to Hugging Face contains
+            as routing_dsmoe.py. It defines `build_routing(config)` (see dsmoe/hf/remote/routing_dsmoe.py for what that
             returns) and imports nothing but torch. Without it such a router cannot be exported.
     """
 
@@ -78,44 +83,44 @@ class Router(megatron_router.Router):
         self.controller = self.make_controller(self.options, 1, self.num_experts)
         self.recorder: RoutingRecorder | None = None
         self.index = 0
-        self.num_sequences = 0  # of the batch in `route`
+        self.num_sequences = 0  # of the batch that `route` sees
 
     @abstractmethod
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        """Decide, in fp32; nothing may wait for the device.
+        """Route tokens, in fp32, without waiting for the device.
 
         Args:
             hidden_TH: the tokens that are not padding, in the model's dtype.
-            sequence_T: int64, which sequence of the batch, 0..num_sequences-1, each token belongs to.
+            sequence_T: int64, index of each token's sequence in the batch, 0..num_sequences-1.
         """
 
     def losses(self, routing: Routing, loads: dict[BalanceScope, Load]) -> dict[str, Tensor]:
-        """Weighted losses of this layer by name, as this rank's part of a mean over ranks."""
+        """Weighted losses of this layer by name, as this rank's share of a mean over ranks."""
         return {}
 
     @staticmethod
     def model_losses(routers: list[Router], routings: list[Routing], loads: list[dict[BalanceScope, Load]]):
-        """Losses of all layers by name; the sum of every layer's own unless a method needs several layers at once."""
-        found: dict[str, Tensor] = {}
+        """Losses of all layers by name: the sum over layers, unless a method computes a loss over several layers."""
+        losses: dict[str, Tensor] = {}
         for router, routing, load in zip(routers, routings, loads, strict=True):
             for name, loss in router.losses(routing, load).items():
-                found[name] = found[name] + loss if name in found else loss
-        return found
+                losses[name] = losses[name] + loss if name in losses else loss
+        return losses
 
     @classmethod
     def make_controller(cls, options: RouterOptions, num_layers: int, num_experts: int) -> Controller | None:
-        """The controller that all `num_layers` MoE layers of a model share, if this router has one."""
+        """The controller shared by all `num_layers` MoE layers of a model, if this router has one."""
         return None
 
     @classmethod
     def inference_state(cls, controller: Controller | None, layer: int) -> dict[str, Tensor]:
-        """What of the controller decides routes at inference, for one MoE layer: fp32 tensors by name. An export holds
+        """Controller state that routing needs at inference, for one MoE layer: fp32 tensors by name. An export stores
         them as buffers of the layer's routing."""
         return {}
 
     @classmethod
     def latent_rank(cls, options: RouterOptions) -> int:
-        """Width r of the latent that scores an expert and enters its gate; 0 where experts are not scored that way."""
+        """Width r of the latent that scores an expert and enters its gate; 0 if experts do not score themselves."""
         return 0
 
     @classmethod
@@ -124,14 +129,14 @@ class Router(megatron_router.Router):
         return model.num_experts * model.hidden_size
 
     def attach(self, recorder: RoutingRecorder, controller: Controller | None) -> None:
-        """Join a model: share its recorder and controller, in the order of the layers."""
+        """Share a model's recorder and controller. Called once per layer, in the order of layers."""
         self.recorder, self.controller = recorder, controller
         self.index = len(recorder.routers)
         recorder.routers.append(self)
 
     @property
     def num_layers(self) -> int:
-        """MoE layers of the model this router belongs to."""
+        """MoE layers of the model that this router belongs to."""
         return len(self.recorder.routers) if self.recorder is not None else 1
 
     def gating(self, hidden_TH: Tensor) -> Tensor:
@@ -139,13 +144,13 @@ class Router(megatron_router.Router):
         return fp32_logits(hidden_TH, self.weight)
 
     def gate_scores(self, hidden_TH: Tensor) -> Scores:
-        """The same for `dsmoe.routers.scores.in_blocks`, which need not hold them all."""
+        """The same for `dsmoe.routers.scores.in_blocks`, which need not keep all of them."""
         if getattr(self.gating, "__func__", None) is Router.gating:
             return Scores(hidden_TH, self.weight)
-        return Scores(self.gating(hidden_TH))  # of a subclass
+        return Scores(self.gating(hidden_TH))  # overridden in a subclass
 
     def routing(self, logits: Tensor):
-        """Abstract in Megatron, where logits come first; here `route` decides from the hidden states."""
+        """Abstract in Megatron, which routes from logits; here `route` starts from hidden states."""
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> RoutingResult:
@@ -162,7 +167,7 @@ class Router(megatron_router.Router):
         return RoutingResult.from_routing(self.decide(hidden, padding_mask), with_latents=self.recorder is not None)
 
     def decide(self, hidden: Tensor, padding_mask: Tensor | None) -> Routing:
-        """Route the tokens that are not padding, check the plugin's answer, and hand it to the recorder."""
+        """Route the tokens that are not padding, check the plugin's result and hand it to the recorder."""
         length, batch, _ = hidden.shape
         hidden_TH = hidden.flatten(0, 1)
         sequence_T = torch.arange(batch, device=hidden.device).repeat(length)
@@ -181,8 +186,8 @@ class Router(megatron_router.Router):
             for name in ("probs_TE", "map_TE", "latents_TEr"):
                 rows = getattr(routing, name)
                 if rows is not None:
-                    everyone = rows.new_zeros(hidden_TH.size(0), *rows.shape[1:])
-                    setattr(routing, name, everyone.index_copy(0, real, rows))
+                    with_padding = rows.new_zeros(hidden_TH.size(0), *rows.shape[1:])
+                    setattr(routing, name, with_padding.index_copy(0, real, rows))
         tokens = sequence_T.new_full((), routed)
         if self.recorder is not None:
             self.recorder.record(self.index, routing, tokens)
@@ -191,14 +196,14 @@ class Router(megatron_router.Router):
         return routing
 
     def cached_per_forward(self, name: str, make: Callable):
-        """`make()` of the model's first router in this forward pass, for all of them: for what waits for the device."""
+        """`make()`, called once per forward pass for all layers: for values that wait for the device."""
         shared = {} if self.recorder is None else self.recorder.shared
         if name not in shared:
             shared[name] = make()
         return shared[name]
 
     def _attach_losses(self, routing: Routing, tokens: Tensor) -> Tensor:
-        """In a stock MoELayer: losses over this rank's tokens, through Megatron's hook."""
+        """In a stock MoELayer: attach losses over this rank's tokens through Megatron's hook."""
         probs = routing.probs_TE
         if self.training and torch.is_grad_enabled():
             own = Load(count_columns(routing.map_TE), tokens, 1)

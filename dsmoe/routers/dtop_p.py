@@ -1,18 +1,18 @@
 """Sparsity-controlled dynamic top-p (DTop-p, arXiv 2512.13996v3): a controller moves p to hold the mean active experts.
 
-    z_e = (x W_e - mean_e(x W)) / std_e(x W)              standardised over the experts of the layer
+    z_e = (x W_e - mean_e(x W)) / std_e(x W)              standardized over the experts of the layer
     P   = softmax(theta_l z)                              theta_l: one learned scale for each layer
     S   = the fewest experts, largest first, whose P sum to more than p: one p for all layers (see top_p.py)
-    gate_e = P_e / sum_S P for e in S, else 0             renormalised
+    gate_e = P_e / sum_S P for e in S, else 0             renormalized
     between optimizer steps: e_t = (k - a_t) / E,  p = p_0 + K_p e_t + K_i sum(e)
                                                           a_t = mean active experts over all tokens and layers
     L = balance_coefficient * E sum_e f_e Q_e + entropy_coefficient * mean_t H(P_t)      as in top_p.py
 
 Where the constants come from
     published    balance 1e-4, entropy 1e-3, no z-loss (it hurt); k = 8 of 64 experts, or 16 of 128
-    third-party  K_p 0.05 and K_i 0.005 with anti-windup, in a port that controls each layer alone
-    ours         p_0 (not found: by default the mass that k of E experts hold where z is normal), theta_l = 1 at the
-                 start, epsilon, the range of p, the clamp as anti-windup, and the form of the losses (mean over layers)
+    third-party  K_p 0.05 and K_i 0.005 with anti-windup, in a port that controls each layer separately
+    ours         p_0 (not published: by default the mass of the top k of E experts for normally distributed z), initial
+                 theta_l = 1, epsilon, the range of p, the clamp as anti-windup, and losses averaged over layers
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import PIController
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Decision, in_blocks
-from dsmoe.routers.top_p import Rule, top_p_losses, top_p_shares
+from dsmoe.routers.top_p import CrossingRule, top_p_losses, top_p_softmax
 
 
 class DTopPOptions(RouterOptions):
@@ -40,35 +40,35 @@ class DTopPOptions(RouterOptions):
     ki: float = Field(0.005, ge=0)  # K_i
     scale_initial: float = Field(1.0, gt=0)  # theta_l at step 0
     epsilon: float = Field(1e-6, gt=0)  # added to the variance of a token's logits
-    rule: Rule = "above"
+    rule: CrossingRule = "above"
     balance_coefficient: float = Field(1e-4, ge=0)
     entropy_coefficient: float = Field(1e-3, ge=0)
     balance_scope: BalanceScope = "micro_batch"
 
-    def problems(self, model):
-        found = []
+    def validate_for_model(self, model):
+        mistakes = []
         if not 1 < self.k <= model.num_experts:
-            found.append(
-                f"router.k: found {self.k}, expected more than 1 (a single expert's renormalised gate is always 1, and "
+            mistakes.append(
+                f"router.k: found {self.k}, expected more than 1 (a single expert's renormalized gate is always 1, and "
                 f"the router cannot learn from the model's loss) and at most model.num_experts ({model.num_experts})"
             )
         if self.p_min >= self.p_max:
-            found.append(f"router.p_min: found {self.p_min}, expected less than router.p_max ({self.p_max})")
+            mistakes.append(f"router.p_min: found {self.p_min}, expected less than router.p_max ({self.p_max})")
         elif self.p_initial is not None and not self.p_min <= self.p_initial <= self.p_max:
-            found.append(
+            mistakes.append(
                 f"router.p_initial: found {self.p_initial}, expected a value from router.p_min ({self.p_min}) to "
                 f"router.p_max ({self.p_max})"
             )
         if not self.kp and not self.ki:
-            found.append("router.kp: found 0 with router.ki: 0: p would never move; expected one of them above 0")
-        return found
+            mistakes.append("router.kp: found 0 with router.ki: 0: p would never move; expected one of them above 0")
+        return mistakes
 
-    def mean_experts(self, model):
-        """k, which the controller holds."""
+    def target_experts_per_token(self, model):
+        """k, the controller's target."""
         return self.k
 
     def initial_p(self, num_experts: int) -> float:
-        """p_0: `p_initial`, or the share of sum(exp(theta z)) that the top k of E normal z hold."""
+        """p_0: `p_initial`, or the expected share of the top k of E experts in sum(exp(theta z)) for normal z."""
         if self.p_initial is not None:
             return self.p_initial
         if self.k >= num_experts:
@@ -104,10 +104,10 @@ class DTopPRouter(Router):
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH), self.scale.float())
 
-    def _decide(self, logits_tE: Tensor, _, chosen: Tensor | None, scale: Tensor) -> Decision:
+    def _decide(self, logits_tE: Tensor, _, saved_selection: Tensor | None, scale: Tensor) -> Decision:
         options, p = self.options, self.controller.value.to(logits_tE.device)
         scores_tE = scale * F.layer_norm(logits_tE, [logits_tE.size(1)], eps=options.epsilon)
-        return top_p_shares(scores_tE, chosen, p, options, renormalize=True)
+        return top_p_softmax(scores_tE, saved_selection, p, options, renormalize=True)
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)

@@ -36,10 +36,10 @@ class ExpertThresholdOptions(RouterOptions):
     decay: float = Field(0.999, ge=0, lt=1)  # a
     capacity_slack: float | None = Field(0.5, ge=0)  # C; null: no limit
 
-    def problems(self, model):
-        return self.more_than_all("k", model)
+    def validate_for_model(self, model):
+        return self.at_most_num_experts("k", model)
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         """k: exact in the warm-up, what the cutoffs give on average after it."""
         return self.k
 

@@ -1,4 +1,4 @@
-"""A gate's logits: fp32 [T, E], with fp32 sums, whatever the model's dtype. T tokens, E experts, H hidden."""
+"""Logits of a gate: fp32 [T, E], accumulated in fp32, whatever the model's dtype. T tokens, E experts, H hidden."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dsmoe.native import GROUP, LANES, run, takes, unavailable
 
 
 def fp32_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """x W^T. Of a bf16 model the backward pass keeps what is there, no fp32 copies."""
+    """x W^T. Autograd saves the bf16 tensors of a bf16 model, no fp32 copies."""
     if hidden_TH.dtype == weight_EH.dtype == torch.float32:
         return F.linear(hidden_TH, weight_EH)
     return _FP32Logits.apply(hidden_TH, weight_EH)
@@ -44,7 +44,7 @@ class _Logits(ctypes.Structure):
 
 
 def _products(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """Of bf16 numbers, by the kernel (`dsmoe/native/logits.cpp`)."""
+    """Logits of bf16 tensors, from the kernel in `dsmoe/native/logits.cpp`."""
     logits_TE = hidden_TH.new_empty(len(hidden_TH), len(weight_EH), dtype=torch.float32)
     sizes = (len(hidden_TH), len(weight_EH), hidden_TH.size(1))
     places = (hidden_TH.data_ptr(), weight_EH.data_ptr(), logits_TE.data_ptr())

@@ -1,7 +1,7 @@
 """Losses that several routers share. E experts, T tokens of this rank, N sequences of its batch.
 
-Each returns this rank's part of a mean over the tokens of a `Load`: the optimizer averages the gradients of all ranks,
-so a rank's part is its own sum times the number of ranks, over all tokens. Coefficients are the callers'.
+Each returns this rank's share of a mean over the tokens of a `Load`. The optimizer averages gradients over ranks, so a
+rank's share is its own sum times the number of ranks, divided by all tokens. Callers apply the coefficients.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsmoe.routers.recorder import Load
 
-SMALLEST_SUM = 1e-20  # added to a sum of scores: keeps 0/0 away where all of a token's underflow
+SMALLEST_SUM = 1e-20  # added to a sum of scores: avoids 0/0 where all scores of a token underflow
 
 
 def mean_over_tokens(value_sum: Tensor, load: Load) -> Tensor:
@@ -28,7 +28,7 @@ def balance_product(score_sum_E: Tensor, load: Load) -> Tensor:
 
 
 def sum_by_sequence(sequence_t: Tensor, num_sequences: int, value_tE: Tensor, weight_t: Tensor | None = None) -> Tensor:
-    """[N, E], the sum over the tokens of each sequence, each with its weight."""
+    """[N, E], weighted sum over the tokens of each sequence."""
     if weight_t is None:
         weight_t = torch.ones_like(value_tE[:, 0])
     weight_Nt = value_tE.new_zeros(num_sequences, len(value_tE)).scatter(0, sequence_t[None], weight_t[None])
@@ -36,10 +36,10 @@ def sum_by_sequence(sequence_t: Tensor, num_sequences: int, value_tE: Tensor, we
 
 
 def sequence_balance_sum(share_NE: Tensor, count_NE: Tensor, tokens_N: Tensor) -> Tensor:
-    """sum over sequences s of T_s * E * sum_e f_se P_se: the balance product within each sequence, by its tokens T_s.
+    """sum over sequences s of T_s * E * sum_e f_se P_se: the balance product of each sequence, weighted by its tokens.
 
-    f_se = routes of e in s (`count_NE`) / T_s, no gradient; P_se = mean over s of a token's score of e over the sum of
-    its scores, from the sum over its tokens, `share_NE`. Divided by the number of tokens it is the plain mean over
-    sequences where all are equally long; a sequence that is all padding counts nothing.
+    f_se = routes of e in s (`count_NE`) / T_s, no gradient; P_se = mean over the tokens of s of their score of e as a
+    share of all their scores; `share_NE` is the sum of these shares. Divided by the number of tokens this is the plain
+    mean over sequences of equal length; a sequence that is all padding contributes 0.
     """
     return share_NE.size(1) * ((count_NE * share_NE).sum(dim=1) / tokens_N.clamp(min=1)).sum()

@@ -1,18 +1,18 @@
-"""Experts that score themselves: what Autonomy-of-Experts and Routing-Free MoE share.
+"""Experts that score themselves: shared by Autonomy-of-Experts and Routing-Free MoE.
 
     C_i(x) = x A_i,   A_i in R^{H x r};   s_i(x) = ||C_i(x)||_2        the latent of expert i, and its score
 
-Every token is scored by all experts, so A is needed where tokens are, or tokens where A is:
+All experts score every token, so a rank needs either all of A or all tokens:
 
-`placement: replicated`  all of A, [E, r, H], is an ordinary dense parameter of every rank. The chosen expert's gate
-    starts from the same latent, which its owner gets in one of two ways: `latent: recompute` multiplies a route's token
-    by A_i again where the expert lives, so that nobody keeps the latents of all pairs, [T, E, r]; `latent: send` keeps
-    them and lets the r numbers of a route travel with its token. Either way the data-parallel reduction of A adds up
-    both of its gradient paths, the score's and the gate's.
-`placement: sharded`     each rank holds A of its own experts, for E where all of A is too large. The ranks of an
-    expert-parallel group gather their tokens, score them for the experts at home, and send the scores back.
+`placement: replicated`  all of A, [E, r, H], is an ordinary dense parameter of every rank. The gate of a selected
+    expert starts from the same latent, which its owner gets in one of two ways: `latent: recompute` multiplies a
+    route's token by A_i again on the expert's rank, so that no rank stores the latents of all pairs, [T, E, r];
+    `latent: send` stores them and sends the r values of a route with its token. In both cases the data-parallel
+    reduction of A sums both of its gradient paths, the score's and the gate's.
+`placement: sharded`     each rank holds A of its own experts, for an E at which all of A is too large. The ranks of an
+    expert-parallel group gather their tokens, score them for their own experts, and send the scores back.
 
-The numbers are the same in every case, and so are the names in a checkpoint.
+Results are the same in every case, and so are the names in a checkpoint.
 
 Shapes: T tokens, E experts, e on this rank, r latent width, H hidden.
 """
@@ -36,9 +36,9 @@ from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.scores import is_on_host, slices
 from dsmoe.runtime.buffers import part
 
-BLOCK = 1 << 18  # latents that a CPU works on while they are in its cache
-TOKENS = 512  # of a product with A on a CPU
-ON_DEVICE = 1 << 26  # elements of latents at a time
+LATENTS_PER_TILE = 1 << 18  # elements that stay in a CPU's cache
+TOKENS_PER_TILE = 512  # on a CPU
+LATENTS_ON_DEVICE = 1 << 26  # elements at a time
 
 
 class LowRankOptions(RouterOptions):
@@ -48,7 +48,7 @@ class LowRankOptions(RouterOptions):
 
 
 class LowRankRouter(Router):
-    """Owns `reduce_proj` [E, r, H] or, sharded, [e, r, H]; it is A transposed."""
+    """Owns `reduce_proj`, A transposed: [E, r, H] or, sharded, [e, r, H]."""
 
     Options = LowRankOptions
     has_gate = False
@@ -59,9 +59,12 @@ class LowRankRouter(Router):
         own = self.num_experts // self.ep.size()
         self.sharded = self.options.placement == "sharded"
         self.sends_latents = self.options.latent == "send" and not self.sharded
-        self.own_experts = (0 if self.sharded else self.ep.rank() * own, own)  # their place in reduce_proj
-        held = own if self.sharded else self.num_experts
-        self.reduce_proj = nn.Parameter(torch.empty(held, self.options.rank, config.hidden_size))
+        self.own_experts = (
+            0 if self.sharded else self.ep.rank() * own,
+            own,
+        )  # (first, count) of this rank's experts in reduce_proj
+        stored = own if self.sharded else self.num_experts
+        self.reduce_proj = nn.Parameter(torch.empty(stored, self.options.rank, config.hidden_size))
         self.reduce_proj.first_expert = 0
         if self.sharded:
             mark_expert_parameter(self.reduce_proj, self.ep, self.ep.rank() * own)
@@ -75,8 +78,8 @@ class LowRankRouter(Router):
         return model.num_experts * options.rank * model.hidden_size
 
     def score(self, hidden_TH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Norms of all latents, fp32 [T, E], and what gives a chosen expert its own, as a part of a `Routing`: all
-        latents in the tokens' dtype if they are to be sent, else this rank's part of A."""
+        """Norms of all latents, fp32 [T, E], and the field of a `Routing` from which experts get their latents: all
+        latents in the tokens' dtype if they are sent, else A of this rank's experts."""
         if self.sends_latents:
             latents_TEr = _latents(hidden_TH, self.reduce_proj)
             return torch.linalg.vector_norm(latents_TEr, dim=-1), {"latents_TEr": latents_TEr.to(hidden_TH.dtype)}
@@ -89,12 +92,12 @@ class LowRankRouter(Router):
     def _score_at_owners(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
         ranks, tokens = self.ep.size(), hidden_TH.size(0)
         sizes = [tokens] * ranks
-        if self.has_padding:  # ranks may have dropped different numbers of tokens, and all must know how many
+        if self.has_padding:  # ranks may have different numbers of tokens that are not padding
             sizes = self.cached_per_forward("sizes", lambda: self._tokens_by_rank(hidden_TH))
-        everyone_H = all_gather_rows(hidden_TH, sizes, self.ep)
-        norms_e, own_erH = latent_norms(everyone_H, self.reduce_proj, self.own_experts)
-        back = all_to_all_rows(norms_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
-        norms_TE = back.view(ranks, tokens, self.own_experts[1]).transpose(0, 1).reshape(tokens, self.num_experts)
+        gathered_H = all_gather_rows(hidden_TH, sizes, self.ep)
+        norms_e, own_erH = latent_norms(gathered_H, self.reduce_proj, self.own_experts)
+        returned = all_to_all_rows(norms_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
+        norms_TE = returned.view(ranks, tokens, self.own_experts[1]).transpose(0, 1).reshape(tokens, self.num_experts)
         return norms_TE, own_erH
 
     def _tokens_by_rank(self, hidden_TH: Tensor) -> list[int]:
@@ -104,12 +107,11 @@ class LowRankRouter(Router):
 
 
 def latent_norms(hidden_TH: Tensor, reduce_ErH: Tensor, own: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """||x A_i||_2 of every token and expert, fp32 or wider: [T, E]; and A of `own` experts (first, count), over
-    the same memory: [e, r, H]. What comes back of both meets in one gradient of A.
+    """||x A_i||_2 of every token and expert, fp32 or wider [T, E], and A of `own` experts (first, count), [e, r, H],
+    over the same memory. The gradients of both are summed into one gradient of A.
 
-    Latents exist for some tokens and experts at a time. The backward pass makes them again, on a CPU those of pairs
-    with a gradient only: where an inactive pair has none that is less work than to keep all of them. At a norm of 0
-    the gradient is 0.
+    Latents exist for some tokens and experts at a time. The backward pass computes them again, on a CPU only for pairs
+    with a gradient: that is less work than storing all of them. At a norm of 0 the gradient is 0.
     """
     return _LatentNorms.apply(hidden_TH, reduce_ErH, *own)
 
@@ -122,9 +124,9 @@ class _LatentNorms(torch.autograd.Function):
             latents_ter = _latents(hidden_TH[tokens], reduce_ErH[experts])
             norms_TE[tokens, experts] = torch.linalg.vector_norm(latents_ter, dim=-1)
         ctx.save_for_backward(hidden_TH, reduce_ErH, norms_TE)
-        ctx.own, ctx.takes_routes = (first, first + count), True
+        ctx.own, ctx.accepts_sparse_grad = (first, first + count), True
         ctx.set_materialize_grads(False)
-        # Not the parameter, nor a view of it: ZeRO-3 empties that when the router is done. Its memory stays.
+        # Not a view of the parameter: ZeRO-3 frees the parameter when the router returns, but not this alias.
         return norms_TE, part(reduce_ErH, first * reduce_ErH[0].numel(), [count, *reduce_ErH.shape[1:]])
 
     @staticmethod
@@ -132,7 +134,7 @@ class _LatentNorms(torch.autograd.Function):
     def backward(ctx, grad_TE: Tensor | None, grad_erH: Tensor | None):
         hidden_TH, reduce_ErH, norms_TE = ctx.saved_tensors
         grad_TH, grad_ErH = torch.zeros_like(hidden_TH, dtype=norms_TE.dtype), torch.empty_like(reduce_ErH)
-        for experts, sum_erH in _sums(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE):
+        for experts, sum_erH in _weight_grads(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE):
             if grad_erH is not None:
                 first, end = ctx.own
                 low, high = max(first, experts.start), min(end, experts.stop)
@@ -143,16 +145,16 @@ class _LatentNorms(torch.autograd.Function):
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    """What norms and sums are taken in."""
+    """dtype of norms and sums."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _tiles(hidden_TH: Tensor, reduce_ErH: Tensor) -> tuple[list[slice], list[slice]]:
-    """Tokens and experts whose latents a CPU's cache holds; on a device, all experts and many tokens."""
+    """Tiles of tokens and experts whose latents fit a CPU's cache; on a device, all experts and many tokens."""
     (tokens, _), (experts, rank, _) = hidden_TH.shape, reduce_ErH.shape
     if hidden_TH.device.type != "cpu":
-        return slices(tokens, ON_DEVICE // (experts * rank)), [slice(0, experts)]
-    return slices(tokens, TOKENS), slices(experts, BLOCK // (TOKENS * rank))
+        return slices(tokens, LATENTS_ON_DEVICE // (experts * rank)), [slice(0, experts)]
+    return slices(tokens, TOKENS_PER_TILE), slices(experts, LATENTS_PER_TILE // (TOKENS_PER_TILE * rank))
 
 
 def _latents(hidden_tH: Tensor, reduce_erH: Tensor) -> Tensor:
@@ -161,29 +163,31 @@ def _latents(hidden_tH: Tensor, reduce_erH: Tensor) -> Tensor:
 
 
 def _factor(grad: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of a latent over the latent."""
+    """Gradient of a latent, divided by the latent."""
     return (grad / norm).masked_fill_(norm == 0, 0)
 
 
-def _sums(
+def _weight_grads(
     grad_TH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor | None, norms_TE: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The gradient of A, some experts at a time, in the norms' dtype; those of tokens are added to `grad_TH`."""
+    """Gradient of A, some experts at a time, in the dtype of the norms; that of tokens is added to `grad_TH`."""
     if grad_TE is not None and grad_TE.is_sparse:
         (token_N, expert_N), value_N = grad_TE._indices(), grad_TE._values()
         expert_N, order = expert_N.sort()
-        return _sums_of_pairs(grad_TH, hidden_TH, reduce_ErH, token_N[order], expert_N, value_N[order], norms_TE)
+        return _weight_grads_of_pairs(
+            grad_TH, hidden_TH, reduce_ErH, token_N[order], expert_N, value_N[order], norms_TE
+        )
     if grad_TE is not None and is_on_host(grad_TE) and 2 * int(grad_TE.count_nonzero()) < grad_TE.numel():
         expert_N, token_N = grad_TE.t().nonzero().unbind(1)
         value_N = grad_TE[token_N, expert_N]
-        return _sums_of_pairs(grad_TH, hidden_TH, reduce_ErH, token_N, expert_N, value_N, norms_TE)
-    return _sums_of_tiles(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
+        return _weight_grads_of_pairs(grad_TH, hidden_TH, reduce_ErH, token_N, expert_N, value_N, norms_TE)
+    return _weight_grads_of_tiles(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE)
 
 
-def _sums_of_tiles(
+def _weight_grads_of_tiles(
     grad_TH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor | None, norms_TE: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """From all pairs."""
+    """The same from all pairs."""
     all_tokens, all_experts = _tiles(hidden_TH, reduce_ErH)
     for experts in all_experts:
         reduce_erH = reduce_ErH[experts].to(grad_TH.dtype)
@@ -197,11 +201,11 @@ def _sums_of_tiles(
         yield experts, sum_erH
 
 
-def _sums_of_pairs(
+def _weight_grads_of_pairs(
     grad_TH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, token_N: Tensor, expert_N: Tensor, value_N: Tensor,
     norms_TE: Tensor,
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """From pairs with a gradient, ordered by expert: an expert at a time with its tokens."""
+    """The same from pairs with a gradient, ordered by expert: one expert with its tokens at a time."""
     factor_N = _factor(value_N, norms_TE[token_N, expert_N]).unsqueeze(1)
     counts = torch.bincount(expert_N, minlength=len(reduce_ErH)).tolist()
     for expert, (tokens, factors) in enumerate(zip(token_N.split(counts), factor_N.split(counts), strict=True)):

@@ -1,8 +1,8 @@
-"""What the routers of one model leave behind in a forward pass: the one place for cross-layer quantities.
+"""Collects the routing of all MoE layers of a model in a forward pass: the one place for cross-layer quantities.
 
-Each router hands its routing to the model's `RoutingRecorder`. At the end of the forward pass the recorder reduces
-the exact integer counts of all MoE layers over all ranks in one collective, lets every router turn them into its
-losses, and adds them to the totals of the optimizer step, from which controllers and metrics read.
+Each router hands its routing to the model's `RoutingRecorder`. At the end of the forward pass the recorder sums the
+exact integer counts of all MoE layers over all ranks in one collective, has the routers compute their losses from
+them, and adds them to the totals of the optimizer step, which controllers and metrics read.
 
 Shapes: L MoE layers, E experts, T tokens that are not padding.
 """
@@ -14,18 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoe.errors import RouterError
 from dsmoe.parallel.collectives import sum_over
+from dsmoe.routers.routing import RetainedRouting, Routing
 from dsmoe.routers.routing_map import any_in_row, count_columns
 
 
 @dataclass(frozen=True)
 class Load:
-    """Exact routing counts of one layer over the tokens a loss looks at."""
+    """Exact routing counts of one layer over the tokens that a loss covers."""
 
     counts_E: Tensor  # int64, routes per expert
     tokens: Tensor  # int64 scalar, the tokens of this forward pass on those ranks: a loss is a mean over them
-    ranks: int  # data ranks these were summed over
+    ranks: int  # data ranks that `tokens` was summed over
     counted: Tensor | None = None  # int64 scalar, the tokens behind `counts_E` where those are more than `tokens`
 
     def fraction_E(self) -> Tensor:
@@ -40,8 +40,8 @@ class RoutingTotals:
 
     counts_LE: Tensor  # int64, routes per expert
     tokens: Tensor  # int64 scalar
-    without_expert_L: Tensor  # int64, tokens that no expert took
-    statistic_LE: Tensor | None = None  # fp32, mean over ranks of what the routers left, summed over passes
+    without_expert_L: Tensor  # int64, tokens without any expert
+    statistic_LE: Tensor | None = None  # fp32, mean over ranks of `Routing.statistic_E`, summed over passes
     passes: int = 1  # forward passes
 
     def density(self) -> Tensor:
@@ -50,23 +50,8 @@ class RoutingTotals:
         return self.counts_LE.sum().double() / pairs.clamp(min=1)
 
 
-@dataclass(frozen=True)
-class Remembered:
-    """What is left of a `Routing` when its losses are asked for."""
-
-    kept: dict[str, Tensor]
-    statistic_E: Tensor | None
-
-    def __getattr__(self, name: str):
-        if name in ("probs_TE", "map_TE", "latents_TEr", "reduce_erH"):
-            raise RouterError(
-                f"Routing.{name} is not held until losses are asked for; put what they need into Routing.kept"
-            )
-        raise AttributeError(name)
-
-
 class RoutingRecorder:
-    """One for each model; `begin` and `finish` enclose a forward pass, `take` closes an optimizer step.
+    """One per model; `begin` and `finish` enclose a forward pass, `take` ends an optimizer step.
 
     Args:
         group: all ranks with distinct tokens.
@@ -76,31 +61,33 @@ class RoutingRecorder:
         self.num_experts = num_experts
         self.group = group
         self.routers: list = []  # in layer order; routers add themselves
-        self.shared: dict = {}  # what one router of a pass found out for all
-        self._passes: list = []
+        self.shared: dict = {}  # values that the first router of a forward pass computes for all of them
+        self._recorded: list = []
         self._totals: RoutingTotals | None = None
 
     def begin(self) -> None:
-        """Start a forward pass; what an interrupted one left is dropped."""
-        self._passes = [None] * len(self.routers)
+        """Start a forward pass and drop what an interrupted one left behind."""
+        self._recorded = [None] * len(self.routers)
         self.shared = {}
 
-    def record(self, index: int, routing, tokens: Tensor) -> None:
-        """Take what router `index` decided for `tokens` (int64 scalar) tokens: counts, and what its losses need.
-        Weights and map are not held until the pass ends; of many experts they are as large as a layer's activations."""
+    def record(self, index: int, routing: Routing, tokens: Tensor) -> None:
+        """Record how router `index` routed `tokens` (int64 scalar) tokens: counts and the inputs of its losses.
+
+        Weights and map are not retained: with many experts they are as large as a layer's activations.
+        """
         counts_E, without = count_columns(routing.map_TE), tokens - any_in_row(routing.map_TE).sum()
-        self._passes[index] = (Remembered(routing.kept, routing.statistic_E), counts_E, without, tokens)
+        self._recorded[index] = (RetainedRouting(routing.loss_inputs, routing.statistic_E), counts_E, without, tokens)
 
     def finish(self) -> dict[str, Tensor]:
-        """Reduce the counts and return the router losses of this pass by name, ready to be added to the language-model
-        loss. Collective over `group`."""
-        routings, own_LE, without_L, (tokens, *_) = zip(*self._passes, strict=True)
+        """Sum the counts over all ranks and return the router losses of this pass by name, ready to be added to the
+        language-model loss. Collective over `group`."""
+        routings, own_LE, without_L, (tokens, *_) = zip(*self._recorded, strict=True)
         own_LE, without_L = torch.stack(own_LE), torch.stack(without_L)
-        everywhere = sum_over(self.group, torch.cat((own_LE.flatten(), without_L, tokens.view(1))))
-        counts_LE, without_L = everywhere[: own_LE.numel()].view_as(own_LE), everywhere[own_LE.numel() : -1]
-        totals = RoutingTotals(counts_LE, everywhere[-1], without_L, self._mean_statistic(routings))
+        global_counts = sum_over(self.group, torch.cat((own_LE.flatten(), without_L, tokens.view(1))))
+        counts_LE, without_L = global_counts[: own_LE.numel()].view_as(own_LE), global_counts[own_LE.numel() : -1]
+        totals = RoutingTotals(counts_LE, global_counts[-1], without_L, self._mean_statistic(routings))
         self._totals = totals if self._totals is None else _add(self._totals, totals)
-        self._passes = [None] * len(self.routers)
+        self._recorded = [None] * len(self.routers)
         if not torch.is_grad_enabled():
             return {}
         ranks, step = self.group.size(), self._totals
@@ -114,13 +101,13 @@ class RoutingRecorder:
         ]
         return self.routers[0].model_losses(self.routers, list(routings), loads)
 
-    def _mean_statistic(self, routings: tuple[Remembered, ...]) -> Tensor | None:
+    def _mean_statistic(self, routings: tuple[RetainedRouting, ...]) -> Tensor | None:
         if routings[0].statistic_E is None:
             return None
         return sum_over(self.group, torch.stack([routing.statistic_E for routing in routings])) / self.group.size()
 
     def take(self) -> RoutingTotals:
-        """The totals since the last call, identical on every rank; the next ones start from zero."""
+        """The totals since the last call, identical on every rank; counting restarts from zero."""
         totals, self._totals = self._totals, None
         return totals
 

@@ -1,4 +1,4 @@
-"""Routers by name: registered with a decorator here, through the entry point `dsmoe.routers` elsewhere.
+"""Routers by name: registered with a decorator in this package, with the entry point `dsmoe.routers` in others.
 
 A package outside dsmoe adds a router with one line of its own pyproject.toml:
 
@@ -23,8 +23,10 @@ _routers: dict[str, type] = {}
 
 
 def register(name: str):
-    """Class decorator: make a router selectable as `router.name`. Raises `RouterError` if the name is taken, or if
-    what gets it is no router."""
+    """Class decorator that makes a router selectable as `router.name`.
+
+    Raises `RouterError` if the name is taken or if the decorated object is no router.
+    """
 
     def add(router: type) -> type:
         from dsmoe.routers.base import Router
@@ -32,7 +34,7 @@ def register(name: str):
         if not (isinstance(router, type) and issubclass(router, Router)):
             raise RouterError(f"router {name!r} is {router!r}, expected a subclass of dsmoe.routers.base.Router")
         known = _routers.get(name)
-        if known is not None and _path(known) != _path(router):  # a module that is loaded again may replace its own
+        if known is not None and _path(known) != _path(router):  # a reloaded module may replace its own
             raise RouterError(f"router name {name!r} is taken by {_path(known)}; {_path(router)} needs another")
         router.name = name
         _routers[name] = router
@@ -46,7 +48,7 @@ def _path(router: type) -> str:
 
 
 def available() -> dict[str, type]:
-    """Every router: this package's modules, then installed plugins. Raises `RouterError` for a plugin that fails."""
+    """All routers, of this package and of installed plugins. Raises `RouterError` for a plugin that fails to load."""
     import dsmoe.routers as package
 
     for module in pkgutil.iter_modules(package.__path__):
@@ -62,7 +64,7 @@ def available() -> dict[str, type]:
 
 
 def _plugins() -> tuple[EntryPoint, ...]:
-    """The entry points of installed packages; read again only when the search path has changed."""
+    """Entry points of installed packages, read again only if the search path has changed."""
     return _read_plugins(tuple((entry, _modified(entry or ".")) for entry in sys.path))
 
 
@@ -72,7 +74,7 @@ def _read_plugins(search_path: tuple[tuple[str, int], ...]) -> tuple[EntryPoint,
 
 
 def _modified(entry: str) -> int:
-    """When a folder or archive last changed, as it does when a package is installed into it; 0 if it is not there."""
+    """Modification time of a folder or archive, which installing a package changes; 0 if it does not exist."""
     try:
         return os.stat(entry).st_mtime_ns
     except OSError:
@@ -80,7 +82,7 @@ def _modified(entry: str) -> int:
 
 
 def get(name: str) -> type:
-    """The router class of that name. Raises `RouterError` that lists what there is."""
+    """The router class of that name. Raises `RouterError` that lists the available ones."""
     routers = available()
     if name not in routers:
         close = difflib.get_close_matches(name, routers, n=1)

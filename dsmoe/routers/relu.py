@@ -32,13 +32,13 @@ class ReLUOptions(RouterOptions):
     form: Literal["code", "paper"] = "code"  # L1 summed or averaged over layers
     balance_scope: BalanceScope = "micro_batch"
 
-    def problems(self, model):
-        return self.more_than_all("k", model)
+    def validate_for_model(self, model):
+        return self.at_most_num_experts("k", model)
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         return self.k
 
-    def first_experts(self, model):
+    def initial_experts_per_token(self, model):
         return model.num_experts / 2  # where a random gate is above 0
 
 
@@ -54,7 +54,7 @@ class ReLURouter(Router):
         return in_blocks(_decide, self.gate_scores(hidden_TH))
 
     def losses(self, routing, loads):
-        load, probs_sum_E = loads[self.options.balance_scope], routing.kept["probs_sum_E"]
+        load, probs_sum_E = loads[self.options.balance_scope], routing.loss_inputs["probs_sum_E"]
         if self.options.load_balanced:
             l1 = balance_product(probs_sum_E, load) / self.options.k
         else:

@@ -9,17 +9,37 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from dsmoe.errors import RouterError
+from dsmoe.routers.renamed import refuse_old_fields
 
+
+@refuse_old_fields(kept="loss_inputs")
 @dataclass
 class Routing:
-    """One layer's decision."""
+    """One layer's routing of this rank's tokens."""
 
     probs_TE: Tensor  # fp32 weights, 0 where inactive
     map_TE: Tensor  # bool
-    kept: dict[str, Tensor] = field(default_factory=dict)  # all that the losses get, with its gradient
+    loss_inputs: dict[str, Tensor] = field(default_factory=dict)  # all that `losses` gets, with its gradient
     statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
-    latents_TEr: Tensor | None = None  # what a self-scoring expert was scored by, in the model's dtype
-    reduce_erH: Tensor | None = None  # or, for this rank's experts, the matrices that it is made with
+    latents_TEr: Tensor | None = None  # of experts that score themselves, in the model's dtype, to be sent to them
+    reduce_erH: Tensor | None = None  # or the matrices from which this rank's experts recompute them
+
+
+@refuse_old_fields(kept="loss_inputs")
+@dataclass(frozen=True)
+class RetainedRouting:
+    """The part of a `Routing` that is retained until its losses are computed."""
+
+    loss_inputs: dict[str, Tensor]
+    statistic_E: Tensor | None
+
+    def __getattr__(self, name: str):
+        if name in Routing.__dataclass_fields__:
+            raise RouterError(
+                f"Routing.{name} is not retained until losses are computed; put what they need into Routing.loss_inputs"
+            )
+        raise AttributeError(name)
 
 
 class RoutingResult(tuple):
@@ -34,7 +54,7 @@ class RoutingResult(tuple):
 
     @classmethod
     def from_routing(cls, routing: Routing, with_latents: bool) -> RoutingResult:
-        """with_latents: whether the MoE layer has experts that take them; a stock `MoELayer` unpacks two tensors."""
+        """with_latents: whether the MoE layer accepts more than the pair; a stock `MoELayer` does not."""
         pair, latents = (routing.probs_TE, routing.map_TE), (routing.latents_TEr, routing.reduce_erH)
         return cls(pair + latents if with_latents and latents != (None, None) else pair)
 
@@ -50,7 +70,7 @@ class RoutingResult(tuple):
 
     @property
     def latents_TEr(self) -> Tensor | None:
-        """Latents of all (token, expert) pairs, in the model's dtype, if they are to be sent to the experts."""
+        """Latents of all (token, expert) pairs, in the model's dtype, if they are sent to the experts."""
         return self[2] if len(self) > 2 else None
 
     @property

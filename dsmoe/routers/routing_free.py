@@ -48,7 +48,7 @@ class RoutingFreeOptions(LowRankOptions):
     rescale: bool = False  # draw A so that scores start at 2.56 theta, as at the paper's S scale
     balance_scope: BalanceScope = "micro_batch"
 
-    def problems(self, model):
+    def validate_for_model(self, model):
         expected = model.init_std * math.sqrt(model.hidden_size * self.rank)
         if self.rescale or expected > self.threshold:
             return []
@@ -58,10 +58,10 @@ class RoutingFreeOptions(LowRankOptions):
             f"and never recover. Set router.rescale=true, raise router.rank or model.init_std, lower router.threshold"
         ]
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         return self.target_density * model.num_experts
 
-    def first_experts(self, model):
+    def initial_experts_per_token(self, model):
         return model.num_experts  # nearly: scores start above the threshold
 
 
@@ -101,8 +101,8 @@ class RoutingFree(LowRankRouter):
         map_tE = score_tE >= self.options.threshold
         probs_tE = score_tE.where(map_tE, 0)
         balanced_tE = probs_tE if self.options.form == "code" else score_tE
-        of_tokens = {"score_sum_T": balanced_tE.sum(1), "active_T": count_rows(map_tE).to(torch.float32)}
-        return Decision(probs_tE, map_tE, {"score_sum_E": balanced_tE.sum(0)}, of_tokens)
+        per_token = {"score_sum_T": balanced_tE.sum(1), "active_T": count_rows(map_tE).to(torch.float32)}
+        return Decision(probs_tE, map_tE, {"score_sum_E": balanced_tE.sum(0)}, per_token)
 
     @staticmethod
     def model_losses(routers: list[Router], routings: list[Routing], loads):
@@ -111,10 +111,12 @@ class RoutingFree(LowRankRouter):
         scope = [load[options.balance_scope] for load in loads]
         pairs = len(routers) * routers[0].num_experts
         expert_balance = sum(
-            torch.dot(load.fraction_E(), mean_over_tokens(routing.kept["score_sum_E"], load))
+            torch.dot(load.fraction_E(), mean_over_tokens(routing.loss_inputs["score_sum_E"], load))
             for routing, load in zip(routings, scope, strict=True)
         )
-        active_T, score_T = (sum(routing.kept[name] for routing in routings) for name in ("active_T", "score_sum_T"))
+        active_T, score_T = (
+            sum(routing.loss_inputs[name] for routing in routings) for name in ("active_T", "score_sum_T")
+        )
         token_balance = mean_over_tokens(torch.dot(active_T, score_T), scope[0]) / pairs**2
         unified = options.mu * expert_balance / pairs + (1 - options.mu) * token_balance
         return {"balance": controller.value * unified}

@@ -1,10 +1,10 @@
-"""From scores to a routing, some tokens at a time.
+"""Turn scores into a routing, a block of tokens at a time.
 
-With a thousand experts the scores of a batch are several times its tokens, and whatever is made of them is as large. A
-`Rule` decides about a block of tokens with plain operators, of which nothing is kept but what it chose: in the backward
-pass it weighs the block again.
+With a thousand experts the scores of a batch are several times as large as its hidden states, and so is every
+intermediate tensor. A `RoutingFn` routes one block of tokens with plain operators. Autograd saves nothing of a block
+except the selection: the backward pass computes its weights again.
 
-Shapes: T tokens, t of a block, E experts, H hidden, k chosen ones of each token, N routes.
+Shapes: T tokens, t tokens of a block, E experts, H hidden, k selected experts of each token, N routes.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsmoe.routers.logits import fp32_logits
+from dsmoe.routers.renamed import refuse_old_fields
 from dsmoe.routers.routing import Routing
 
-BLOCK = 1 << 18  # scores that a CPU works on at a time; the operators of a rule make ten times as many numbers of them
+BLOCK = 1 << 18  # scores that a CPU processes at a time; a routing function's intermediates are about ten times as many
 
 
+@refuse_old_fields(of_tokens="per_token", chosen="saved_selection")
 @dataclass
 class Decision:
-    """What a rule makes of some tokens."""
+    """How a routing function routes a block of tokens."""
 
     probs_tE: Tensor  # weights, 0 where inactive
     map_tE: Tensor  # bool
-    # What the losses need; in the backward pass, what has no gradient may be left out of the sums.
-    sums: dict[str, Tensor] = field(default_factory=dict)  # over these tokens
-    of_tokens: dict[str, Tensor] = field(default_factory=dict)  # [t, ...]
-    chosen: Tensor | None = None  # [t, ...], no gradient: what it need not find again in the backward pass
+    # Inputs of the losses. In the backward pass entries of `sums` without a gradient may be missing.
+    sums: dict[str, Tensor] = field(default_factory=dict)  # summed over the block's tokens
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # [t, ...]
+    saved_selection: Tensor | None = None  # [t, ...], no gradient: what the backward pass need not compute again
 
 
-# (scores_tE, place of these tokens among all, `chosen` in the backward pass and None before, *parameters). What becomes
-# of a token depends on no other one.
-Rule = Callable[..., Decision]
+# (scores_tE, slice of these tokens, saved_selection in the backward pass and None in the forward pass, *parameters).
+# The result for a token must not depend on any other token.
+RoutingFn = Callable[..., Decision]
 
 
 @dataclass(frozen=True)
@@ -47,53 +49,61 @@ class Scores:
     weight_EH: Tensor | None = None
 
 
-def in_blocks(rule: Rule, scores: Scores, *parameters: Tensor) -> Routing:
-    """What the rule makes of all tokens, with its sums over all of them.
+def in_blocks(routing_fn: RoutingFn, scores: Scores, *parameters: Tensor) -> Routing:
+    """Route all tokens with a routing function.
 
-    Logits are kept, but not those of a bf16 gate with more experts than H, which are more than twice as large as the
-    tokens: the backward pass makes them again.
+    Logits are saved for the backward pass, except those of a bf16 gate with more experts than H, which are more than
+    twice as large as the hidden states: the backward pass computes them again.
 
     Args:
-        parameters: what the rule gets besides and has a gradient.
+        parameters: further tensors with a gradient that the routing function gets.
+
+    Returns:
+        A `Routing` whose `loss_inputs` are the sums over all tokens and the values per token.
     """
     names: list[str] = []
-    probs_TE, map_TE, *kept = _InBlocks.apply(rule, names, scores.source, scores.weight_EH, *parameters)
-    return Routing(probs_TE, map_TE, dict(zip(names, kept, strict=True)))
+    probs_TE, map_TE, *loss_inputs = _InBlocks.apply(routing_fn, names, scores.source, scores.weight_EH, *parameters)
+    return Routing(probs_TE, map_TE, dict(zip(names, loss_inputs, strict=True)))
 
 
 class _InBlocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rule: Rule, names: list[str], source: Tensor, weight_EH: Tensor | None, *parameters: Tensor):
-        held = source
+    def forward(
+        ctx, routing_fn: RoutingFn, names: list[str], source: Tensor, weight_EH: Tensor | None, *parameters: Tensor
+    ):
+        logits = source
         if weight_EH is not None:
-            again = source.dtype != torch.float32 and len(weight_EH) > source.size(1)
-            held = None if again else fp32_logits(source, weight_EH)
-        scores = _Blocks(source, weight_EH, held)
+            recompute = source.dtype != torch.float32 and len(weight_EH) > source.size(1)
+            logits = None if recompute else fp32_logits(source, weight_EH)
+        scores = _Blocks(source, weight_EH, logits)
         probs_TE, map_TE = scores.empty(), scores.empty(torch.bool)
         decisions: list[Decision] = []
         for rows in scores.rows:
-            decision = rule(scores.block(rows), rows, None, *parameters)
+            decision = routing_fn(scores.block(rows), rows, None, *parameters)
             probs_TE[rows], map_TE[rows] = decision.probs_tE, decision.map_tE
             decision.probs_tE = decision.map_tE = None
             decisions.append(decision)
-        sums, of_tokens = decisions[0].sums, decisions[0].of_tokens
-        names += [*sums, *of_tokens]
-        chosen = None if decisions[0].chosen is None else torch.cat([decision.chosen for decision in decisions])
-        ctx.save_for_backward(source, weight_EH, None if weight_EH is None else held, chosen, *parameters)
-        ctx.rule, ctx.sums, ctx.takes_routes = rule, list(sums), True
-        ctx.sends_routes = weight_EH is None and takes_routes(source)
+        sums, per_token = decisions[0].sums, decisions[0].per_token
+        names += [*sums, *per_token]
+        selection = None
+        if decisions[0].saved_selection is not None:
+            selection = torch.cat([decision.saved_selection for decision in decisions])
+        ctx.save_for_backward(source, weight_EH, None if weight_EH is None else logits, selection, *parameters)
+        ctx.routing_fn, ctx.sums, ctx.accepts_sparse_grad = routing_fn, list(sums), True
+        ctx.emits_sparse_grad = weight_EH is None and accepts_sparse_grad(source)
         ctx.mark_non_differentiable(map_TE)
         ctx.set_materialize_grads(False)
-        kept = [sum(decision.sums[name] for decision in decisions) for name in sums]
-        kept += [torch.cat([decision.of_tokens[name] for decision in decisions]) for name in of_tokens]
-        return probs_TE, map_TE, *kept
+        loss_inputs = [sum(decision.sums[name] for decision in decisions) for name in sums]
+        loss_inputs += [torch.cat([decision.per_token[name] for decision in decisions]) for name in per_token]
+        return probs_TE, map_TE, *loss_inputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TE: Tensor | None, _, *grads: Tensor | None):
-        source, weight_EH, held, chosen, *parameters = ctx.saved_tensors
-        scores = _Blocks(source, weight_EH, source if weight_EH is None else held)
-        grad_source = _RoutesOnly(source) if ctx.sends_routes else torch.empty_like(source)
+    def backward(ctx, grad_TE: Tensor | None, _, *loss_grads: Tensor | None):
+        source, weight_EH, logits, selection, *parameters = ctx.saved_tensors
+        scores = _Blocks(source, weight_EH, source if weight_EH is None else logits)
+        sum_grads, token_grads = loss_grads[: len(ctx.sums)], loss_grads[len(ctx.sums) :]
+        grad_source = _SparseGradBuilder(source) if ctx.emits_sparse_grad else torch.empty_like(source)
         if weight_EH is not None:
             wide_EH = weight_EH.float()
             grad_weight = torch.zeros_like(wide_EH)
@@ -101,36 +111,36 @@ class _InBlocks(torch.autograd.Function):
         for rows, grad_tE in zip(scores.rows, _by_block(grad_TE, scores.rows), strict=True):
             leaves = [leaf.detach().requires_grad_() for leaf in (scores.block(rows), *parameters)]
             with torch.enable_grad():
-                found = ctx.rule(leaves[0], rows, None if chosen is None else chosen[rows], *leaves[1:])
-            pairs = [(found.probs_tE, grad_tE)]
-            pairs += [(found.sums.get(name), grad) for name, grad in zip(ctx.sums, grads, strict=False)]
-            of_tokens = zip(found.of_tokens.values(), grads[len(ctx.sums) :], strict=True)
-            pairs += [(value_t, None if grad_T is None else grad_T[rows]) for value_t, grad_T in of_tokens]
-            grad_scores, *more = _gradients(pairs, leaves)
-            for total, grad in zip(grad_parameters, more, strict=True):
+                decision = ctx.routing_fn(leaves[0], rows, None if selection is None else selection[rows], *leaves[1:])
+            outputs = [(decision.probs_tE, grad_tE)]
+            outputs += [(decision.sums.get(name), grad) for name, grad in zip(ctx.sums, sum_grads, strict=True)]
+            per_token = zip(decision.per_token.values(), token_grads, strict=True)
+            outputs += [(value_t, None if grad_T is None else grad_T[rows]) for value_t, grad_T in per_token]
+            grad_scores, *block_grads = _gradients(outputs, leaves)
+            for total, grad in zip(grad_parameters, block_grads, strict=True):
                 total += grad
             if weight_EH is None:
                 grad_source[rows] = grad_scores
             else:
                 grad_source[rows] = grad_scores @ wide_EH
                 grad_weight.addmm_(grad_scores.t(), source[rows].float())
-        if ctx.sends_routes:
+        if ctx.emits_sparse_grad:
             grad_source = grad_source.finish()
         grad_weight = None if weight_EH is None else grad_weight.to(weight_EH.dtype)
         return None, None, grad_source, grad_weight, *grad_parameters
 
 
-class _RoutesOnly:
-    """A gradient [T, E] that is written block by block and may be 0 at most pairs. Where that can be seen, only what it
-    is at the others is kept, as long as they are few."""
+class _SparseGradBuilder:
+    """A gradient [T, E] that is written block by block and is 0 for most pairs. Where the host can see that, only the
+    nonzero entries are stored, as long as they are few."""
 
     def __init__(self, like_TE: Tensor):
-        self.like_TE, self.dense_TE, self.places, self.values = like_TE, None, [], []
+        self.like_TE, self.dense_TE, self.indices, self.values = like_TE, None, [], []
 
     def __setitem__(self, rows: slice, grad_tE: Tensor) -> None:
         if self.dense_TE is None and is_on_host(grad_tE) and 4 * int(grad_tE.count_nonzero()) < grad_tE.numel():
             token_n, expert_n = grad_tE.nonzero().unbind(1)
-            self.places.append(torch.stack((token_n + rows.start, expert_n)))
+            self.indices.append(torch.stack((token_n + rows.start, expert_n)))
             self.values.append(grad_tE[token_n, expert_n])
             return
         if self.dense_TE is None:
@@ -140,58 +150,58 @@ class _RoutesOnly:
     def finish(self) -> Tensor:
         if self.dense_TE is not None:
             return self.dense_TE
-        shape, none = self.like_TE.shape, self.like_TE.new_zeros(2, 0, dtype=torch.int64)
-        places_2N = torch.cat([none, *self.places], dim=1)
+        empty = self.like_TE.new_zeros(2, 0, dtype=torch.int64)
+        indices_2N = torch.cat([empty, *self.indices], dim=1)
         values_N = torch.cat([self.like_TE.new_zeros(0), *self.values])
-        return torch.sparse_coo_tensor(places_2N, values_N, shape, check_invariants=False)
+        return torch.sparse_coo_tensor(indices_2N, values_N, self.like_TE.shape, check_invariants=False)
 
 
-def _gradients(pairs: list[tuple[Tensor | None, Tensor | None]], leaves: list[Tensor]) -> list[Tensor]:
-    """Of the leaves, from outputs with their gradients: 0 where there is none."""
-    pairs = [(out, grad) for out, grad in pairs if grad is not None and out is not None and out.requires_grad]
-    if not pairs:
+def _gradients(outputs: list[tuple[Tensor | None, Tensor | None]], leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of the leaves from (output, its gradient) pairs; 0 where there is none."""
+    outputs = [(out, grad) for out, grad in outputs if grad is not None and out is not None and out.requires_grad]
+    if not outputs:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    outputs, given = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, leaves, given, allow_unused=True, materialize_grads=True)
+    tensors, grads = zip(*outputs, strict=True)
+    return torch.autograd.grad(tensors, leaves, grads, allow_unused=True, materialize_grads=True)
 
 
 class _Blocks:
-    """Scores, a block at a time: of all that are held, or made of the tokens."""
+    """Blocks of scores: slices of a tensor, or computed from the hidden states."""
 
-    def __init__(self, source: Tensor, weight_EH: Tensor | None, held: Tensor | None):
-        self.source, self.weight_EH, self.held = source, weight_EH, held
+    def __init__(self, source: Tensor, weight_EH: Tensor | None, logits: Tensor | None):
+        self.source, self.weight_EH, self.logits = source, weight_EH, logits
         self.shape = (len(source), source.size(1) if weight_EH is None else len(weight_EH))
         self.rows = blocks(self.shape, source.device)
 
     def block(self, rows: slice) -> Tensor:
-        return fp32_logits(self.source[rows], self.weight_EH) if self.held is None else self.held[rows]
+        return fp32_logits(self.source[rows], self.weight_EH) if self.logits is None else self.logits[rows]
 
     def empty(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[T, E], in the scores' dtype if no other is asked for."""
-        dtype = dtype or (torch.float32 if self.held is None else self.held.dtype)
+        """[T, E], by default in the dtype of the scores."""
+        dtype = dtype or (torch.float32 if self.logits is None else self.logits.dtype)
         return self.source.new_empty(self.shape, dtype=dtype)
 
 
 def weights_at(probs_TE: Tensor, flat_N: Tensor, first: int = 0) -> Tensor:
-    """The weights of routes, [N], of which there is one for a (token, expert) each.
+    """Weights of the given routes, [N].
 
-    Their gradient goes back as it is, without the [T, E] around it, where `in_blocks` made the weights.
+    The gradient of weights made by `in_blocks` stays sparse, without the [T, E] around it.
 
     Args:
-        flat_N: int64, token * E + expert, of tokens from `first` on.
+        flat_N: int64, token * E + expert of each route, tokens counted from `first`; no route twice.
     """
-    return _WeightsAt.apply(probs_TE, flat_N, first, takes_routes(probs_TE))
+    return _WeightsAt.apply(probs_TE, flat_N, first, accepts_sparse_grad(probs_TE))
 
 
-def takes_routes(made_TE: Tensor) -> bool:
-    """Whether what made it understands a gradient, sparse, of some pairs alone."""
-    return getattr(made_TE.grad_fn, "takes_routes", False)
+def accepts_sparse_grad(output_TE: Tensor) -> bool:
+    """Whether the function that made a tensor accepts a sparse gradient, of some pairs only."""
+    return getattr(output_TE.grad_fn, "accepts_sparse_grad", False)
 
 
 class _WeightsAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, probs_TE: Tensor, flat_N: Tensor, first: int, as_routes: bool) -> Tensor:
-        ctx.shape, ctx.first, ctx.as_routes = probs_TE.shape, first, as_routes
+    def forward(ctx, probs_TE: Tensor, flat_N: Tensor, first: int, sparse: bool) -> Tensor:
+        ctx.shape, ctx.first, ctx.sparse = probs_TE.shape, first, sparse
         ctx.save_for_backward(flat_N)
         return probs_TE[first:].flatten().index_select(0, flat_N)
 
@@ -199,10 +209,10 @@ class _WeightsAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_N: Tensor):
         (flat_N,) = ctx.saved_tensors
-        if ctx.as_routes:
+        if ctx.sparse:
             experts = ctx.shape[1]
-            places_2N = torch.stack((flat_N // experts + ctx.first, flat_N % experts))
-            grad = torch.sparse_coo_tensor(places_2N, grad_N, ctx.shape, check_invariants=False)
+            indices_2N = torch.stack((flat_N // experts + ctx.first, flat_N % experts))
+            grad = torch.sparse_coo_tensor(indices_2N, grad_N, ctx.shape, check_invariants=False)
         else:
             grad = grad_N.new_zeros(ctx.shape)
             grad[ctx.first :].view(-1).scatter_(0, flat_N, grad_N)
@@ -210,7 +220,7 @@ class _WeightsAt(torch.autograd.Function):
 
 
 def _by_block(grad_TE: Tensor | None, rows: list[slice]) -> Iterator[Tensor | None]:
-    """A gradient [T, E], or one of routes alone (sparse), as [t, E] for each block."""
+    """A dense or sparse gradient [T, E] as dense [t, E] blocks."""
     if grad_TE is None or not grad_TE.is_sparse:
         yield from (None if grad_TE is None else grad_TE[block] for block in rows)
         return
@@ -229,28 +239,27 @@ def _by_block(grad_TE: Tensor | None, rows: list[slice]) -> Iterator[Tensor | No
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Whether the host has a tensor's values without waiting for a device."""
+    """Whether the host can read a tensor's values without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
 def spread(gate_tk: Tensor, expert_tk: Tensor, like_tE: Tensor) -> Tensor:
-    """Weights [t, E], 0 where an expert was not chosen."""
+    """Gates of selected experts as weights [t, E], 0 elsewhere."""
     return torch.zeros_like(like_tE).scatter_(1, expert_tk, gate_tk)
 
 
 def map_of(expert_tk: Tensor, like_tE: Tensor) -> Tensor:
-    """bool like `like_tE`, True at the chosen."""
+    """Routing map of selected experts: bool [t, E]."""
     return torch.zeros_like(like_tE, dtype=torch.bool).scatter_(1, expert_tk, True)
 
 
 def blocks(shape: tuple[int, int], device: torch.device) -> list[slice]:
-    """Rows of a matrix that a CPU works on while they are in its cache; all of them on a device. At least one, which is
-    empty where the matrix is."""
+    """Rows of a matrix that fit a CPU's cache; all rows on a device. At least one slice, empty for an empty matrix."""
     rows, columns = shape
     return slices(rows, BLOCK // columns if device.type == "cpu" else rows) or [slice(0, 0)]
 
 
 def slices(length: int, step: int) -> list[slice]:
-    """Parts of a dimension, of `step` each."""
+    """Cut a dimension into slices of at most `step`."""
     step = max(1, step)
     return [slice(low, min(low + step, length)) for low in range(0, length, step)]

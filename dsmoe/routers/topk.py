@@ -7,7 +7,7 @@
     L_balance = a E sum_e f_e mean_t(P_te),  f_e = routes of e / (k T), no gradient through f; a = 1e-2 in Switch
     L_z       = c mean_t(logsumexp(x W)^2),  c = 1e-3 in ST-MoE (arXiv 2202.08906); off here
 
-`balance_scope` says over which tokens f is taken; P is always of the current micro-step. `global_batch` is the loss of
+`balance_scope` selects the tokens that f counts; P always covers the current micro-step. `global_batch` is the loss of
 arXiv 2501.11873: counts of all ranks over the micro-steps of the optimizer step so far, so that experts may specialise
 within a sequence. The coefficient means the same in every scope, at any number of ranks and micro-steps.
 """
@@ -33,22 +33,22 @@ class TopKOptions(RouterOptions):
     z_coefficient: float = Field(0.0, ge=0)
     balance_scope: BalanceScope = "micro_batch"
 
-    def problems(self, model):
-        found = self.more_than_all("k", model)
+    def validate_for_model(self, model):
+        mistakes = self.at_most_num_experts("k", model)
         if self.softmax == "after" and self.renormalize:
-            found.append(
+            mistakes.append(
                 "router.renormalize: found True with router.softmax: after, whose gates sum to 1 already; "
                 "expected False"
             )
         elif self.k == 1 and (self.renormalize or self.softmax == "after"):
             key, value, other = ("renormalize", True, False) if self.renormalize else ("softmax", "after", "before")
-            found.append(
+            mistakes.append(
                 f"router.{key}: found {value} with router.k: 1: every gate is 1 and the router cannot learn from the "
                 f"model's loss; expected {other}, or a larger k"
             )
-        return found
+        return mistakes
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         """k, exactly."""
         return self.k
 
@@ -60,11 +60,11 @@ class TopKRouter(Router):
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH))
 
-    def _decide(self, logits_tE: Tensor, _, chosen: Tensor | None) -> Decision:
+    def _decide(self, logits_tE: Tensor, _, saved_selection: Tensor | None) -> Decision:
         options = self.options
-        # Renormalised, P over its sum in S is the softmax over S, without the quotient of two small numbers.
-        of_all = options.softmax == "before" and not options.renormalize
-        decision = largest_shares(logits_tE, chosen, options.k, of_all=of_all)
+        # Renormalized gates, P / sum_S P, are the softmax over S; computed so, no two small numbers are divided.
+        over_all_experts = options.softmax == "before" and not options.renormalize
+        decision = top_k_softmax(logits_tE, saved_selection, options.k, over_all_experts=over_all_experts)
         if options.z_coefficient:
             decision.sums["z_sum"] = logits_tE.logsumexp(dim=-1).square().sum()
         return decision
@@ -73,17 +73,17 @@ class TopKRouter(Router):
         options, load = self.options, loads[self.options.balance_scope]
         losses = {}
         if options.balance_coefficient:
-            product = balance_product(routing.kept["softmax_sum_E"], load)
+            product = balance_product(routing.loss_inputs["softmax_sum_E"], load)
             losses["balance"] = options.balance_coefficient / options.k * product
         if options.z_coefficient:
-            losses["z"] = options.z_coefficient * mean_over_tokens(routing.kept["z_sum"], load)
+            losses["z"] = options.z_coefficient * mean_over_tokens(routing.loss_inputs["z_sum"], load)
         return losses
 
 
-def largest_shares(scores_tE: Tensor, chosen: Tensor | None, k: int, *, of_all: bool) -> Decision:
-    """P = softmax(scores), and weights for each token's k largest: P of all experts, or the softmax over these."""
-    expert_tk = scores_tE.topk(k, dim=-1).indices if chosen is None else chosen
+def top_k_softmax(scores_tE: Tensor, saved_selection: Tensor | None, k: int, *, over_all_experts: bool) -> Decision:
+    """Weights of each token's k largest scores: their softmax over all experts, or over the selected ones only."""
+    expert_tk = scores_tE.topk(k, dim=-1).indices if saved_selection is None else saved_selection
     softmax_tE = scores_tE.softmax(dim=-1)
-    gate_tk = softmax_tE.gather(1, expert_tk) if of_all else scores_tE.gather(1, expert_tk).softmax(dim=-1)
+    gate_tk = softmax_tE.gather(1, expert_tk) if over_all_experts else scores_tE.gather(1, expert_tk).softmax(dim=-1)
     weights_tE, map_tE = spread(gate_tk, expert_tk, scores_tE), map_of(expert_tk, scores_tE)
-    return Decision(weights_tE, map_tE, {"softmax_sum_E": softmax_tE.sum(0)}, chosen=expert_tk)
+    return Decision(weights_tE, map_tE, {"softmax_sum_E": softmax_tE.sum(0)}, saved_selection=expert_tk)

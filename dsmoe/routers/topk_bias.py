@@ -1,22 +1,22 @@
 """Top-k with a load-balancing bias instead of a loss: DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 
     s = sigmoid(x W)                                            fp32 affinities
-    S = the k experts with the largest s + b                    b steers the selection and nothing else
+    S = the k experts with the largest s + b                    b affects the selection only
     gate_e = route_scale * s_e / sum_S s for e in S, else 0     no b in it, no gradient to b
     b_e += gamma * sign(mean(c) - c_e)                          after each optimizer step, c = routes on all ranks
 
-Groups: the experts lie in `num_groups` blocks of equal size (one a node); a token may only use the `groups_per_token`
-blocks whose best `group_score_experts` biased scores sum highest. V3 takes k / groups_per_token = 2 of them.
+Groups: experts form `num_groups` groups of equal size (one per node); a token may only use the `groups_per_token`
+groups with the highest sum of their `group_score_experts` largest biased scores. V3 sums k / groups_per_token = 2.
 Sequence loss, within each sequence of T tokens, averaged over sequences, no gradient through f:
 
     L = alpha sum_e f_e P_e,  f_e = E / (k T) sum_t 1{e in top-k of s_t},  P_e = mean_t(s_te / sum_j s_tj)
 
-The paper counts the top-k of the scores without bias and groups; `sequence_counts: routes` counts the routes taken.
-With padding, a sequence weighs as much as it has tokens.
+The paper counts the top-k of the scores without bias and groups; `sequence_counts: routes` counts the actual routes.
+With padding, sequences are weighted by their number of tokens.
 
 Published numbers: gamma 1e-3 (0 for the last 0.5T of 14.8T tokens: set `bias_update_rate=0` on resume), alpha 1e-4,
-route_scale 2.5; k 8 of 256 experts in 8 groups, 4 a token. k and groups depend on the model, so they have plain
-defaults. `score: softmax` is the variant of the bias method's own paper (2408.15664).
+route_scale 2.5; k 8 of 256 experts in 8 groups, 4 per token. k and groups depend on the model, so their defaults are
+not V3's. `score: softmax` is the variant of the paper that introduced the bias (2408.15664).
 """
 
 from __future__ import annotations
@@ -43,36 +43,36 @@ class TopKBiasOptions(RouterOptions):
     bias_update_rate: float = Field(1e-3, ge=0)  # gamma
     num_groups: int = Field(1, ge=1)
     groups_per_token: int = Field(1, ge=1)
-    group_score_experts: int = Field(2, ge=1)  # best experts of a group whose biased scores rank it
+    group_score_experts: int = Field(2, ge=1)  # largest biased scores of a group whose sum ranks it
     sequence_coefficient: float = Field(1e-4, ge=0)  # alpha
-    sequence_counts: Literal["scores", "routes"] = "scores"  # top-k of the scores alone, or the routes taken
+    sequence_counts: Literal["scores", "routes"] = "scores"  # top-k of the scores alone, or the actual routes
 
-    def problems(self, model):
+    def validate_for_model(self, model):
         experts, groups, allowed = model.num_experts, self.num_groups, self.groups_per_token
-        found = self.more_than_all("k", model)
+        mistakes = self.at_most_num_experts("k", model)
         if self.k == 1 and self.renormalize:
-            found.append(
+            mistakes.append(
                 "router.renormalize: found True with router.k: 1: every gate is route_scale and the router cannot "
                 "learn from the model's loss; expected False, or a larger k"
             )
         if experts % groups:
-            found.append(f"router.num_groups: found {groups}, expected a divisor of model.num_experts ({experts})")
-            return found
+            mistakes.append(f"router.num_groups: found {groups}, expected a divisor of model.num_experts ({experts})")
+            return mistakes
         if allowed > groups:
-            found.append(f"router.groups_per_token: found {allowed}, expected at most router.num_groups ({groups})")
+            mistakes.append(f"router.groups_per_token: found {allowed}, expected at most router.num_groups ({groups})")
         elif experts >= self.k > allowed * (experts // groups):
-            found.append(
+            mistakes.append(
                 f"router.k: found {self.k}, expected at most the {allowed * (experts // groups)} experts of "
                 f"router.groups_per_token ({allowed}) groups of {experts // groups}"
             )
         if allowed < groups and self.group_score_experts > experts // groups:
-            found.append(
+            mistakes.append(
                 f"router.group_score_experts: found {self.group_score_experts}, expected at most the "
                 f"{experts // groups} experts of a group"
             )
-        return found
+        return mistakes
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         """k, exactly."""
         return self.k
 
@@ -92,19 +92,19 @@ class TopKBiasRouter(Router):
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         routing = in_blocks(partial(self._decide, sequence_T, self.num_sequences), self.gate_scores(hidden_TH))
         if self.options.sequence_coefficient:
-            shares_NE, counts_NE = (routing.kept.pop(name) for name in ("shares_NE", "counts_NE"))
+            shares_NE, counts_NE = (routing.loss_inputs.pop(name) for name in ("shares_NE", "counts_NE"))
             ones_T = torch.ones_like(sequence_T, dtype=shares_NE.dtype)
             tokens_N = torch.zeros_like(shares_NE[:, 0]).index_add(0, sequence_T, ones_T)
-            routing.kept["sequence_sum"] = sequence_balance_sum(shares_NE, counts_NE, tokens_N)
+            routing.loss_inputs["sequence_sum"] = sequence_balance_sum(shares_NE, counts_NE, tokens_N)
         return routing
 
     def _decide(
-        self, sequence_T: Tensor, num_sequences: int, logits_tE: Tensor, tokens: slice, chosen: Tensor | None
+        self, sequence_T: Tensor, num_sequences: int, logits_tE: Tensor, tokens: slice, saved_selection: Tensor | None
     ) -> Decision:
         options = self.options
         score_tE = logits_tE.sigmoid() if options.score == "sigmoid" else logits_tE.softmax(dim=-1)
-        expert_tk = chosen
-        if chosen is None:
+        expert_tk = saved_selection
+        if saved_selection is None:
             bias_E = self.controller.state["bias"][self.index].to(score_tE.device)
             expert_tk = self._within_groups(score_tE + bias_E).topk(options.k, dim=-1).indices
         gate_tk = score_tE.gather(1, expert_tk)
@@ -115,11 +115,13 @@ class TopKBiasRouter(Router):
         if options.sequence_coefficient:
             by_sequence = partial(sum_by_sequence, sequence_T[tokens], num_sequences)
             sums["shares_NE"] = by_sequence(score_tE, 1 / (score_tE.sum(dim=-1) + SMALLEST_SUM))
-            if chosen is None:  # no gradient
+            if saved_selection is None:  # counts have no gradient
                 of_scores = options.sequence_counts == "scores"
                 counted_tE = map_of(score_tE.topk(options.k, dim=-1).indices, score_tE) if of_scores else map_tE
                 sums["counts_NE"] = by_sequence(counted_tE.to(score_tE.dtype))
-        return Decision(spread(gate_tk * options.route_scale, expert_tk, score_tE), map_tE, sums, chosen=expert_tk)
+        return Decision(
+            spread(gate_tk * options.route_scale, expert_tk, score_tE), map_tE, sums, saved_selection=expert_tk
+        )
 
     def _within_groups(self, biased_TE: Tensor) -> Tensor:
         """Biased scores with -inf outside each token's groups."""
@@ -135,5 +137,5 @@ class TopKBiasRouter(Router):
         options = self.options
         if not options.sequence_coefficient:
             return {}
-        mean = mean_over_tokens(routing.kept["sequence_sum"], loads["micro_batch"])
+        mean = mean_over_tokens(routing.loss_inputs["sequence_sum"], loads["micro_batch"])
         return {"sequence_balance": options.sequence_coefficient / options.k * mean}

@@ -30,7 +30,7 @@ class CountingController(Controller):
 
 
 class CountingOptions(RouterOptions):
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         return 1
 
 

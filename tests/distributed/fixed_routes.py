@@ -27,7 +27,7 @@ ROUTES = (
 class FixedOptions(RouterOptions):
     routes: Literal[ROUTES] = "mixed"
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         return 1.0
 
 

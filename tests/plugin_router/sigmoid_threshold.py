@@ -14,12 +14,12 @@ class SigmoidThresholdOptions(RouterOptions):
     k: float = Field(1.0, gt=0)  # mean active experts per token
     rate: float = Field(0.1, gt=0)
 
-    def problems(self, model):
+    def validate_for_model(self, model):
         if self.k > model.num_experts:
             return [f"router.k: found {self.k}, expected at most model.num_experts ({model.num_experts})"]
         return []
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         return self.k
 
 
@@ -46,4 +46,4 @@ class SigmoidThresholdRouter(Router):
     def route(self, hidden_TH, sequence_T):
         score_TE = self.gating(hidden_TH).sigmoid()
         map_TE = score_TE > self.controller.state["threshold"]
-        return Routing(score_TE * map_TE, map_TE, kept={})
+        return Routing(score_TE * map_TE, map_TE, loss_inputs={})

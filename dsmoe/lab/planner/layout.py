@@ -74,7 +74,7 @@ class Layout:
     @property
     def experts(self) -> float:
         """Per token."""
-        return self.experts_per_token or self.options.mean_experts(self.model)
+        return self.experts_per_token or self.options.target_experts_per_token(self.model)
 
     @property
     def ep(self) -> int:

@@ -116,5 +116,5 @@ def predict(layout: Layout) -> Prediction:
     for name, flow in flows.items():
         if flow.calls:
             seconds[name] = flow.seconds(layout) * (layout.load if name == "exchange" else 1.0)
-    first = replace(layout, experts_per_token=layout.options.first_experts(layout.model))
+    first = replace(layout, experts_per_token=layout.options.initial_experts_per_token(layout.model))
     return Prediction(layout, memory(layout), memory(first), flows, seconds)

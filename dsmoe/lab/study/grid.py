@@ -172,7 +172,7 @@ def cell_settings(study: Study, cell: Cell) -> dict[str, Any]:
     config = _load(study, settings)
     router, model = get(config.router.name), config.model
     options = router.Options.model_validate(config.router.options)
-    aim = options.mean_experts(model)
+    aim = options.target_experts_per_token(model)
     if abs(aim - experts) > 1e-6:
         problem = f"router {config.router.name!r} aims at {aim:g} experts per token, expected {experts}"
         raise ConfigError([problem], str(cell))

@@ -125,6 +125,6 @@ def target_density(config: RunConfig) -> float | None:
 def matching_steps(config: RunConfig, reference: RunResult) -> int:
     """Optimizer steps after which `config`, at its router's aim of experts, has used the reference's MoE compute."""
     router = get(config.router.name)
-    aim = router.Options.model_validate(config.router.options).mean_experts(config.model)
+    aim = router.Options.model_validate(config.router.options).target_experts_per_token(config.model)
     tokens = config.training.global_batch_size * config.model.sequence_length
     return max(1, round(reference.moe_compute / (tokens * moe_compute(config, aim))))

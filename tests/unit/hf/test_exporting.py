@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
 class _SigmoidOptions(RouterOptions):
     k: float = 1.0
 
-    def mean_experts(self, model):
+    def target_experts_per_token(self, model):
         return self.k
 
 

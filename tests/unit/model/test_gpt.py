@@ -87,7 +87,7 @@ def test_model_size_is_that_of_the_built_model(groups, variant, router):
 
 def used_by(config) -> float:
     options = get(config.router.name).Options.model_validate(config.router.options)
-    return options.mean_experts(config.model)
+    return options.target_experts_per_token(config.model)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -19,8 +19,8 @@ from dsmoe.routers.controllers import CutoffController, PIController
 from dsmoe.routers.logits import fp32_logits
 from dsmoe.routers.losses import balance_product, mean_over_tokens, sequence_balance_sum, sum_by_sequence
 from dsmoe.routers.recorder import Load, RoutingRecorder, RoutingTotals
-from dsmoe.routers.top_p import TopPOptions, map_by_sorting, top_p_map, top_p_shares
-from dsmoe.routers.topk import largest_shares
+from dsmoe.routers.top_p import TopPOptions, map_by_sorting, top_p_map, top_p_softmax
+from dsmoe.routers.topk import top_k_softmax
 
 OWN = ("relu", "topk", "topk_bias", "top_p", "dtop_p", "expert_threshold")
 ALL = [name for name, router in available().items() if router.__module__.startswith("dsmoe.")]
@@ -115,7 +115,7 @@ def test_the_recorder_adds_up_the_global_batch_and_starts_anew_with_each_step():
 
     class Decided:
         def __init__(self, routes):
-            self.map_TE, self.statistic_E, self.kept = torch.tensor(routes, dtype=torch.bool), None, {}
+            self.map_TE, self.statistic_E, self.loss_inputs = torch.tensor(routes, dtype=torch.bool), None, {}
 
     recorder.routers.append(Probe())
     passes = [[[1, 0], [1, 1]], [[0, 1]], [[1, 1]]]
@@ -152,8 +152,8 @@ def test_weights_and_map_are_not_held_until_the_losses():
     del routing
     assert [tensor() for tensor in held] == [None, None]
     recorder.finish()
-    assert seen[0].kept["sum"] == 1.5
-    with pytest.raises(RouterError, match=r"Routing.probs_TE is not held .* Routing.kept"):
+    assert seen[0].loss_inputs["sum"] == 1.5
+    with pytest.raises(RouterError, match=r"Routing.probs_TE is not retained .* Routing.loss_inputs"):
         _ = seen[0].probs_TE
 
 
@@ -236,18 +236,17 @@ def test_blocks_do_what_the_rule_does_with_all_at_once(monkeypatch, rule, dtype,
         torch.testing.assert_close(found, expected, **tight)
 
 
-def summed(scores_tE, place, chosen, factor):
-    """A rule with all there is: weights, sums with and without a gradient, values of tokens, a choice, a parameter."""
-    chosen = scores_tE.argmax(1) if chosen is None else chosen
-    map_tE = scores.map_of(chosen.unsqueeze(1), scores_tE)
+def summed(scores_tE, place, saved_selection, factor):
+    """A routing function with every output: weights, sums with and without a gradient, values per token, a selection
+    and a parameter."""
+    expert_t = scores_tE.argmax(1) if saved_selection is None else saved_selection
+    map_tE = scores.map_of(expert_t.unsqueeze(1), scores_tE)
     weights = factor * scores_tE.square().masked_fill(~map_tE, 0)
     sums = {"cubes": scores_tE.pow(3).sum(0), "places": torch.arange(99)[place].sum() if len(scores_tE) else 0 * factor}
-    return scores.Decision(weights, map_tE, sums, {"of_tokens": scores_tE.sin().sum(1)}, chosen)
+    return scores.Decision(weights, map_tE, sums, {"sines": scores_tE.sin().sum(1)}, expert_t)
 
 
-@pytest.mark.parametrize(
-    "used", [("weights",), ("cubes",), ("of_tokens",), ("weights", "of_tokens"), ("weights", "cubes")]
-)
+@pytest.mark.parametrize("used", [("weights",), ("cubes",), ("sines",), ("weights", "sines"), ("weights", "cubes")])
 @pytest.mark.parametrize("tokens", [0, 7])
 @pytest.mark.parametrize("gate", [False, True])
 def test_any_part_of_a_decision_alone_has_the_gradient_of_plain_operators(monkeypatch, used, tokens, gate):
@@ -260,12 +259,12 @@ def test_any_part_of_a_decision_alone_has_the_gradient_of_plain_operators(monkey
         inputs = scores.Scores(leaves[0], leaves[1] if gate else None)
         if way == "blocks":
             routing = scores.in_blocks(summed, inputs, leaves[-1])
-            found = {"weights": routing.probs_TE, **routing.kept}
+            found = {"weights": routing.probs_TE, **routing.loss_inputs}
         else:
             logits_TE = F.linear(*leaves[:2]) if gate else leaves[0]
             plain = summed(logits_TE, slice(0, tokens), None, leaves[-1])
-            found = {"weights": plain.probs_tE, **plain.sums, **plain.of_tokens}
-        parts = {"weights": of_weights, "cubes": torch.linspace(0, 1, 6), "of_tokens": torch.linspace(1, 2, tokens)}
+            found = {"weights": plain.probs_tE, **plain.sums, **plain.per_token}
+        parts = {"weights": of_weights, "cubes": torch.linspace(0, 1, 6), "sines": torch.linspace(1, 2, tokens)}
         loss = sum((found[name] * parts[name]).sum() for name in used)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         results.append([found["weights"], found["cubes"], found["places"], loss, *grads])
@@ -302,7 +301,7 @@ def test_weights_of_routes_of_any_other_tensor_have_a_dense_gradient():
 def test_a_gradient_of_few_pairs_is_kept_as_these(monkeypatch, shares, seen):
     monkeypatch.setattr(scores, "is_on_host", lambda tensor: seen)
     expected = torch.cat([torch.randn(10, 20) * (torch.rand(10, 20) < share) for share in shares])
-    found = scores._RoutesOnly(expected)
+    found = scores._SparseGradBuilder(expected)
     for rows in scores.slices(30, 10):
         found[rows] = expected[rows]
     assert found.finish().is_sparse == (seen and max(shares) < 0.25)
@@ -317,7 +316,7 @@ def test_latent_norms_take_a_gradient_of_some_pairs(share):
     for given in (grad, grad.to_sparse()):
         leaves = [hidden.clone().requires_grad_(), reduce.clone().requires_grad_()]
         norms, own = low_rank.latent_norms(*leaves, (2, 3))
-        assert scores.takes_routes(norms)
+        assert scores.accepts_sparse_grad(norms)
         results.append(torch.autograd.grad((norms, own), leaves, (given, torch.ones_like(own))))
     for dense, sparse in zip(*results, strict=True):
         torch.testing.assert_close(sparse, dense)
@@ -336,14 +335,14 @@ def test_a_router_with_logits_of_its_own_decides_by_them():
     torch.testing.assert_close(probs.sum(-1), expected)
 
 
-@pytest.mark.parametrize("of_all", [False, True])
-def test_the_largest_shares_are_a_softmax_of_all_or_of_the_chosen(of_all):
+@pytest.mark.parametrize("over_all_experts", [False, True])
+def test_the_top_k_softmax_are_a_softmax_of_all_or_of_the_chosen(over_all_experts):
     logits_TE = 3 * torch.randn(9, 5, dtype=torch.float64)
     softmax, largest = logits_TE.softmax(-1), logits_TE.topk(2, dim=-1)
-    found = largest_shares(logits_TE, None, 2, of_all=of_all)
-    gates = softmax.gather(1, largest.indices) if of_all else largest.values.softmax(-1)
+    found = top_k_softmax(logits_TE, None, 2, over_all_experts=over_all_experts)
+    gates = softmax.gather(1, largest.indices) if over_all_experts else largest.values.softmax(-1)
     assert torch.equal(found.probs_tE, torch.zeros_like(logits_TE).scatter(1, largest.indices, gates))
-    assert torch.equal(found.map_tE, found.probs_tE > 0) and torch.equal(found.chosen, largest.indices)
+    assert torch.equal(found.map_tE, found.probs_tE > 0) and torch.equal(found.saved_selection, largest.indices)
     assert torch.equal(found.sums["softmax_sum_E"], softmax.sum(0))
 
 
@@ -355,7 +354,7 @@ def test_shares_of_top_p_and_their_entropy_have_the_gradients_of_plain_operators
     for ours in (True, False):
         leaf = logits.clone().requires_grad_()
         if ours:
-            made = top_p_shares(leaf, None, options.p, options, renormalize=renormalize)
+            made = top_p_softmax(leaf, None, options.p, options, renormalize=renormalize)
             share, total, entropy = made.probs_tE, made.sums["softmax_sum_E"], made.sums["entropy_sum"]
         else:
             P = leaf.softmax(-1)
@@ -369,7 +368,7 @@ def test_shares_of_top_p_and_their_entropy_have_the_gradients_of_plain_operators
 
 def test_the_entropy_of_shares_that_underflow_has_a_gradient():
     logits = torch.tensor([[2000.0, 0.0, -5.0], [1.0, 2.0, 3.0]], requires_grad=True)
-    found = top_p_shares(logits, None, 0.4, TopPOptions(entropy_coefficient=1.0), renormalize=False)
+    found = top_p_softmax(logits, None, 0.4, TopPOptions(entropy_coefficient=1.0), renormalize=False)
     found.sums["entropy_sum"].backward()
     assert logits.grad.isfinite().all() and not logits.grad[0].any() and logits.grad[1].any()
 
@@ -397,7 +396,7 @@ def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, sh
 
 
 def test_latents_on_a_device_exist_for_some_tokens_at_a_time(monkeypatch):
-    monkeypatch.setattr(low_rank, "ON_DEVICE", 100)
+    monkeypatch.setattr(low_rank, "LATENTS_ON_DEVICE", 100)
     shapes = []
     plain = low_rank._latents
     monkeypatch.setattr(low_rank, "_latents", lambda *args: shapes.append(plain(*args).shape) or plain(*args))

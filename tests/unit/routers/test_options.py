@@ -107,8 +107,8 @@ def test_parameter_count_is_that_of_the_built_router(name):
         ("top_p", {"p": 1.0}, 4, 4),
     ],
 )
-def test_mean_experts(name, options, experts, expected):
-    assert get(name).Options.model_validate(options).mean_experts(model_config(experts)) == expected
+def test_target_experts_per_token(name, options, experts, expected):
+    assert get(name).Options.model_validate(options).target_experts_per_token(model_config(experts)) == expected
 
 
 @pytest.mark.parametrize(("k", "experts", "scale"), [(2, 8, 1.0), (8, 64, 1.0), (3, 4, 1.0), (2, 8, 2.0)])

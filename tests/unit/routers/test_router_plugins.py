@@ -18,7 +18,8 @@ from dsmoe.errors import RouterError
 from dsmoe.routers import available, get, register, registry
 from dsmoe.routers.base import Router, RouterOptions, Routing
 from dsmoe.routers.recorder import RoutingRecorder
-from dsmoe.routers.routing import RoutingResult
+from dsmoe.routers.routing import RetainedRouting, RoutingResult
+from dsmoe.routers.scores import Decision
 
 # Of the package alone: other tests of the same session register routers of their own.
 GATED = [name for name, router in available().items() if router.has_gate and router.__module__.startswith("dsmoe.")]
@@ -33,10 +34,10 @@ class Everywhere(Router):
 
     def route(self, hidden_TH, sequence_T):
         logits_TE = self.gating(hidden_TH)
-        return Routing(logits_TE, torch.ones_like(logits_TE, dtype=torch.bool), kept={"mean": logits_TE.mean()})
+        return Routing(logits_TE, torch.ones_like(logits_TE, dtype=torch.bool), loss_inputs={"mean": logits_TE.mean()})
 
     def losses(self, routing, loads):
-        return {"mean": 3.0 * routing.kept["mean"]}
+        return {"mean": 3.0 * routing.loss_inputs["mean"]}
 
 
 @pytest.fixture
@@ -94,6 +95,33 @@ def test_an_unknown_name_lists_what_there_is():
 def test_a_name_is_given_once(entry_point):
     with pytest.raises(RouterError, match="taken by"):
         register("topk")(Everywhere)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("problems", "validate_for_model"),
+        ("mean_experts", "target_experts_per_token"),
+        ("first_experts", "initial_experts_per_token"),
+        ("more_than_all", "at_most_num_experts"),
+    ],
+)
+def test_a_method_under_its_old_name_is_refused_with_the_new_one(old, new):
+    with pytest.raises(RouterError, match=rf"Outdated\.{old} is now called {new}"):
+        type("Outdated", (RouterOptions,), {old: lambda self, model: None, "__module__": __name__})
+
+
+def test_fields_under_their_old_names_are_refused_with_the_new_ones():
+    weights, map_TE = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    for make, message in (
+        (lambda: Routing(weights, map_TE, kept={}), "Routing.kept is now called loss_inputs"),
+        (lambda: Routing(weights, map_TE).kept, "Routing.kept is now called loss_inputs"),
+        (lambda: RetainedRouting({}, None).kept, "RetainedRouting.kept is now called loss_inputs"),
+        (lambda: Decision(weights, map_TE, chosen=map_TE), "Decision.chosen is now called saved_selection"),
+        (lambda: Decision(weights, map_TE, {}, of_tokens={}), "Decision.of_tokens is now called per_token"),
+    ):
+        with pytest.raises(RouterError, match=message):
+            make()
 
 
 def alone():

@@ -55,7 +55,7 @@ def test_the_number_of_active_experts_reaches_every_kind_of_router(study_file):
     edit(study_file, change)
     for config in configs(study_file).values():
         router = get(config.router.name)
-        assert router.Options.model_validate(config.router.options).mean_experts(config.model) == 2
+        assert router.Options.model_validate(config.router.options).target_experts_per_token(config.model) == 2
 
 
 @pytest.mark.parametrize("experts", [4, 16])

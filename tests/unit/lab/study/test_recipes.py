@@ -41,7 +41,7 @@ def test_small_recipes_cost_the_same_for_each_token(name):
     config = load(name)
     size, router = model_size(load(name, "model.vocab_size=2048")), get(config.router.name)
     options = router.Options.model_validate(config.router.options)
-    layer = router.parameter_count(config.model, options) + options.mean_experts(config.model) * size.expert
+    layer = router.parameter_count(config.model, options) + options.target_experts_per_token(config.model) * size.expert
     assert layer == pytest.approx(99_328, rel=0.005)
 
 
