@@ -35,7 +35,8 @@ class ModelConfig(Section):
     norm_epsilon: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
     recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
-    moe_chunks: int = Field(1, ge=1)  # parts of a layer's tokens: others travel while one computes; bounds recompute
+    moe_chunks: int = Field(1, ge=1)  # of a layer's tokens: exchanged while another is computed; bounds recompute
+    token_dispatcher: str = "auto"  # how tokens reach their experts' ranks, dsmoe/moe/dispatch.py: a registered name
     moe_exchange_dtype: Literal["model", "bf16"] = "model"  # of rows between ranks; bf16 halves an fp32 model's traffic
     experts_implementation: Literal["auto", "grouped_mm", "native", "blocked", "loop"] = "auto"  # dsmoe/moe/experts.py
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dsmoe.config.plugins import expected_name, token_dispatchers
 from dsmoe.config.schema import SECTIONS, ModelConfig, ParallelConfig, RouterConfig, RunConfig, TrainingConfig
 from dsmoe.errors import ConfigError
 
@@ -63,6 +64,7 @@ def validate_config(
     }
     if routers is not None:
         valid["router"] = _validate_router(valid["router"], routers, valid["model"], found)
+        _check_token_dispatcher(valid["model"], found)
     _check_optimizer(valid["training"], optimizers, found)
     deepspeed = {} if tree.get("deepspeed") is None else tree["deepspeed"]
     _check_deepspeed(deepspeed, found)
@@ -137,6 +139,12 @@ def _check_optimizer(
         found.add("training.optimizer", repr(name), known)
     else:
         _validate_section("training.optimizer_options", optimizers[name], training.optimizer_options, found)
+
+
+def _check_token_dispatcher(model: ModelConfig, found: _Mistakes) -> None:
+    name, known = model.token_dispatcher, ["auto", *token_dispatchers.available()]
+    if name not in known and found.none_in("model.token_dispatcher"):
+        found.add("model.token_dispatcher", repr(name), expected_name(name, known))
 
 
 def _explain(error: ValidationError, section: str, known: list[str]) -> dict[str, str]:

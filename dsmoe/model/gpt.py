@@ -26,6 +26,7 @@ from dsmoe.model.attention import CausalAttention, RecomputedAttentionLayer
 from dsmoe.model.initialize import initialize
 from dsmoe.model.loss import OutputLayer
 from dsmoe.model.native_norm import RMSNorm
+from dsmoe.moe.dispatch import build_dispatcher
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.parallel.collectives import sum_over
@@ -33,6 +34,8 @@ from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.recorder import RoutingRecorder
 from dsmoe.runtime.accelerations import rms_norm_class
+
+EXCHANGE_DTYPES = {"model": None, "bf16": torch.bfloat16}
 
 
 class LanguageModel(nn.Module):
@@ -197,7 +200,9 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
             "pg_collection": groups.for_megatron(),
             "recompute": model.recompute != "none",
             "chunks": model.moe_chunks,
-            "exchange_dtype": {"model": None, "bf16": torch.bfloat16}[model.moe_exchange_dtype],
+            "token_dispatcher": build_dispatcher(
+                model.token_dispatcher, groups, model.num_experts, EXCHANGE_DTYPES[model.moe_exchange_dtype]
+            ),
         },
         submodules=MoESubmodules(
             router=partial(router_class, options=options),

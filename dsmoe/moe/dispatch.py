@@ -1,216 +1,191 @@
-"""Dispatch and combine without capacity, padding or drops.
+"""The contract between an MoE layer and whatever brings its tokens to the experts and back.
 
-Shapes as in `dsmoe.moe.plan`: T tokens, N routes and M rows of this rank, R routes and P rows that come here, H hidden.
+Shapes: T tokens and N routes of this rank, R routes to this rank's experts, E experts, e = E / EP on this rank, H
+hidden, r latent width. A *route* is an active (token, expert) pair.
 
-    hidden_TH --gather--> rows_MH --all-to-all--> rows_PH --one copy a route, by expert--> rows_RH
+    plan = dispatcher.start_plan(map_TE)()                                  where every route goes
+    handle = dispatcher.dispatch(plan, hidden_TH, probs_N, latents_TEr)     launch
+    inputs = handle.wait()                                                  rows_RH, probs_R, latents_Rr, by expert
+    out_RH = experts(inputs.rows_RH, plan.routes_per_expert_e, inputs.probs_R)
+    rows = dispatcher.reduce(out_RH, plan)                                  sums on this rank, before they are sent
+    output_TH = dispatcher.combine(rows, plan).wait()                       per token, exactly 0 without a route
 
-and back the same way: what the experts of a rank made of a row is summed before it travels home, and what comes home is
-summed per token, so a token without experts gets exactly 0. On one rank nothing travels: P is T.
-
-Exchanges are begun early and waited for late: a `DispatchHandle` is on its way from when it is made until `arrive`, a
-`Return` likewise, and their gradients on the way back from the gradient of `arrive` until that of where they were made.
-Autograd goes back through a forward pass last operation first, so work that hides an exchange in the forward pass has
-its own gradient hide the exchange of gradients.
+A dispatcher is registered with `@register(name)` inside dsmoe and through the entry point group
+`dsmoe.token_dispatchers` outside, and selected by `model.token_dispatcher`. `LocalDispatcher` is the smallest one.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsmoe.moe.plan import DispatchPlan, Splits
-from dsmoe.parallel.collectives import start_all_to_all
-from dsmoe.routers.scores import weights_at
+from dsmoe.config.plugins import token_dispatchers
+from dsmoe.moe.exchange import sum_rows
+from dsmoe.moe.plan import DispatchPlan, LocalPlan, start_local_plan
 from dsmoe.runtime.step_timer import step_timer
 
+if TYPE_CHECKING:
+    from dsmoe.parallel.groups import ParallelGroups
 
-class _Reorder(torch.autograd.Function):
-    """Permutation of rows whose gradient is a gather too (autograd's own would scatter-add)."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+register = token_dispatchers.register
 
 
-class _AsyncAllToAll:
-    """Rows of a tensor on their way to other ranks, or their gradients on the way back.
+class ExpertInputs(NamedTuple):
+    """What this rank's experts work on, ordered by expert."""
 
-    Args:
-        index: which rows, in the order of `splits.send`; None: all.
-        part: whose time it is, for the clock.
-        dtype: of rows and gradients on the way; None: as they are. Sums are taken in the tensor's own.
-    """
-
-    def __init__(self, index: Tensor | None, splits: Splits, group, part: str, dtype: torch.dtype | None = None):
-        self.index, self.splits, self.group, self.part, self.dtype = index, splits, group, part, dtype
-        self.under_way: Callable[[], Tensor] | None = None
-
-    def depart(self, source: Tensor) -> Tensor:
-        """A ticket: the shape of what will arrive, without its memory."""
-        return _Depart.apply(source, self)
-
-    def arrive(self, ticket: Tensor, returning: Callable[[], None] | None = None) -> Tensor:
-        """The rows; `returning` is called when their gradients have set out."""
-        return _Arrive.apply(ticket, self, returning)
-
-    def start(self, source: Tensor) -> None:
-        """Send, unless they are on their way."""
-        if self.under_way is None:
-            self._send(source if self.index is None else source.index_select(0, self.index), self.splits)
-
-    def start_back(self, grad: Tensor) -> None:
-        self._send(grad, Splits(self.splits.receive, self.splits.send))
-
-    def finish(self, dtype: torch.dtype) -> Tensor:
-        arrived, self.under_way = self.under_way, None
-        return arrived().to(dtype)
-
-    def _send(self, rows: Tensor, splits: Splits) -> None:
-        rows = rows if self.dtype is None else rows.to(self.dtype)
-        self.under_way = start_all_to_all(rows, splits.send, splits.receive, self.group)
+    rows_RH: Tensor  # the tokens' dtype
+    probs_R: Tensor  # fp32, the weight of each route
+    latents_Rr: Tensor | None = None
 
 
-class _Depart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, source: Tensor, leg: _AsyncAllToAll) -> Tensor:
-        step_timer.switch(leg.part)
-        ctx.leg, ctx.shape = leg, source.shape
-        leg.start(source)
-        return source.new_zeros(()).expand(sum(leg.splits.receive), *source.shape[1:])
+class DispatchHandle(ABC):
+    """Tokens under way to the experts."""
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        step_timer.switch(ctx.leg.part)
-        rows = ctx.leg.finish(grad.dtype)
-        return rows if ctx.leg.index is None else _sum_rows(rows, ctx.leg.index, ctx.shape[0]), None
+    plan: DispatchPlan
 
+    @abstractmethod
+    def wait(self, retain_for_backward: bool = False) -> ExpertInputs:
+        """What arrived here.
 
-class _Arrive(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, ticket: Tensor, leg: _AsyncAllToAll, returning: Callable[[], None] | None) -> Tensor:
-        step_timer.switch(leg.part)
-        ctx.leg, ctx.returning = leg, returning
-        return leg.finish(ticket.dtype)
+        Args:
+            retain_for_backward: it will be asked for once more, by a recompute in the backward pass; otherwise the
+                handle lets go of what it was made of.
+        """
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        step_timer.switch(ctx.leg.part)
-        ctx.leg.start_back(grad)
-        if ctx.returning is not None:
-            ctx.returning()
-        return grad.new_zeros(()).expand_as(grad), None, None
+    def relaunch(self) -> None:  # noqa: B027  (need not do anything)
+        """Send once more what arrived before, since a recompute keeps nothing of it. Called ahead of the second `wait`,
+        when the gradients of this handle's combined rows have been launched."""
 
 
-class DispatchHandle:
-    """Rows, weights and latents of tokens on their way to the experts' owners. Collective over the EP group.
+@dataclass
+class DeferredDispatch(DispatchHandle):
+    """Nothing was launched; `gather` does all of the work when it is waited for."""
+
+    plan: DispatchPlan
+    gather: Callable[[], ExpertInputs] | None
+
+    def wait(self, retain_for_backward: bool = False) -> ExpertInputs:
+        inputs = self.gather()
+        if not retain_for_backward:
+            self.gather = None
+        return inputs
+
+
+@dataclass
+class CombineHandle:
+    """Expert outputs under way to their tokens; `gather` waits for them and sums them."""
+
+    gather: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        """[T, H], the sum for each token, exactly 0 where a token has no route."""
+        with step_timer.within("combine"):
+            return self.gather()
+
+
+class TokenDispatcher(ABC):
+    """Brings tokens to the ranks that own their experts, and sums what comes back. One serves all layers of a model.
+
+    Collective: every rank of `groups.ep` calls `start_plan`, what it returned, `dispatch`, `combine` and both `wait`
+    equally often and in the same order, also with 0 tokens and 0 routes. So each of them may exchange, as may their
+    gradients, but an exchange must happen on every rank if it does on one: do not leave one out because nothing is
+    sent, and keep tensors without rows in the autograd graph. `reduce` is local.
+
+    Gradients: of hidden_TH, probs_N and latents_TEr through `dispatch`, of out_RH through `reduce` and of rows through
+    `combine`. Rows are copied to the experts and summed on the way back, in the tokens' dtype; `exchange_dtype` only
+    narrows what is under way.
+
+    On an accelerator the host may wait for the device once, in what `start_plan` returned, and nowhere else.
 
     Args:
-        hidden_TH, latents_TEr: of this rank's tokens.
-        probs_N: weights of their routes, in the plan's order.
-        exchange_dtype: of rows and their gradients on the way to other ranks; None: as they are. Weights and latents
+        groups: this rank's process groups; experts are spread over `groups.ep`, whose rank p owns the experts
+            p * e ... (p + 1) * e - 1.
+        num_experts: E.
+        exchange_dtype: of rows and their gradients while they are exchanged; None: as they are. Weights and latents
             stay as they are.
     """
 
-    def __init__(
-        self, hidden_TH: Tensor, probs_N: Tensor, plan: DispatchPlan, exchange_dtype: torch.dtype | None = None,
-        latents_TEr: Tensor | None = None,
-    ):  # fmt: skip
-        self.plan = plan
-        self.sources = [hidden_TH, probs_N]
-        if latents_TEr is not None:
-            self.sources.append(latents_TEr.flatten(0, 1))
-        self.legs = []
-        if (travel := plan.travel) is not None:
-            self.legs = [
-                _AsyncAllToAll(travel.token_M, travel.rows, plan.group, "dispatch", exchange_dtype),
-                _AsyncAllToAll(None, travel.routes, plan.group, "dispatch"),
-                _AsyncAllToAll(plan.flat_N, travel.routes, plan.group, "dispatch"),
-            ][: len(self.sources)]
-        self.tickets = [leg.depart(source) for leg, source in zip(self.legs, self.sources, strict=False)]
+    name = "unnamed"
 
-    def start(self) -> None:
-        """Send once more what has arrived before: a recompute keeps nothing of it."""
-        with torch.no_grad():
-            for leg, source in zip(self.legs, self.sources, strict=False):
-                leg.start(source)
+    def __init__(self, groups: ParallelGroups, num_experts: int, exchange_dtype: torch.dtype | None = None):
+        self.groups, self.num_experts, self.exchange_dtype = groups, num_experts, exchange_dtype
 
-    def arrive(self, again: bool = False) -> list[Tensor]:
-        """rows_RH, probs_R and, where there are latents, latents_Rr, ordered by expert.
+    @abstractmethod
+    def start_plan(self, map_TE: Tensor) -> Callable[[], DispatchPlan]:
+        """Begin to plan a routing map, bool [T, E], in any memory layout. What it returns waits for the plan.
 
-        again: it will be called once more; otherwise the shipment lets go of what it was made of.
+        The layer does other work in between. A plan is made once and used again by a recompute.
         """
-        found = self._arrived()
-        if not again:
-            self.sources, self.tickets = [], []
-        return found
 
-    def _arrived(self) -> list[Tensor]:
-        plan = self.plan
-        if plan.travel is None:
-            hidden_TH, probs_N, *latents = self.sources
-            latents_Rr = [rows.index_select(0, plan.flat_N) for rows in latents]
-            return [hidden_TH.index_select(0, plan.row_R), probs_N, *latents_Rr]
-        self.start()
-        rows_PH, *of_routes = (leg.arrive(ticket) for leg, ticket in zip(self.legs, self.tickets, strict=True))
-        order, inverse = plan.travel.expert_order_R, plan.travel.source_order_R
-        return [rows_PH.index_select(0, plan.row_R), *(_Reorder.apply(values, order, inverse) for values in of_routes)]
+    @abstractmethod
+    def dispatch(
+        self, plan: DispatchPlan, hidden_TH: Tensor, probs_N: Tensor, latents_TEr: Tensor | None = None
+    ) -> DispatchHandle:
+        """Launch this rank's tokens towards their experts.
+
+        Args:
+            hidden_TH: the tokens, in the model's dtype.
+            probs_N: fp32, the weights of their routes in the order of `plan.flat_N`.
+            latents_TEr: what self-scoring experts were scored by, if the router sends it.
+        """
+
+    @abstractmethod
+    def reduce(self, out_RH: Tensor, plan: DispatchPlan) -> Tensor:
+        """What can be summed on this rank of weighted expert outputs, ordered as they were dispatched.
+
+        Local, and within what a recompute repeats. What is kept between it and `combine` is memory of every layer.
+        """
+
+    @abstractmethod
+    def combine(self, rows: Tensor, plan: DispatchPlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
+        """Launch what `reduce` returned towards its tokens.
+
+        Args:
+            recomputed: the handle that these rows came from, if a recompute will wait for it again: `relaunch` it when
+                the gradients of these rows have been launched.
+        """
 
 
-class Return:
-    """What this rank's experts made of a shipment, on its way home. Collective over the EP group.
+@register("local")
+class LocalDispatcher(TokenDispatcher):
+    """All experts are here: nothing is exchanged."""
+
+    def start_plan(self, map_TE: Tensor) -> Callable[[], LocalPlan]:
+        return start_local_plan(map_TE)
+
+    def dispatch(
+        self, plan: LocalPlan, hidden_TH: Tensor, probs_N: Tensor, latents_TEr: Tensor | None = None
+    ) -> DispatchHandle:
+        def gather() -> ExpertInputs:
+            latents_Rr = None if latents_TEr is None else latents_TEr.flatten(0, 1).index_select(0, plan.flat_N)
+            return ExpertInputs(hidden_TH.index_select(0, plan.token_N), probs_N, latents_Rr)
+
+        return DeferredDispatch(plan, gather)
+
+    @step_timer.timed("combine")
+    def reduce(self, out_RH: Tensor, plan: LocalPlan) -> Tensor:
+        return sum_rows(out_RH, plan.token_N, plan.tokens)
+
+    def combine(self, rows: Tensor, plan: LocalPlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
+        return CombineHandle(lambda: rows)
+
+
+def build_dispatcher(
+    name: str, groups: ParallelGroups, num_experts: int, exchange_dtype: torch.dtype | None = None
+) -> TokenDispatcher:
+    """The dispatcher of a model.
 
     Args:
-        rows_PH: from `sum_of_routes`.
-        again: a shipment that will be needed once more in the backward pass; sent when the gradients of these rows are.
+        name: a registered one, or "auto": "local" where expert parallelism is 1, else "all_to_all".
+
+    Raises:
+        ConfigError: no dispatcher has that name; says which there are.
     """
-
-    def __init__(
-        self,
-        rows_PH: Tensor,
-        plan: DispatchPlan,
-        exchange_dtype: torch.dtype | None = None,
-        again: DispatchHandle | None = None,
-    ):
-        self.rows_PH, self.plan, self.again = rows_PH, plan, again
-        if (travel := plan.travel) is not None:
-            self.leg = _AsyncAllToAll(
-                None, Splits(travel.rows.receive, travel.rows.send), plan.group, "combine", exchange_dtype
-            )
-            self.rows_PH = self.leg.depart(rows_PH)
-
-    def arrive(self) -> Tensor:
-        """The sum for each token, [T, H], exactly 0 where a token has no route."""
-        if self.plan.travel is None:
-            return self.rows_PH
-        rows_MH = self.leg.arrive(self.rows_PH, None if self.again is None else self.again.start)
-        return _sum_rows(rows_MH, self.plan.travel.token_M, self.plan.tokens)
-
-
-def dispatch(
-    hidden_TH: Tensor, probs_TE: Tensor, plan: DispatchPlan, exchange_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """Bring every route's token and weight to the expert's owner: rows_RH and probs_R, ordered by expert."""
-    rows_RH, probs_R = DispatchHandle(hidden_TH, weights_at(probs_TE, plan.flat_N), plan, exchange_dtype).arrive()
-    return rows_RH, probs_R
-
-
-def combine(rows_RH: Tensor, plan: DispatchPlan, exchange_dtype: torch.dtype | None = None) -> Tensor:
-    """Bring weighted expert outputs home and sum them per token: [T, H], exactly 0 where a token has no route."""
-    return Return(sum_of_routes(rows_RH, plan), plan, exchange_dtype).arrive()
-
-
-def sum_of_routes(rows_RH: Tensor, plan: DispatchPlan) -> Tensor:
-    """What this rank's experts made of each row that came here: [P, H], or, on one rank, of each token, [T, H]."""
-    return _sum_rows(rows_RH, plan.row_R, plan.tokens if plan.travel is None else plan.travel.received)
-
-
-def _sum_rows(rows: Tensor, to: Tensor, count: int) -> Tensor:
-    return rows.new_zeros(count, *rows.shape[1:]).index_add(0, to, rows)
+    if name == "auto":
+        name = "local" if groups.ep_size == 1 else "all_to_all"
+    return token_dispatchers.get(name)(groups, num_experts, exchange_dtype)

@@ -48,20 +48,20 @@ def test_recomputed_experts_fetch_their_rows_again_but_send_nothing_home_again()
 
 def train_and_count(configs) -> list[tuple[list[dict], int]]:
     """For each configuration its history, and the bytes of matrices given to all-to-all."""
-    from dsmoe.moe import dispatch
+    from dsmoe.moe import exchange
 
-    found, exchange = [], dispatch.start_all_to_all
+    found, start = [], exchange.start_all_to_all
     for config in configs:
         matrices = []
 
         def counted(rows, send, receive, group, matrices=matrices):
             if rows.dim() == 2:
                 matrices.append(rows.nbytes)
-            return exchange(rows, send, receive, group)
+            return start(rows, send, receive, group)
 
-        dispatch.start_all_to_all = counted
+        exchange.start_all_to_all = counted
         found.append((train(config, 2)[0], sum(matrices)))
-    dispatch.start_all_to_all = exchange
+    exchange.start_all_to_all = start
     return found
 
 

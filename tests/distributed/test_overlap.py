@@ -15,7 +15,8 @@ from deepspeed.utils import safe_get_full_grad
 from ranks import run_ranks
 from steps import batch_of, fresh_engine, tiny_config
 
-from dsmoe.moe import dispatch
+from dsmoe.moe import exchange
+from dsmoe.moe.all_to_all import AllToAllDispatchHandle
 from dsmoe.moe.layer import VariableMoELayer
 
 PARTS = 4
@@ -30,19 +31,19 @@ CASES = {
 
 def pass_through_a_layer(model: dict) -> tuple[list[tuple[str, int]], torch.Tensor, torch.Tensor, int]:
     """One forward and backward pass of a layer: what happened, each with the number of row exchanges under way; the
-    loss; the experts' gradients; and how many shipments are left when the loss is gone."""
+    loss; the experts' gradients; and how many dispatch handles are left when the loss is gone."""
     config = tiny_config(
         router={"name": "topk", "k": 2}, parallel={"expert_parallel": 2}, model={"num_layers": 1, **model},
         training={"gradient_accumulation": 1},
     )  # fmt: skip
     engine = fresh_engine(config)
     (layer,) = (module for module in engine.module.modules() if isinstance(module, VariableMoELayer))
-    happened, under_way, shipments = [], set(), weakref.WeakSet()
+    happened, under_way, handles = [], set(), weakref.WeakSet()
 
     def note(what: str) -> None:
         happened.append((what, len(under_way)))
 
-    start, make = dispatch.start_all_to_all, dispatch.DispatchHandle.__init__
+    start, make = exchange.start_all_to_all, AllToAllDispatchHandle.__init__
 
     def start_and_note(rows, *splits_and_group):
         arrived = start(rows, *splits_and_group)
@@ -58,7 +59,7 @@ def pass_through_a_layer(model: dict) -> tuple[list[tuple[str, int]], torch.Tens
         return wait
 
     def make_and_count(self, *args, **kwargs):
-        shipments.add(self)
+        handles.add(self)
         make(self, *args, **kwargs)
 
     def experts_done(module, inputs, output):
@@ -69,7 +70,7 @@ def pass_through_a_layer(model: dict) -> tuple[list[tuple[str, int]], torch.Tens
         note("shared experts")
         return compute(hidden)
 
-    dispatch.start_all_to_all, dispatch.DispatchHandle.__init__ = start_and_note, make_and_count
+    exchange.start_all_to_all, AllToAllDispatchHandle.__init__ = start_and_note, make_and_count
     layer.experts.register_forward_hook(experts_done)
     layer.shared_experts_compute = shared_experts
     gc.disable()  # what a pass leaves behind must go by itself
@@ -79,9 +80,9 @@ def pass_through_a_layer(model: dict) -> tuple[list[tuple[str, int]], torch.Tens
     note("backward done")
     loss = total.detach().clone()
     del total
-    left = len(shipments)
+    left = len(handles)
     gc.enable()
-    dispatch.start_all_to_all, dispatch.DispatchHandle.__init__ = start, make
+    exchange.start_all_to_all, AllToAllDispatchHandle.__init__ = start, make
     gradients = torch.cat([safe_get_full_grad(parameter).flatten() for parameter in layer.experts.parameters()])
     return happened, loss, gradients, left
 

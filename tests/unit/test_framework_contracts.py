@@ -111,7 +111,7 @@ def test_moe_layer_has_what_its_subclass_uses(moe_layer):
         "MoELayer.shared_experts_compute is gone; dsmoe/moe/layer.py adds the shared experts through it"
     )
     assert hasattr(moe_layer, "token_dispatcher"), (
-        "MoELayer no longer keeps its dispatcher in token_dispatcher; dsmoe/moe/layer.py drops it there"
+        "MoELayer no longer keeps its dispatcher in token_dispatcher; dsmoe/moe/layer.py replaces it there"
     )
 
 

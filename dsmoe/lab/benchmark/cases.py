@@ -20,14 +20,15 @@ from dsmoe.config import ModelConfig
 from dsmoe.lab.benchmark.measure import Case
 from dsmoe.lab.benchmark.problem import GAIN, Gate, Problem, routing_map
 from dsmoe.model.gpt import transformer_config
-from dsmoe.moe import blocked, dispatch
+from dsmoe.moe import blocked
+from dsmoe.moe.dispatch import build_dispatcher
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
-from dsmoe.moe.plan import plan_routes
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers import get
 from dsmoe.routers.base import Router
 from dsmoe.routers.recorder import RoutingRecorder
+from dsmoe.routers.scores import weights_at
 
 VARIABLE = ("relu", "top_p", "dtop_p", "routing_free", "expert_threshold")  # routers with another k for each token
 LATENT = 32  # r of the self-scoring experts
@@ -104,8 +105,9 @@ def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:
     layer.router.recorder.begin()
     with torch.no_grad():
         routed = layer.router(hidden.transpose(0, 1))
-        plan = plan_routes(routed.map_TE, layer.ep_group)
-        rows_RH, _ = dispatch.dispatch(hidden.flatten(0, 1), routed.probs_TE, plan)
+        plan = layer.token_dispatcher.start_plan(routed.map_TE)()
+        probs_N = weights_at(routed.probs_TE, plan.flat_N)
+        rows_RH = layer.token_dispatcher.dispatch(plan, hidden.flatten(0, 1), probs_N).wait().rows_RH
     layer.router.recorder.finish()
     layer.router.recorder.take()
     gate_up, down = world.gate_up_proj.detach(), world.down_proj.detach()
@@ -176,6 +178,7 @@ def build_layer(world: World, name: str, chunks: int = 1, **more) -> VariableMoE
         config=transformer_config(model, groups.ep_size),
         submodules=MoESubmodules(router=partial(router_class, options=options), experts=experts, shared_experts=None),
         pg_collection=groups.for_megatron(),
+        token_dispatcher=build_dispatcher("auto", groups, problem.experts),
         chunks=chunks,
     )
     _share_weights(world, layer)
@@ -235,6 +238,7 @@ def part_cases(world: World, inputs: tuple[Tensor, Tensor]) -> list[Case]:
     layer = build_layer(world, "topk")
     hidden, grad = inputs
     router: Router = layer.router
+    dispatcher = layer.token_dispatcher
     recorder: RoutingRecorder = router.recorder
     hidden_TH = hidden.detach().flatten(0, 1).requires_grad_()
     grad_TH = grad.flatten(0, 1)
@@ -242,8 +246,8 @@ def part_cases(world: World, inputs: tuple[Tensor, Tensor]) -> list[Case]:
     recorder.begin()
     with torch.no_grad():
         probs_TE, map_TE, *_ = router(length_first)
-        plan = plan_routes(map_TE, layer.ep_group)
-        rows_RH, probs_R = dispatch.dispatch(hidden_TH, probs_TE, plan)
+        plan = dispatcher.start_plan(map_TE)()
+        rows_RH, probs_R, _ = dispatcher.dispatch(plan, hidden_TH, weights_at(probs_TE, plan.flat_N)).wait()
         out_RH, _ = layer.experts(rows_RH, plan.routes_per_expert_e, probs_R)
     recorder.finish()
     recorder.take()
@@ -258,13 +262,15 @@ def part_cases(world: World, inputs: tuple[Tensor, Tensor]) -> list[Case]:
         return [probs_TE, *recorder.finish().values()]
 
     def send(hidden_TH: Tensor, probs_TE: Tensor) -> list[Tensor]:
-        return list(dispatch.dispatch(hidden_TH, probs_TE, plan_routes(map_TE, layer.ep_group)))
+        plan = dispatcher.start_plan(map_TE)()
+        rows_RH, probs_R, _ = dispatcher.dispatch(plan, hidden_TH, weights_at(probs_TE, plan.flat_N)).wait()
+        return [rows_RH, probs_R]
 
     def compute(rows_RH: Tensor, probs_R: Tensor) -> list[Tensor]:
         return [layer.experts(rows_RH, plan.routes_per_expert_e, probs_R)[0]]
 
     def combine(out_RH: Tensor) -> list[Tensor]:
-        return [dispatch.combine(out_RH, plan)]
+        return [dispatcher.combine(dispatcher.reduce(out_RH, plan), plan).wait()]
 
     experts = list(layer.experts.parameters())
     return [

@@ -11,13 +11,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsmoe.moe import dispatch as module
+from dsmoe.moe import exchange
 from dsmoe.moe import plan as plans
-from dsmoe.moe.dispatch import combine, dispatch
-from dsmoe.moe.plan import PendingPlan, plan_routes
+from dsmoe.moe.all_to_all import AllToAllDispatcher
+from dsmoe.moe.dispatch import LocalDispatcher, TokenDispatcher
+from dsmoe.moe.plan import PendingPlan
+from dsmoe.routers.scores import weights_at
 
 HIDDEN, EXPERTS = 3, 8
-ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+GROUP_OF_ONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+
+
+def dispatcher_over(group, kind: type[TokenDispatcher] = AllToAllDispatcher) -> TokenDispatcher:
+    return kind(SimpleNamespace(ep=group, ep_size=group.size(), ep_rank=group.rank()), EXPERTS)
+
+
+ON_ONE_RANK = [dispatcher_over(GROUP_OF_ONE, kind) for kind in (LocalDispatcher, AllToAllDispatcher)]
 DENSITIES = (0.0, 0.1, 0.5, 1.0)
 TOKENS = (0, 1, 17)
 
@@ -46,14 +55,14 @@ def loop_reference(hidden_TH, probs_TE, map_TE) -> torch.Tensor:
     return torch.stack(rows) if rows else hidden_TH * 0
 
 
-def through_dispatch(hidden_TH, probs_TE, map_TE, group) -> torch.Tensor:
-    plan = plan_routes(map_TE, group)
-    rows_RH, probs_R = dispatch(hidden_TH, probs_TE, plan)
+def through_dispatch(hidden_TH, probs_TE, map_TE, dispatcher: TokenDispatcher) -> torch.Tensor:
+    plan = dispatcher.start_plan(map_TE)()
+    rows_RH, probs_R, _ = dispatcher.dispatch(plan, hidden_TH, weights_at(probs_TE, plan.flat_N)).wait()
     counts = plan.routes_per_expert_e.tolist()
-    first = group.rank() * len(counts)
+    first = dispatcher.groups.ep_rank * len(counts)
     blocks = zip(rows_RH.split(counts), probs_R.split(counts), strict=True)
     outs = [expert(first + i, rows) * probs.unsqueeze(1) for i, (rows, probs) in enumerate(blocks)]
-    return combine(torch.cat(outs), plan)
+    return dispatcher.combine(dispatcher.reduce(torch.cat(outs), plan), plan).wait()
 
 
 def gradients(out_TH, hidden_TH, probs_TE):
@@ -74,10 +83,11 @@ def assert_same(found, expected, case) -> None:
 
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_one_rank_is_the_loop(tokens, density):
+@pytest.mark.parametrize("dispatcher", ON_ONE_RANK, ids=lambda dispatcher: dispatcher.name)
+def test_one_rank_is_the_loop(dispatcher, tokens, density):
     for seed in range(5):
         case = random_case(seed, tokens, density)
-        assert_same(through_dispatch(*case, ALONE), loop_reference(*case), case)
+        assert_same(through_dispatch(*case, dispatcher), loop_reference(*case), case)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -90,7 +100,7 @@ def test_a_map_may_lie_in_memory_as_it_likes(monkeypatch, ranks):
         first, *others = [PendingPlan(found, group) for found in ways]
         for other in others:
             assert torch.equal(other.token_to_rank_TP, first.token_to_rank_TP) and torch.equal(
-                other.sizes.sent, first.sizes.sent
+                other.counts.sent, first.counts.sent
             )
 
 
@@ -99,7 +109,8 @@ def test_a_map_may_lie_in_memory_as_it_likes(monkeypatch, ranks):
 def test_one_gpu_is_the_loop(density):
     hidden_TH, probs_TE, map_TE = (x.detach().cuda() for x in random_case(0, 17, density))
     case = hidden_TH.requires_grad_(), probs_TE.requires_grad_(), map_TE
-    assert_same(through_dispatch(*case, ALONE), loop_reference(*(x.cpu() for x in case)).cuda(), case)
+    for dispatcher in ON_ONE_RANK:
+        assert_same(through_dispatch(*case, dispatcher), loop_reference(*(x.cpu() for x in case)).cuda(), case)
 
 
 def test_experts_without_tokens_and_one_that_has_all():
@@ -108,9 +119,10 @@ def test_experts_without_tokens_and_one_that_has_all():
         only_E = torch.zeros(EXPERTS, dtype=torch.bool)
         only_E[used] = True
         case = hidden_TH, (probs_TE.detach() * only_E).requires_grad_(), map_TE & only_E
-        plan = plan_routes(case[2], ALONE)
-        assert plan.routes_per_expert_e.tolist() == [9 if e in used else 0 for e in range(EXPERTS)]
-        assert_same(through_dispatch(*case, ALONE), loop_reference(*case), case)
+        for dispatcher in ON_ONE_RANK:
+            plan = dispatcher.start_plan(case[2])()
+            assert plan.routes_per_expert_e.tolist() == [9 if e in used else 0 for e in range(EXPERTS)]
+            assert_same(through_dispatch(*case, dispatcher), loop_reference(*case), case)
 
 
 class Ranks:
@@ -146,8 +158,8 @@ def simulated(monkeypatch):
         return lambda: torch.cat(received)
 
     monkeypatch.setattr(plans, "start_counts", counts)
-    for uses in (plans, module):
-        monkeypatch.setattr(uses, "start_all_to_all", rows)
+    for user in (plans, exchange):
+        monkeypatch.setattr(user, "start_all_to_all", rows)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -160,7 +172,7 @@ def test_several_ranks_are_the_loop(simulated, ranks, density):
 
     def work(rank: int) -> None:
         with torch.no_grad():
-            found[rank] = through_dispatch(*cases[rank], group.group(rank))
+            found[rank] = through_dispatch(*cases[rank], dispatcher_over(group.group(rank)))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
@@ -172,14 +184,14 @@ def test_several_ranks_are_the_loop(simulated, ranks, density):
             torch.testing.assert_close(out_TH, loop_reference(*case), rtol=1e-12, atol=1e-12)
 
 
-def test_a_token_travels_once_to_each_rank_it_needs(simulated):
+def test_a_token_is_sent_once_to_each_rank_it_needs(simulated):
     """Not once for each of a rank's experts."""
     group, found = Ranks(2), [None, None]
     map_TE = torch.zeros(4, EXPERTS, dtype=torch.bool)
     map_TE[0, :4] = map_TE[1, 3:5] = map_TE[2, 7] = True  # four experts of rank 0; one of each; one of rank 1; none
 
     def work(rank: int) -> None:
-        found[rank] = plan_routes(map_TE, group.group(rank))
+        found[rank] = dispatcher_over(group.group(rank)).start_plan(map_TE)()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -187,8 +199,8 @@ def test_a_token_travels_once_to_each_rank_it_needs(simulated):
     for thread in threads:
         thread.join(30)
     for plan in found:
-        assert plan.travel.rows.send == [2, 2] and plan.travel.routes.send == [5, 2]
-        assert plan.travel.token_M.tolist() == [0, 1, 1, 2]
+        assert plan.rows.send == [2, 2] and plan.routes.send == [5, 2]
+        assert plan.token_M.tolist() == [0, 1, 1, 2]
 
 
 def test_reordering_is_undone_by_its_gradient():
@@ -196,4 +208,4 @@ def test_reordering_is_undone_by_its_gradient():
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(20)
     rows = torch.randn(20, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: module._Reorder.apply(x, order, inverse), (rows,))
+    assert torch.autograd.gradcheck(lambda x: exchange.Reorder.apply(x, order, inverse), (rows,))

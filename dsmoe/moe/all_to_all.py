@@ -1,0 +1,85 @@
+"""Dispatch and combine by one all-to-all each, without capacity, padding or drops.
+
+Shapes as in `dsmoe.moe.plan`: T tokens, N routes and M rows of this rank, R routes and P rows that come here, H hidden.
+
+    hidden_TH --gather--> rows_MH --all-to-all--> rows_PH --one copy a route, by expert--> rows_RH
+
+and back the same way: what the experts of a rank made of a row is summed before it is sent back, and what comes back is
+summed per token, so a token without experts gets exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsmoe.moe.dispatch import CombineHandle, DispatchHandle, ExpertInputs, TokenDispatcher, register
+from dsmoe.moe.exchange import AsyncAllToAll, Reorder, sum_rows
+from dsmoe.moe.plan import ExchangePlan, PendingPlan
+from dsmoe.runtime.step_timer import step_timer
+
+
+@register("all_to_all")
+class AllToAllDispatcher(TokenDispatcher):
+    """A row for each (token, rank), from its source to its destination directly."""
+
+    def start_plan(self, map_TE: Tensor) -> Callable[[], ExchangePlan]:
+        return PendingPlan(map_TE, self.groups.ep).finish
+
+    def dispatch(
+        self, plan: ExchangePlan, hidden_TH: Tensor, probs_N: Tensor, latents_TEr: Tensor | None = None
+    ) -> DispatchHandle:
+        group = self.groups.ep
+        exchanges = [
+            AsyncAllToAll(plan.rows, group, "dispatch", plan.token_M, self.exchange_dtype),
+            AsyncAllToAll(plan.routes, group, "dispatch"),
+        ]
+        sources = [hidden_TH, probs_N]
+        if latents_TEr is not None:
+            exchanges.append(AsyncAllToAll(plan.routes, group, "dispatch", plan.flat_N))
+            sources.append(latents_TEr.flatten(0, 1))
+        return AllToAllDispatchHandle(plan, exchanges, sources)
+
+    @step_timer.timed("combine")
+    def reduce(self, out_RH: Tensor, plan: ExchangePlan) -> Tensor:
+        return sum_rows(out_RH, plan.row_R, plan.received)
+
+    def combine(self, rows: Tensor, plan: ExchangePlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
+        exchange = AsyncAllToAll(plan.rows.reversed(), self.groups.ep, "combine", dtype=self.exchange_dtype)
+        placeholder = exchange.launch(rows)
+
+        def gather() -> Tensor:
+            rows_MH = exchange.wait(placeholder, None if recomputed is None else recomputed.relaunch)
+            return sum_rows(rows_MH, plan.token_M, plan.tokens)
+
+        return CombineHandle(gather)
+
+
+class AllToAllDispatchHandle(DispatchHandle):
+    """Rows, weights and latents under way from when it is made.
+
+    Args:
+        exchanges: of rows, of weights and, if there are any, of latents.
+        sources: what each of them sends.
+    """
+
+    def __init__(self, plan: ExchangePlan, exchanges: list[AsyncAllToAll], sources: list[Tensor]):
+        self.plan, self.exchanges, self.sources = plan, exchanges, sources
+        self.placeholders = [exchange.launch(source) for exchange, source in zip(exchanges, sources, strict=True)]
+
+    def relaunch(self) -> None:
+        with torch.no_grad():
+            for exchange, source in zip(self.exchanges, self.sources, strict=True):
+                exchange.send(source)
+
+    def wait(self, retain_for_backward: bool = False) -> ExpertInputs:
+        self.relaunch()
+        waits = zip(self.exchanges, self.placeholders, strict=True)
+        rows_PH, *per_route = (exchange.wait(placeholder) for exchange, placeholder in waits)
+        if not retain_for_backward:
+            self.sources, self.placeholders = [], []
+        plan = self.plan
+        ordered = (Reorder.apply(values, plan.expert_order_R, plan.source_order_R) for values in per_route)
+        return ExpertInputs(rows_PH.index_select(0, plan.row_R), *ordered)
