@@ -189,7 +189,10 @@ class HostValues:
         self._done = stream.record_event()
 
     def tolist(self) -> list:
-        self._done.synchronize()
+        """The values. Waits for them the first time."""
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
         return self._host.tolist()
 
 

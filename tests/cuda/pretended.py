@@ -1,0 +1,215 @@
+"""A process that believes it has eight GPUs, where there is none: `start` in a process of its own.
+
+Tensors say cuda:N and lie in host memory; `pretended.cpp` says what is refused and what is reported. DeepSpeed's
+accelerator is one that answers as CUDA's does, so dsmoe and DeepSpeed take the paths that they take on a GPU, with gloo
+in place of NCCL. A torch that is built with CUDA has kernels of its own for it, and needs no pretence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.accelerator import real_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+from dsmoe import native
+
+SOURCE = Path(__file__).with_name("pretended.cpp")
+FLAGS = ("-O1", "-shared", "-fPIC", "-std=c++20", "-w")
+DEVICES = 8  # as pretended.cpp has it
+LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p)
+# Operators that launch nothing on a GPU: they make memory or look at it in another way.
+NO_KERNEL = {"empty", "empty_strided", "as_strided", "view", "_reshape_alias", "unfold", "resize_", "detach", "alias",
+             "_indices", "_values", "_coalesced_", "_sparse_coo_tensor_with_dims_and_tensors", "_nnz", "set_",
+             "is_coalesced", "_local_scalar_dense", "_coalesced", "sparse_dim", "dense_dim"}  # fmt: skip
+
+needs_cpu_torch = pytest.mark.skipif(
+    torch.version.cuda is not None or native.compiler() is None,
+    reason="needs a C++ compiler and a torch without CUDA, whose place in the dispatcher is free",
+)
+
+
+def library() -> Path:
+    """The compiled library; made once for each source and torch (15 s), then kept where dsmoe keeps its kernels."""
+    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, torch.__version__)).encode()).hexdigest()[:16]
+    path = native._cache() / f"pretended-{key}.so"
+    if not path.exists():
+        torch_dir = Path(torch.__file__).parent
+        includes = [f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"]
+        libraries = [f"-L{torch_dir}/lib", f"-Wl,-rpath,{torch_dir}/lib", "-ltorch_cpu", "-lc10"]
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:
+            made = Path(place) / path.name
+            command = [native.compiler(), *FLAGS, *includes, str(SOURCE), *libraries, "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-3000:]
+            os.replace(made, path)
+    return path
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a GPU, or NCCL, would have noticed: kinds as `pretended.cpp` has them."""
+
+    kind: str
+    op: str
+    detail: str
+    where: str
+    thread: int
+
+
+class Watch:
+    """What has happened since it was made, and how often each operator ran."""
+
+    def __init__(self):
+        self.events: list[Event] = []
+        self.kernels: Counter[str] = Counter()
+
+    def of(self, *kinds: str) -> list[Event]:
+        return [event for event in self.events if event.kind in kinds]
+
+    def where(self, *kinds: str) -> list[str]:
+        return [f"{event.kind} {event.op} at {event.where}" for event in self.of(*kinds)]
+
+
+_library: ctypes.CDLL | None = None
+_watch: Watch | None = None
+
+
+def start() -> None:
+    """Pretend in this process from here on; LOCAL_RANK's device is current once the processes are joined."""
+    global _library
+    if _library is not None:
+        return
+    torch.cuda._lazy_init = lambda: None  # Python's factories call it before they dispatch
+    with _quiet_stderr():  # torch warns that collectives for CUDA are registered a second time
+        _library = ctypes.CDLL(str(library()), ctypes.RTLD_GLOBAL)
+    _library.pretended_start()
+    _library.pretended_listen(_listen)
+    real_accelerator.ds_accelerator = Accelerator()
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Record what happens inside."""
+    global _watch
+    _take_counts()
+    _watch = found = Watch()
+    try:
+        yield found
+    finally:
+        _watch = None
+        found.kernels = _take_counts()
+
+
+def _take_counts() -> Counter[str]:
+    text = ctypes.create_string_buffer(1 << 16)
+    _library.pretended_take_counts(text, ctypes.c_size_t(len(text)))
+    lines = (line.split() for line in text.value.decode().splitlines())
+    return Counter({name: int(count) for name, count in lines if name not in NO_KERNEL})
+
+
+@LISTENER
+def _listen(kind: bytes, op: bytes, detail: bytes) -> None:
+    if _watch is not None:
+        _watch.events.append(Event(kind.decode(), op.decode(), detail.decode(), _place(), threading.get_ident()))
+
+
+def _place() -> str:
+    """The innermost lines of dsmoe and its frameworks."""
+    names = ("/dsmoe/", "/deepspeed/", "/megatron/")
+    frames = [
+        f
+        for f in traceback.extract_stack()
+        if any(name in f.filename for name in names) and "/tests/" not in f.filename
+    ]
+    return " < ".join(f"{'/'.join(Path(f.filename).parts[-2:])}:{f.lineno}" for f in frames[:-4:-1])
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+class Accelerator(CPU_Accelerator):
+    """DeepSpeed's, with CUDA's answers. Memory and random numbers are the CPU's."""
+
+    def __init__(self):
+        super().__init__()
+        self.device_was_set = False  # by us or by DeepSpeed
+        self.asked_too_early: list[str] = []
+
+    def is_synchronized_device(self):
+        return False
+
+    def device_name(self, device_index=None):
+        return "cuda" if device_index is None else f"cuda:{device_index}"
+
+    def device(self, device_index=None):
+        return torch.device("cuda", device_index)
+
+    def set_device(self, device_index):
+        self.device_was_set = True
+        torch.accelerator.set_device_index(device_index)
+
+    def current_device(self):
+        if not self.device_was_set:
+            self.asked_too_early.append(_place())
+        return torch.accelerator.current_device_index()
+
+    def current_device_name(self):
+        return f"cuda:{self.current_device()}"
+
+    def device_count(self):
+        return DEVICES
+
+    def synchronize(self, device_index=None):
+        torch.accelerator.synchronize()
+
+    @property
+    def Stream(self):
+        return torch.Stream
+
+    @property
+    def Event(self):
+        return torch.Event
+
+    @contextmanager
+    def stream(self, stream):
+        before = torch.accelerator.current_stream()
+        torch.accelerator.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.accelerator.set_stream(before)
+
+    def current_stream(self, device_index=None):
+        return torch.accelerator.current_stream()
+
+    def default_stream(self, device_index=None):
+        return torch.accelerator.current_stream()
+
+    def on_accelerator(self, tensor):
+        return tensor.device.type == "cuda"
+
+    def pin_memory(self, tensor, make_copy=True, match_shape=True):
+        return tensor.pin_memory()
