@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from commands import python, run
+from commands import forked
 
+TOOL = "tools/benchmark_moe.py"
 SIZES = ("--tokens", "64", "--hidden", "32", "--ffn", "16")
 ENVIRONMENT = {"COLUMNS": "120"}
 
@@ -14,8 +15,8 @@ ENVIRONMENT = {"COLUMNS": "120"}
 @pytest.fixture(scope="module")
 def layer(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "layer.json"
-    command = python("tools/benchmark_moe.py", "--quick", "--ranks", "2", "--experts", "4", *SIZES, "--json", str(path))
-    result = run(command, environment=ENVIRONMENT)
+    options = ["--quick", "--ranks", "2", "--experts", "4", *SIZES, "--json", str(path)]
+    result = forked(TOOL, *options, environment=ENVIRONMENT)
     assert result.code == 0, result.output
     return result.output, json.loads(path.read_text(), parse_constant=pytest.fail)
 
@@ -46,12 +47,12 @@ def test_layers_agree_and_their_traffic_is_counted_over_two_ranks(layer):
 
 def test_steps_of_all_models(tmp_path):
     path = tmp_path / "step.json"
-    command = python(
-        "tools/benchmark_moe.py", "--step", "--quick", "--rounds", "2", "--experts", "4", *SIZES, "--layers", "2",
+    options = [
+        "--step", "--quick", "--rounds", "2", "--experts", "4", *SIZES, "--layers", "2",
         "--heads", "4", "--vocabulary", "64", "--sequence", "16", "--only", "EP=2,matmuls,transformers,relu",
         "--json", str(path),
-    )  # fmt: skip
-    result = run(command, environment=ENVIRONMENT)
+    ]  # fmt: skip
+    result = forked(TOOL, *options, environment=ENVIRONMENT)
     assert result.code == 0, result.output
     found = json.loads(path.read_text(), parse_constant=pytest.fail)["step"]
     rows = {row["name"]: row for rows in found.values() for row in rows}
@@ -76,7 +77,7 @@ def test_steps_of_all_models(tmp_path):
     ],
 )
 def test_mistakes_are_named_before_anything_runs(arguments, expected):
-    result = run(python("tools/benchmark_moe.py", *arguments))
+    result = forked(TOOL, *arguments)
     assert result.code == 2
     assert expected in " ".join(result.output.split())
     assert "Traceback" not in result.output

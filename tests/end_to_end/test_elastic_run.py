@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from commands import TRAIN, finish, metrics, python, run, start, torchrun, wait_for_steps
+from commands import TRAIN, finish, forked, metrics, python, start, wait_for_steps
 
 from dsmoe.checkpoint.verify import checkpoints_of, verify_checkpoint
 
@@ -18,12 +18,8 @@ def test_another_layout_goes_on_with_the_next_samples(place, config):
     """One process under ZeRO 1, then two with the experts spread over them under ZeRO 3."""
     whole, parts = place / "runs" / "unchanged", place / "runs" / "changed"
     arguments = ["--config", str(config), "training.steps=5", "training.eval_interval=0", "checkpoint.interval=2"]
-    for command in (
-        python(TRAIN, *arguments, f"logging.run_dir={whole}"),
-        python(TRAIN, *arguments, f"logging.run_dir={parts}", "training.stop_at=2"),
-        torchrun(2, TRAIN, *arguments, f"logging.run_dir={parts}", *SPREAD),
-    ):
-        result = run(command)
+    for run_dir, processes, options in ((whole, 1, []), (parts, 1, ["training.stop_at=2"]), (parts, 2, SPREAD)):
+        result = forked(TRAIN, *arguments, f"logging.run_dir={run_dir}", *options, processes=processes)
         assert result.code == 0, result.output
     lines, expected = metrics(parts), metrics(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
@@ -48,7 +44,7 @@ def test_a_run_that_is_killed_goes_on(place, config):
     assert found.problems == []
     step = found.manifest.step
     assert step >= 5  # one save may be under way, and a step or two may follow before it is complete
-    again = run(python(TRAIN, *options, f"training.stop_at={step + 3}"))
+    again = forked(TRAIN, *options, f"training.stop_at={step + 3}")
     assert again.code == 0, again.output
     assert f"(step {step})" in again.output
     after = metrics(run_dir)

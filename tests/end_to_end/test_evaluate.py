@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import metrics, python, run, torchrun
+from commands import forked, metrics
 
 EVALUATE = "launch/evaluate.py"
 
@@ -17,8 +17,8 @@ def expected(of_two) -> dict:
     return {name: value for name, value in metrics(of_two)[-1].items() if name.startswith("val_")}
 
 
-def check(command: list[str], target: Path, expected: dict) -> None:
-    result = run([*command, "--json", str(target)])
+def check(target: Path, expected: dict, *arguments: str, processes: int = 1) -> None:
+    result = forked(EVALUATE, *arguments, "--json", str(target), processes=processes)
     assert result.code == 0, result.output
     assert "val_bpb" in result.output and "WARNING" not in result.output
     found = json.loads(target.read_text())
@@ -29,17 +29,17 @@ def check(command: list[str], target: Path, expected: dict) -> None:
 
 
 def test_a_run_in_one_process(of_two, expected, tmp_path):
-    check(python(EVALUATE, str(of_two)), tmp_path / "results" / "run.json", expected)
+    check(tmp_path / "results" / "run.json", expected, str(of_two))
 
 
 def test_a_checkpoint_in_two_processes(of_two, expected, tmp_path):
     """In the second round the second process has no sequence left, and takes part all the same."""
     folder = of_two / "checkpoints" / "step_00000003"
-    check(torchrun(2, EVALUATE, str(folder), "--batch-size", "2"), tmp_path / "run.json", expected)
+    check(tmp_path / "run.json", expected, str(folder), "--batch-size", "2", processes=2)
 
 
 def test_an_export(of_two, expected, corpus, tmp_path):
-    made = run(python("tools/convert_checkpoint.py", "export", str(of_two), str(tmp_path / "export")))
+    made = forked("tools/convert_checkpoint.py", "export", str(of_two), str(tmp_path / "export"))
     assert made.code == 0, made.output
     options = ["--data", str(corpus), "--sequences", "6"]
-    check(python(EVALUATE, str(tmp_path / "export"), *options), tmp_path / "export.json", expected)
+    check(tmp_path / "export.json", expected, str(tmp_path / "export"), *options)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import TRAIN, metrics, python, run, torchrun
+from commands import TRAIN, forked, metrics, python, run
 
 TEXTS = ["The router of 3 is expert.\n", "  two  spaces\tand\ttabs\r\n\r\n", "</s> ▁ 中文 👩‍🚀 é \0", "x" * 40]
 
@@ -48,8 +48,9 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def trained(place, config) -> Path:
     run_dir = place / "runs" / "to export from"
-    command = torchrun(2, TRAIN, "--config", str(config), f"logging.run_dir={run_dir}", "parallel.expert_parallel=2")
-    done = run([*command, "parallel.zero_stage=2", "model.moe_shared_expert_intermediate_size=8", "training.steps=4"])
+    arguments = ["--config", str(config), f"logging.run_dir={run_dir}", "parallel.expert_parallel=2"]
+    arguments += ["parallel.zero_stage=2", "model.moe_shared_expert_intermediate_size=8", "training.steps=4"]
+    done = forked(TRAIN, *arguments, processes=2)
     assert done.code == 0, done.output
     return run_dir
 
@@ -57,7 +58,7 @@ def trained(place, config) -> Path:
 @pytest.fixture(scope="module")
 def exported(place, trained) -> Path:
     out = place / "exported" / "a model"
-    done = run(python("tools/convert_checkpoint.py", "export", str(trained), str(out), "--max-shard-size", "40KB"))
+    done = forked("tools/convert_checkpoint.py", "export", str(trained), str(out), "--max-shard-size", "40KB")
     assert done.code == 0, done.output
     assert "64 greedy tokens equal" in done.output and "experts per token" in done.output
     assert "Traceback" not in done.output
@@ -112,6 +113,6 @@ def test_the_folder_names_no_place_of_this_machine(exported, place):
 
 def test_a_second_export_does_not_touch_the_first(exported, trained):
     before = {path.name: path.stat().st_mtime_ns for path in exported.iterdir()}
-    done = run(python("tools/convert_checkpoint.py", "export", str(trained), str(exported)))
+    done = forked("tools/convert_checkpoint.py", "export", str(trained), str(exported))
     assert done.code == 2 and "exists already" in done.output and "Traceback" not in done.output
     assert {path.name: path.stat().st_mtime_ns for path in exported.iterdir()} == before

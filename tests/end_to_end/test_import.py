@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import TRAIN, deepspeed, metrics, python, run
+from commands import TRAIN, forked, metrics
 
 CONVERT = "tools/convert_checkpoint.py"
 SEQUENCE, HELD_OUT = 32, 6
@@ -36,7 +36,7 @@ def folder(place, corpus):
 def imported(place, folder):
     run_dir = place / "runs" / "imported"
     options = ["--set", "parallel.expert_parallel=2", "--set", "training.global_batch_size=4"]
-    result = run(python(CONVERT, "import", str(folder), str(run_dir), *options))
+    result = forked(CONVERT, "import", str(folder), str(run_dir), *options)
     assert result.code == 0, result.output
     return run_dir, result
 
@@ -62,12 +62,12 @@ def test_an_imported_run_trains_on_at_another_layout(imported, folder, corpus):
         f"training.eval_sequences={HELD_OUT}",
         "logging.tensorboard=false",
     ]
-    trained = run(deepspeed(2, TRAIN, *arguments, *small))
+    trained = forked(TRAIN, *arguments, *small, processes=2)
     assert trained.code == 0, trained.output
     assert "step_00000000" in trained.output and "expert parallel 2" in trained.output
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000001"
     assert metrics(run_dir)[-1]["val_loss"] == pytest.approx(loss_of_transformers(folder, corpus), abs=1e-4)
-    verified = run(python(CONVERT, "verify", str(run_dir), "--all"))
+    verified = forked(CONVERT, "verify", str(run_dir), "--all")
     assert verified.code == 0, verified.output
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import yaml
-from commands import TRAIN, beside_python, deepspeed, metrics, python, run
+from commands import TRAIN, beside_python, deepspeed, forked, metrics, python, run
 
 from dsmoe.training.metrics import read_lines
 from dsmoe.training.trace import path_of, read_trace
@@ -73,10 +73,10 @@ def test_recorded_routes_do_not_depend_on_the_layout_and_replay_elsewhere(of_two
         assert (of_one.map_TE(layer) != of_both.map_TE(layer)).mean() < 2e-3  # a score at the threshold may flip
     line = metrics(alone[0])[2]
     assert of_one.counts_LE().sum() / (2 * 4 * 32) == pytest.approx(line["experts_per_token"], rel=1e-6)
-    result = run(python("tools/plan.py", "replay", str(alone[0]), "--ep", "1,2,4", "--hidden", "32"))
+    result = forked("tools/plan.py", "replay", str(alone[0]), "--ep", "1,2,4", "--hidden", "32")
     assert result.code == 0, result.output
     assert all(word in result.output for word in ("forced balance", "contiguous", "replicated", "128 tokens"))
-    refused = run(python("tools/plan.py", "replay", str(alone[0]), "--ep", "3"))
+    refused = forked("tools/plan.py", "replay", str(alone[0]), "--ep", "3")
     assert refused.code == 2 and "found 3" in refused.output and "Traceback" not in refused.output
 
 

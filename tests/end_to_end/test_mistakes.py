@@ -1,16 +1,12 @@
-"""Mistakes through the real command line: a message that helps, exit code 2, no stack trace, and nothing lost.
-
-The commands start before the tests look at them, two at a time, since each spends its seconds on imports.
-"""
+"""Mistakes through the real command line: a message that helps, exit code 2, no stack trace, and nothing lost."""
 
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import ROOT, TRAIN, Result, metrics, python, run, torchrun
+from commands import ROOT, TRAIN, Result, forked, metrics, python, run, torchrun
 from safetensors.torch import load_file, save_file
 
 from dsmoe.checkpoint.files import checksum, read_manifest
@@ -53,10 +49,10 @@ def poisoned_run(trained: Path, place: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answers(place, corpus, config, trained):
-    """name -> Future of the result of a command with that mistake."""
+def overrides(place, corpus, trained) -> dict[str, list[str]]:
+    """Name -> what makes a command of `config` a mistake."""
     nowhere, more = f"logging.run_dir={place / 'runs' / 'mistake'}", "training.steps=8"
-    runs = {
+    return {
         "configuration": ["training.step=9", "training.lr=fast", "parallel.expert_parallel=3", nowhere],
         "no data": [f"data.path={place / 'nothing here'}", nowhere],
         "truncated data": [f"data.path={truncated_data(corpus, place)}", nowhere],
@@ -65,15 +61,11 @@ def answers(place, corpus, config, trained):
         "not a number": [f"logging.run_dir={poisoned_run(trained, place)}", more],
         "other model": [f"training.resume={trained}", "model.hidden_size=64", more, nowhere],
     }
-    commands = {name: python(TRAIN, "--config", str(config), *rest) for name, rest in runs.items()}
-    commands["world"] = torchrun(2, TRAIN, "--config", str(config), "parallel.expert_parallel=4", nowhere)
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, command) for name, command in commands.items()}
 
 
-def answer(answers: dict[str, Future[Result]], name: str) -> Result:
-    result = answers[name].result()
-    assert "Traceback" not in result.output, result.output
+def train(config: Path, overrides: list[str]) -> Result:
+    result = forked(TRAIN, "--config", str(config), *overrides)
+    assert result.code == 2 and "Traceback" not in result.output, result.output
     return result
 
 
@@ -90,25 +82,30 @@ def answer(answers: dict[str, Future[Result]], name: str) -> Result:
         ("other model", ["of another model", "of another shape"]),
     ],
 )  # fmt: skip
-def test_mistake(answers, name, said):
-    result = answer(answers, name)
-    assert result.code == 2, result.output
+def test_mistake(config, overrides, name, said):
+    result = train(config, overrides[name])
     for text in said:
         assert text in result.output
 
 
-def test_a_world_that_does_not_fit_is_refused_at_once(answers, place):
-    result = answers["world"].result()
+def test_the_last_good_checkpoint_stays(config, overrides, place):
+    train(config, overrides["not a number"])
+    folder = place / "runs" / "poisoned" / "checkpoints"
+    assert (folder / "latest").read_text() == "step_00000006"
+    assert {path.name for path in folder.iterdir()} == {"step_00000003", "step_00000006", "latest"}
+    assert metrics(folder.parent)[-1]["step"] == 6
+
+
+def test_a_process_of_its_own_says_no_more_than_the_message(config, overrides):
+    result = run(python(TRAIN, "--config", str(config), *overrides["configuration"]))
+    assert result.code == 2 and result.output.startswith("ConfigError: "), result.output
+    assert len(result.output.splitlines()) == 4
+
+
+def test_a_world_that_does_not_fit_is_refused_at_once(config, overrides, place):
+    result = run(torchrun(2, TRAIN, "--config", str(config), "parallel.expert_parallel=4", overrides["no data"][-1]))
     assert result.code != 0
     assert str(ROOT / "dsmoe") not in result.output, "a stack trace of ours; torchrun always shows one of its own"
     assert "2 processes were launched, but parallel.expert_parallel is 4" in result.output
     assert "parameters" not in result.output, "something was built first"
     assert not (place / "runs" / "mistake").exists()
-
-
-def test_the_last_good_checkpoint_stays(answers, place):
-    assert answers["not a number"].result().code != 0
-    folder = place / "runs" / "poisoned" / "checkpoints"
-    assert (folder / "latest").read_text() == "step_00000006"
-    assert {path.name for path in folder.iterdir()} == {"step_00000003", "step_00000006", "latest"}
-    assert metrics(folder.parent)[-1]["step"] == 6

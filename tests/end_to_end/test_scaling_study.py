@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import yaml
-from commands import metrics, python, run
+from commands import forked, metrics
 
 TOOL = "tools/scaling_study.py"
 
@@ -26,12 +26,12 @@ def test_a_study_runs_and_reports(place, config):
     }
     path, out = place / "study.yaml", place / "runs" / "study"
     path.write_text(yaml.safe_dump(study))
-    ran = run(python(TOOL, "run", str(path), "--out", str(out)))
+    ran = forked(TOOL, "run", str(path), "--out", str(out))
     assert ran.code == 0, ran.output
     folder = out / "topk" / "num_experts-4" / "seed-1"
     assert json.loads((folder / "cell.json").read_text())["ranks"] == 2
     assert len(metrics(folder)) == 3 and all(line["all_to_all_bytes"] > 0 for line in metrics(folder))
-    reported = run(python(TOOL, "report", str(out), "--target", str(place / "report")))
+    reported = forked(TOOL, "report", str(out), "--target", str(place / "report"))
     assert reported.code == 0, reported.output
     text = (place / "report" / "report.md").read_text()
     assert "2 of 2 runs finished" in text and "all-to-all per token" in text
@@ -42,6 +42,6 @@ def test_mistakes_of_a_study_end_with_a_message(place, config):
     path = place / "bad_study.yaml"
     path.write_text(yaml.safe_dump({"title": "Bad", "question": "?", "config": str(config), "seeds": [1], "arms": [
         {"name": "topk", "set": {"router.name": "topq", "model.num_experts": 4}}]}))  # fmt: skip
-    result = run(python(TOOL, "run", str(path), "--out", str(place / "runs" / "bad")))
+    result = forked(TOOL, "run", str(path), "--out", str(place / "runs" / "bad"))
     assert result.code == 2 and "did you mean 'topk'" in result.output and "Traceback" not in result.output
     assert not (place / "runs" / "bad").exists()

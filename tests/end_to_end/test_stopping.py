@@ -6,7 +6,7 @@ import os
 import signal
 
 import pytest
-from commands import TRAIN, deepspeed, finish, losses, metrics, python, run, start, torchrun, wait_for_steps
+from commands import TRAIN, deepspeed, finish, forked, losses, metrics, python, start, torchrun, wait_for_steps
 
 LONG = "training.steps=100000"  # the schedule of a run that does not end within a test
 TWO = ["parallel.expert_parallel=2", "parallel.zero_stage=2"]
@@ -39,7 +39,8 @@ def test_a_signal_saves_and_the_run_goes_on(launcher, number, place, config):
     assert f"stopped by a signal at step {step}" in stopped.output
     assert [line["step"] for line in metrics(run_dir)] == list(range(1, step + 1))
     before = losses(run_dir)
-    again = run(launch(launcher, *arguments, f"training.stop_at={step + 2}"))
+    processes, layout = (1, []) if launcher == "python" else (2, TWO)
+    again = forked(TRAIN, *arguments, *layout, f"training.stop_at={step + 2}", processes=processes)
     assert again.code == 0, again.output
     assert f"(step {step})" in again.output
     assert losses(run_dir)[:step] == before
@@ -65,7 +66,7 @@ def test_in_parts_equals_in_one_go(place, config):
     arguments = ["--config", str(config), "training.steps=5", "training.eval_interval=0", *TWO]
     arguments += ["training.expert_lr=load", "training.revive_idle_experts=2"]
     for run_dir, more in ((whole, []), (parts, ["training.stop_at=2"]), (parts, [])):
-        result = run(torchrun(2, TRAIN, *arguments, f"logging.run_dir={run_dir}", *more))
+        result = forked(TRAIN, *arguments, f"logging.run_dir={run_dir}", *more, processes=2)
         assert result.code == 0, result.output
     ignored = {"seconds", "seconds_by_part", "tokens_per_second", "peak_memory_bytes"}
     for line, expected in zip(metrics(parts), metrics(whole), strict=True):

@@ -6,9 +6,7 @@ a folder of its own. Commands run in processes that have this folder on their pa
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
 import tomllib
@@ -17,12 +15,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import TRAIN, Result, forked, metrics, run, torchrun
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 DEADLINE = 200.0  # seconds
-EP2 = ["parallel.expert_parallel=2", "parallel.zero_stage=2"]
 
 
 def make_wheel(folder: Path) -> Path:
@@ -63,8 +60,8 @@ def config(tmp_path_factory) -> Path:
         lines = (f"Token {number + line} goes to expert {line % 4} of rank {number % 2}.\n" for line in range(120))
         (folder / f"{number}.txt").write_text("".join(lines))
     options = ["--output", str(folder / "data"), "--vocab-size", "300", "--valid-fraction", "0.2", "--workers", "1"]
-    made = command(["tools/prepare_data.py", str(folder / "*.txt"), *options])
-    assert made.returncode == 0, made.stdout
+    made = forked("tools/prepare_data.py", str(folder / "*.txt"), *options)
+    assert made.code == 0, made.output
     tree = {
         "model": {
             "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "sequence_length": 32, "num_experts": 4,
@@ -81,27 +78,12 @@ def config(tmp_path_factory) -> Path:
     return path
 
 
-def command(arguments: list[str], site: Path | None = None) -> subprocess.CompletedProcess:
-    paths = [str(path) for path in (site, os.environ.get("PYTHONPATH")) if path]
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=DEADLINE,
-    )  # fmt: skip
+def with_package(site: Path) -> dict[str, str]:
+    """The environment of a process that can import the package."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
 
 
-def train(site: Path, config: Path, run_dir: Path, *overrides: str) -> list[dict]:
-    """Two processes under launch/train.py; the run's metrics."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    arguments = ["launch/train.py", "--config", str(config), f"logging.run_dir={run_dir}", *EP2, *overrides]
-    done = command([*launcher, *arguments], site)
-    assert done.returncode == 0, done.stdout
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_listed_and_validated_like_any_other(site, config):
+def test_listed_and_validated_like_any_other(site, config, tmp_path):
     """The names there are, and what a wrong value of the model's makes the plugin's own check say."""
     script = (
         "import sys\n"
@@ -114,32 +96,47 @@ def test_listed_and_validated_like_any_other(site, config):
         "except ConfigError as error:\n"
         "    print(error)\n"
     )
-    said = command(["-c", script, str(config)], site).stdout
+    program = tmp_path / "program.py"
+    program.write_text(script)
+    said = forked(str(program), str(config), environment=with_package(site)).output
     assert "sigmoid_threshold" in next(line for line in said.splitlines() if line.startswith("available:")).split()
     assert "router.k: found 9.0, expected at most model.num_experts (4)" in said
 
 
 def test_unknown_options_are_refused_at_the_start(site, config):
-    done = command(["launch/train.py", "--config", str(config), "router.rates=0.1", "router.rate=-1.0"], site)
-    assert done.returncode == 2, done.stdout
-    assert "router.rates: unknown key (did you mean 'rate'?)" in done.stdout
-    assert "router.rate: found -1.0, expected greater than 0" in done.stdout
-    assert "Traceback" not in done.stdout
+    overrides = ["router.rates=0.1", "router.rate=-1.0"]
+    done = forked(TRAIN, "--config", str(config), *overrides, environment=with_package(site))
+    assert done.code == 2, done.output
+    assert "router.rates: unknown key (did you mean 'rate'?)" in done.output
+    assert "router.rate: found -1.0, expected greater than 0" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_without_the_package_the_name_is_refused(config):
-    done = command(["launch/train.py", "--config", str(config)])
-    assert done.returncode == 2, done.stdout
-    assert "router.name: found 'sigmoid_threshold', expected one of" in done.stdout
+    done = forked(TRAIN, "--config", str(config))
+    assert done.code == 2, done.output
+    assert "router.name: found 'sigmoid_threshold', expected one of" in done.output
 
 
 def test_trained_checkpointed_and_resumed(site, config, tmp_path):
-    whole = train(site, config, tmp_path / "whole")
+    """At once under torchrun; in two parts in processes that are forked."""
+    arguments = [TRAIN, "--config", str(config), "parallel.expert_parallel=2", "parallel.zero_stage=2"]
+
+    def checked(done: Result, run_dir: Path) -> list[dict]:
+        assert done.code == 0, done.output
+        return metrics(run_dir)
+
+    def train_parts(*overrides: str) -> list[dict]:
+        run_dir = f"logging.run_dir={tmp_path / 'parts'}"
+        done = forked(*arguments, run_dir, *overrides, processes=2, environment=with_package(site))
+        return checked(done, tmp_path / "parts")
+
+    command = torchrun(2, *arguments, f"logging.run_dir={tmp_path / 'whole'}")
+    whole = checked(run(command, environment=with_package(site)), tmp_path / "whole")
     assert [line["step"] for line in whole] == [1, 2, 3, 4]
     assert whole[0]["threshold"] != whole[3]["threshold"]
-    first = train(site, config, tmp_path / "parts", "training.stop_at=2")
-    assert [line["step"] for line in first] == [1, 2]
-    parts = train(site, config, tmp_path / "parts")
+    assert [line["step"] for line in train_parts("training.stop_at=2")] == [1, 2]
+    parts = train_parts()
     assert [line["step"] for line in parts] == [1, 2, 3, 4]
     for resumed, expected in zip(parts, whole, strict=True):
         for name in ("loss", "grad_norm", "density", "threshold"):

@@ -1,0 +1,186 @@
+"""Commands in processes of their own, each with a deadline, each in a process group that leaves nothing behind.
+
+`run` starts a program as a shell does. `forked` runs one of our scripts in processes that have the libraries loaded
+already (`forked.py`), which costs a tenth of a second instead of five: for tests of what a command does, and not of how
+it is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from forked import context
+
+ROOT = Path(__file__).resolve().parents[1]
+DEADLINE = 150.0  # seconds; an idle machine needs about 10 for a short run
+TRAIN = "launch/train.py"
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    output: str  # stdout and stderr together
+    seconds: float
+
+
+def run(command: Sequence[str], cwd: Path = ROOT, environment: dict[str, str] | None = None) -> Result:
+    return finish(start(command, cwd, environment))
+
+
+def start(command: Sequence[str], cwd: Path = ROOT, environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start a command as the leader of a process group, as a shell does."""
+    return subprocess.Popen(
+        command, cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, deadline: float = DEADLINE) -> Result:
+    """Wait for it; a command past its deadline is killed with all its children and fails the test."""
+    began = time.monotonic()
+    try:
+        output, _ = process.communicate(timeout=deadline)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"not done after {deadline:.0f} s: {process.args}\n{output}") from None
+    return Result(process.returncode, output, time.monotonic() - began)
+
+
+def forked(*arguments: str, processes: int = 1, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> Result:
+    """Run `python script.py argument...` in a process that has the libraries loaded; or in several, as torchrun does.
+
+    The code is that of the first process that fails, or 0. What of the environment is read while a library is imported
+    has no effect here.
+    """
+    began, port = time.monotonic(), str(free_port())
+    variables = {**os.environ, **(environment or {})}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "output")
+        log.touch()
+        ranks = []
+        for rank in range(processes):
+            mine = variables if processes == 1 else variables | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            ranks.append(context.Process(target=_run_script, args=(arguments, mine, cwd, log)))
+            ranks[-1].start()
+        try:
+            code = _first_failure(ranks, began + DEADLINE)
+        finally:
+            for process in ranks:
+                with contextlib.suppress(ProcessLookupError):  # with what it started itself
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                process.join()
+        output = log.read_text(errors="replace")
+    assert code is not None, f"not done after {DEADLINE:.0f} s: {arguments}\n{output}"
+    return Result(code, output, time.monotonic() - began)
+
+
+def _first_failure(processes: list, end: float) -> int | None:
+    """The exit code of the first process that fails, 0 if none does, None if one is not done in time."""
+    running = {process.sentinel: process for process in processes}
+    while running:
+        ended = wait(list(running), timeout=max(0.0, end - time.monotonic()))
+        if not ended:
+            return None
+        for sentinel in ended:
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                return process.exitcode
+    return 0
+
+
+def _run_script(arguments: tuple[str, ...], environment: dict[str, str], cwd: Path, log: Path) -> None:
+    os.setsid()
+    with open(log, "ab", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    faulthandler.dump_traceback_later(DEADLINE - 5, file=sys.stderr)
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = list(arguments)
+    sys.path[:0] = [
+        str(Path(arguments[0]).resolve().parent),
+        *filter(None, environment.get("PYTHONPATH", "").split(":")),
+    ]
+    importlib.reload(sys.modules["dsmoe.runtime.signals"])  # notes who started this process
+    code: int | str | None
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def beside_python(name: str) -> str | None:
+    return shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+def deepspeed(processes: int | None, *arguments: str) -> list[str]:
+    number = [] if processes is None else ["--num_gpus", str(processes)]
+    return [beside_python("deepspeed"), "--master_port", str(free_port()), *number, *arguments]
+
+
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    port = str(free_port())
+    return [beside_python("torchrun"), "--nproc-per-node", str(processes), "--master-port", port, *arguments]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in metrics(run_dir)]
+
+
+def wait_for_steps(process: subprocess.Popen, run_dir: Path, steps: int) -> None:
+    """Until so many steps are in metrics.jsonl."""
+    until = time.monotonic() + DEADLINE
+    while len(metrics(run_dir)) < steps:
+        if process.poll() is not None or time.monotonic() > until:
+            raise AssertionError(f"no step {steps} in {run_dir}: {finish(process, 1).output}")
+        time.sleep(0.1)
