@@ -11,6 +11,7 @@ import gc
 import io
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -41,7 +42,8 @@ def call_each(jobs: Sequence[tuple[Callable, tuple]], deadline: float = 60.0, na
         stacks = [Path(folder, str(index)) for index in range(len(jobs))]
         for (function, args), stack in zip(jobs, stacks, strict=True):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_answer, args=(theirs, stack, function, args), daemon=True)
+            job = pickle.dumps((function, args))  # its modules are imported in the environment of now
+            process = context.Process(target=_answer, args=(theirs, stack, dict(os.environ), job), daemon=True)
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -85,11 +87,14 @@ def _stack(process, path: Path) -> str:
     return path.read_text()
 
 
-def _answer(pipe, stack: Path, function: Callable, args: tuple) -> None:
+def _answer(pipe, stack: Path, environment: dict[str, str], job: bytes) -> None:
     gc.freeze()  # DeepSpeed collects garbage often, and there are a million objects from the server that are none
     faulthandler.register(signal.SIGUSR1, file=open(stack, "w"))  # noqa: SIM115  (open as long as the process lives)
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
     try:
+        function, args = pickle.loads(job)
         answer = io.BytesIO()
         torch.save(function(*args), answer)  # by value: shared memory would go with this process
         pipe.send((True, answer.getvalue()))
