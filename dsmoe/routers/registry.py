@@ -13,7 +13,7 @@ import importlib
 import os
 import pkgutil
 import sys
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 
 from dsmoe.errors import RouterError
@@ -49,10 +49,7 @@ def _path(router: type) -> str:
 
 def available() -> dict[str, type]:
     """All routers, of this package and of installed plugins. Raises `RouterError` for a plugin that fails to load."""
-    import dsmoe.routers as package
-
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    _import_package_modules()
     for point in _plugins():
         try:
             register(point.name)(point.load())
@@ -61,6 +58,14 @@ def available() -> dict[str, type]:
         except Exception as error:
             raise RouterError(f"router plugin {point.name!r} ({point.value}) cannot be loaded: {error}") from error
     return dict(sorted(_routers.items()))
+
+
+@cache
+def _import_package_modules() -> None:
+    import dsmoe.routers as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def _plugins() -> tuple[EntryPoint, ...]:

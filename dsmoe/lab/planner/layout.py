@@ -61,17 +61,17 @@ class Layout:
         """r; 0 for a router with a gate."""
         return get(self.config.router.name).latent_rank(self.options)
 
-    @property
+    @cached_property
     def shards_latents(self) -> bool:
         """Whether each rank scores everyone's tokens for its own experts."""
         return getattr(self.options, "placement", "") == "sharded"
 
-    @property
+    @cached_property
     def sends_latents(self) -> bool:
         """Whether the latents of all pairs are kept, and those of routes sent."""
         return not self.shards_latents and getattr(self.options, "latent", "") == "send"
 
-    @property
+    @cached_property
     def experts(self) -> float:
         """Per token."""
         return self.experts_per_token or self.options.target_experts_per_token(self.model)
@@ -85,7 +85,7 @@ class Layout:
         """Ranks that hold the same experts."""
         return self.ranks // self.ep
 
-    @property
+    @cached_property
     def moe_layers(self) -> int:
         return sum(self.model.moe_layers())
 
@@ -102,12 +102,12 @@ class Layout:
         """Of all ranks in an optimizer step."""
         return self.config.training.global_batch_size * self.model.sequence_length
 
-    @property
+    @cached_property
     def tokens(self) -> float:
         """T, of a rank in a micro-step."""
         return self.step_tokens / (self.ranks * self.micro_steps)
 
-    @property
+    @cached_property
     def routes(self) -> float:
         """Of the busiest rank in a layer and micro-step."""
         return self.tokens * self.experts * (self.load if self.ep > 1 else 1.0)

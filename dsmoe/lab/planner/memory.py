@@ -94,16 +94,12 @@ def largest_parameter(layout: Layout) -> float:
 
 def kept(layout: Layout) -> float:
     """Activations of all layers, of one micro-step."""
-    model, tokens = layout.model, layout.tokens
-    inputs = tokens * model.hidden_size * layout.element
-    found = 0.0
-    for is_moe in model.moe_layers():
-        own = moe_activations(layout) if is_moe else dense(layout, model.dense_ffn_hidden_size)
-        if model.recompute == "full":
-            found += 2 * inputs + (routing(layout) if is_moe else own)
-        else:
-            found += attention(layout) + (routing(layout) if is_moe and model.recompute == "moe" else own)
-    return found
+    model = layout.model
+    own = moe_activations(layout) if model.recompute == "none" else routing(layout)
+    mlps = layout.moe_layers * own
+    mlps += (model.num_layers - layout.moe_layers) * dense(layout, model.dense_ffn_hidden_size)
+    inputs = 2 * layout.tokens * model.hidden_size * layout.element
+    return mlps + model.num_layers * (inputs if model.recompute == "full" else attention(layout))
 
 
 def attention(layout: Layout) -> float:
