@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import pkgutil
-from importlib.metadata import entry_points
 
 from pydantic import ValidationError
 
 from dsmoe.config import TrainingConfig
 from dsmoe.errors import ConfigError
 from dsmoe.optim.base import Optimizer, OptimizerOptions
+from dsmoe.runtime.plugins import import_submodules, installed_plugins
 
 GROUP = "dsmoe.optimizers"
 PACKAGE_MODULES = ("registry", "base", "deepspeed", "groups")  # of dsmoe.optim, without an optimizer
@@ -37,12 +35,8 @@ def register(name: str):
 
 def available() -> dict[str, type[Optimizer]]:
     """Every optimizer: this package's modules, then installed plugins. Raises `ConfigError` for a plugin that fails."""
-    import dsmoe.optim as package
-
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in PACKAGE_MODULES:
-            importlib.import_module(f"{package.__name__}.{module.name}")
-    for point in entry_points(group=GROUP):
+    import_submodules("dsmoe.optim", skip=PACKAGE_MODULES)
+    for point in installed_plugins(GROUP):
         try:
             register(point.name)(point.load())
         except ConfigError:

@@ -9,14 +9,9 @@ A package outside dsmoe adds a router with one line of its own pyproject.toml:
 from __future__ import annotations
 
 import difflib
-import importlib
-import os
-import pkgutil
-import sys
-from functools import cache, lru_cache
-from importlib.metadata import EntryPoint, entry_points
 
 from dsmoe.errors import RouterError
+from dsmoe.runtime.plugins import import_submodules, installed_plugins
 
 GROUP = "dsmoe.routers"
 _routers: dict[str, type] = {}
@@ -49,8 +44,8 @@ def _path(router: type) -> str:
 
 def available() -> dict[str, type]:
     """All routers, of this package and of installed plugins. Raises `RouterError` for a plugin that fails to load."""
-    _import_package_modules()
-    for point in _plugins():
+    import_submodules("dsmoe.routers")
+    for point in installed_plugins(GROUP):
         try:
             register(point.name)(point.load())
         except RouterError:
@@ -58,32 +53,6 @@ def available() -> dict[str, type]:
         except Exception as error:
             raise RouterError(f"router plugin {point.name!r} ({point.value}) cannot be loaded: {error}") from error
     return dict(sorted(_routers.items()))
-
-
-@cache
-def _import_package_modules() -> None:
-    import dsmoe.routers as package
-
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-
-
-def _plugins() -> tuple[EntryPoint, ...]:
-    """Entry points of installed packages, read again only if the search path has changed."""
-    return _read_plugins(tuple((entry, _modified(entry or ".")) for entry in sys.path))
-
-
-@lru_cache(maxsize=1)
-def _read_plugins(search_path: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=GROUP))
-
-
-def _modified(entry: str) -> int:
-    """Modification time of a folder or archive, which installing a package changes; 0 if it does not exist."""
-    try:
-        return os.stat(entry).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def get(name: str) -> type:

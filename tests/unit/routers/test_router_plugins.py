@@ -50,7 +50,7 @@ def entry_point(monkeypatch):
         module.Everywhere, module.number = Everywhere, 7
         monkeypatch.setitem(sys.modules, "a_plugin", module)
         points = [importlib.metadata.EntryPoint(n, f"a_plugin:{v}", registry.GROUP) for n, v in values.items()]
-        monkeypatch.setattr(registry, "_plugins", lambda: points)
+        monkeypatch.setattr(registry, "installed_plugins", lambda group: points)
 
     return install
 
