@@ -32,7 +32,7 @@ from dsmoe.hf.native import native_config, native_host
 from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared, tokens_compared
 from dsmoe.hf.remote.routing_dsmoe import ROUTINGS
 from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, track
-from dsmoe.hf.table import TABLES, Link, check_tensors, links, routing_name
+from dsmoe.hf.table import PACKED, TABLES, Link, check_tensors, links, routing_name
 from dsmoe.hf.tokenizer import check_tokenizer, encode_alike, write_tokenizer
 from dsmoe.model.size import model_size
 from dsmoe.routers import get
@@ -148,7 +148,8 @@ class Target:
     def links(self) -> list[Link]:
         manifest = self.source.reader.manifest
         shapes = {name: tuple(shape) for name, shape in manifest.tensors.items()}
-        return links(TABLES[self.architecture], self.source.config.model, shapes)
+        fixed = not self.is_native and self.source.router.fixed_experts_per_token(self.source.options)
+        return links((PACKED if fixed else TABLES)[self.architecture], self.source.config.model, shapes)
 
     def buffers(self) -> dict[str, Tensor]:
         """The controller's state that decides routes, by name in the folder."""
@@ -210,6 +211,7 @@ def remote_config(config: RunConfig, router: type[Router], options) -> dict[str,
             "AutoConfig": "configuration_dsmoe.DsmoeConfig",
             "AutoModel": "modeling_dsmoe.DsmoeModel",
             "AutoModelForCausalLM": "modeling_dsmoe.DsmoeForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_dsmoe.DsmoeForSequenceClassification",
         },
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -225,6 +227,9 @@ def remote_config(config: RunConfig, router: type[Router], options) -> dict[str,
         "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "expert_rank": router.latent_rank(options),
         "router": {"name": config.router.name, **options.model_dump(mode="json")},
+        "num_experts_per_tok": router.fixed_experts_per_token(options),
+        "output_router_logits": False,
+        "router_aux_loss_coef": router.switch_loss_coefficient(options, sum(model.moe_layers())),
         "router_dtype": "float32",
         "qk_norm": model.qk_layernorm,
         "rms_norm_eps": model.norm_epsilon,

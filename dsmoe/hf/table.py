@@ -109,7 +109,6 @@ _MIXTRAL = (
 _DSMOE = (
     _row("mlp.router.{expert}.{name}", "mlp.routing.{name}", transform=STACK),
     _row("mlp.router.{name}", "mlp.routing.{name}"),
-    _row("mlp.experts.{expert}.{name}", "mlp.routed_experts.{name}", transform=STACK),
     _row(
         "mlp.shared_experts.linear_fc1.weight",
         "mlp.shared_experts.gate_proj.weight",
@@ -119,10 +118,13 @@ _DSMOE = (
     _row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight"),
 )
 
+_ROUTED_EXPERTS = (_row("mlp.experts.{expert}.{name}", "mlp.routed_experts.{name}", transform=STACK),)
+
 # The Hub's names, which every reader knows; transformers 5 can also write the names of `PACKED`. The first row that
-# fits a name counts.
+# fits a name counts. An export of ours calls experts `routed_experts` where their number differs from token to token,
+# and `experts`, packed as in transformers, where it is fixed.
 TABLES: dict[str, tuple[Row, ...]] = {
-    "dsmoe": (*_TRUNK, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE),
+    "dsmoe": (*_TRUNK, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE, *_ROUTED_EXPERTS),
     "qwen3_moe": (*_TRUNK, *_QK_NORM, *_DENSE, *_GATE, *_EXPERTS),
     "olmoe": (*_TRUNK, *_QK_NORM_OF_ALL_HEADS, *_GATE, *_EXPERTS),
     "mixtral": (*_TRUNK, *_MIXTRAL),
@@ -130,6 +132,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "qwen3": (*_TRUNK, *_QK_NORM, *_DENSE),
 }
 PACKED: dict[str, tuple[Row, ...]] = {
+    "dsmoe": (*_TRUNK, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE, *_PACKED_EXPERTS),
     "qwen3_moe": (*_TRUNK, *_QK_NORM, *_DENSE, *_GATE, *_PACKED_EXPERTS),
     "olmoe": (*_TRUNK, *_QK_NORM_OF_ALL_HEADS, *_GATE, *_PACKED_EXPERTS),
     "mixtral": (*_TRUNK, *_GATE, *_PACKED_EXPERTS),

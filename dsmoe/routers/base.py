@@ -124,6 +124,18 @@ class Router(megatron_router.Router):
         return 0
 
     @classmethod
+    def fixed_experts_per_token(cls, options: RouterOptions) -> int | None:
+        """k, where every token has exactly k experts of no latent; None where the number differs or experts score
+        themselves. Such a model is exported by the contract of transformers' own MoE models."""
+        return None
+
+    @classmethod
+    def switch_loss_coefficient(cls, options: RouterOptions, num_moe_layers: int) -> float:
+        """Weight of transformers' balance loss (E * sum_e f_e P_e over the routes of all layers together) that is worth
+        the router's own, for fine-tuning an export; 0 where it has none of that form."""
+        return 0.0
+
+    @classmethod
     def parameter_count(cls, model: ModelConfig, options: RouterOptions) -> int:
         """Parameters of one layer's router."""
         return model.num_experts * model.hidden_size

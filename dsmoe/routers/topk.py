@@ -57,6 +57,15 @@ class TopKOptions(RouterOptions):
 class TopKRouter(Router):
     Options = TopKOptions
 
+    @classmethod
+    def fixed_experts_per_token(cls, options: TopKOptions) -> int:
+        return options.k
+
+    @classmethod
+    def switch_loss_coefficient(cls, options: TopKOptions, num_moe_layers: int) -> float:
+        """One loss over the routes of all layers together there; a sum over layers and a mean over k here."""
+        return options.balance_coefficient * num_moe_layers / options.k
+
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH))
 

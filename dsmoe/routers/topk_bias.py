@@ -82,6 +82,10 @@ class TopKBiasRouter(Router):
     Options = TopKBiasOptions
 
     @classmethod
+    def fixed_experts_per_token(cls, options: TopKBiasOptions) -> int:
+        return options.k
+
+    @classmethod
     def make_controller(cls, options: TopKBiasOptions, num_layers: int, num_experts: int) -> BiasController:
         return BiasController(num_layers, num_experts, options.bias_update_rate)
 

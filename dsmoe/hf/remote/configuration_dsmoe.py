@@ -21,11 +21,15 @@ class DsmoeConfig(PreTrainedConfig):
         shared_expert_intermediate_size: width of the expert that every token has; None: no such expert.
         expert_rank: width of the latent that scores an expert and enters its gate; 0: experts do not score themselves.
         router: {"name": ..., and every option it was trained with}.
+        num_experts_per_tok: experts of every token, of a router with a fixed k whose experts do not score themselves;
+            None: the number differs from token to token.
         qk_norm: True: RMSNorm of queries and keys for each head; "full": over all heads together; False: none.
         max_position_embeddings: length of the training sequences.
         initializer_range: standard deviation of new weights.
-        experts_backend: "grouped_mm" for one grouped GEMM, "loop" for one expert after another, "auto" for the first
-            where it is possible.
+        output_router_logits: return the router's scores and the balance loss.
+        router_aux_loss_coef: weight of the balance loss in `loss`, where the scores are returned.
+        experts_backend: of experts whose number differs, "grouped_mm" for one grouped GEMM, "loop" for one expert after
+            another, "auto" for the first where it is possible.
         router_dtype: of the router's arithmetic and tensors; only float32 is supported.
     """
 
@@ -48,6 +52,7 @@ class DsmoeConfig(PreTrainedConfig):
         shared_expert_intermediate_size: int | None = None,
         expert_rank: int = 0,
         router: dict | None = None,
+        num_experts_per_tok: int | None = None,
         qk_norm: bool | str = False,
         rms_norm_eps: float = 1e-5,
         rope_parameters: dict | None = None,
@@ -55,6 +60,8 @@ class DsmoeConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
         use_cache: bool = True,
+        output_router_logits: bool = False,
+        router_aux_loss_coef: float = 0.0,
         experts_backend: str = "auto",
         router_dtype: str = "float32",
         pad_token_id: int | None = None,
@@ -82,12 +89,15 @@ class DsmoeConfig(PreTrainedConfig):
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.expert_rank = expert_rank
         self.router = router or {"name": "topk", "k": 1, "softmax": "before", "renormalize": False}
+        self.num_experts_per_tok = num_experts_per_tok
         self.qk_norm = qk_norm
         self.rms_norm_eps = rms_norm_eps
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
         self.max_position_embeddings = max_position_embeddings
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.output_router_logits = output_router_logits
+        self.router_aux_loss_coef = router_aux_loss_coef
         self.experts_backend = experts_backend
         self.router_dtype = router_dtype
         super().__init__(

@@ -7,21 +7,20 @@ Shapes: B sequences, S tokens of each in this call, T = B * S, H hidden, E exper
 width, N routes. A route is a (token, expert) pair that is active, with a weight; routes are ordered by expert.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_dsmoe import DsmoeConfig
 from .routing_dsmoe import build_routing
@@ -123,6 +122,120 @@ def can_group(weight_EMK: Tensor) -> bool:
     return hasattr(F, "grouped_mm") and aligned
 
 
+def weighted_outputs(
+    hidden_TH: Tensor,
+    probs_TE: Tensor,
+    map_TE: Tensor,
+    latents_TEr: Tensor | None,
+    weights: list[Tensor],
+    grouped: bool,
+) -> Tensor:
+    """The experts' weighted outputs summed for each token [T, H]; exactly 0 for a token without an expert.
+
+    Args:
+        weights: gate_up_proj [E, 2F, H] and down_proj [E, H, F]; with latents gate_proj [E, F, r], up_proj [E, F, H]
+            and down_proj.
+        grouped: one grouped GEMM rather than one expert after another.
+    """
+    linear = grouped_linear if grouped else loop_linear
+    expert_N, token_N = map_TE.t().nonzero(as_tuple=True)
+    if token_N.numel() == 0:
+        return torch.zeros_like(hidden_TH)
+    ends_E = map_TE.sum(0).cumsum(0).to(torch.int32)
+    rows_NH = hidden_TH.index_select(0, token_N)
+    if latents_TEr is not None:
+        gate_proj, up_proj, down_proj = weights
+        gate = linear(latents_TEr[token_N, expert_N], gate_proj, ends_E)
+        up = linear(rows_NH, up_proj, ends_E)
+    else:
+        gate_up_proj, down_proj = weights
+        gate, up = linear(rows_NH, gate_up_proj, ends_E).chunk(2, dim=-1)
+    weight_N = probs_TE[token_N, expert_N].to(gate.dtype)
+    out_NH = linear(F.silu(gate) * up * weight_N.unsqueeze(1), down_proj, ends_E)
+    return torch.zeros_like(hidden_TH).index_add(0, token_N, out_NH)
+
+
+def weighted_outputs_backward(
+    grad_TH: Tensor,
+    hidden_TH: Tensor,
+    probs_TE: Tensor,
+    map_TE: Tensor,
+    latents_TEr: Tensor | None,
+    weights: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of `weighted_outputs`, one expert after another: of hidden_TH, probs_TE, latents_TEr where there are
+    any, and the weights. Written out, since autograd does not look inside an operator."""
+    inputs = [hidden_TH, probs_TE, *([] if latents_TEr is None else [latents_TEr]), *weights]
+    grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    grad_hidden, grad_probs, *grad_latents = grads[: -len(weights)]
+    *grad_projections, grad_down = grads[-len(weights) :]
+    *projections, down = weights
+    for expert in map_TE.any(0).nonzero().flatten().tolist():
+        token = map_TE[:, expert].nonzero().flatten()
+        sources = [hidden_TH[token]] if latents_TEr is None else [latents_TEr[token, expert], hidden_TH[token]]
+        h = torch.cat([F.linear(x, w[expert]) for x, w in zip(sources, projections, strict=True)], dim=1)
+        gate, up = h.chunk(2, dim=1)
+        silu, weight, grad_out = F.silu(gate), probs_TE[token, expert].to(h.dtype).unsqueeze(1), grad_TH[token]
+        inner = silu * up
+        grad_scaled = grad_out @ down[expert]
+        grad_down[expert] = grad_out.t() @ (inner * weight)
+        grad_probs[token, expert] = (grad_scaled.float() * inner.float()).sum(1).to(grad_probs.dtype)
+        grad_inner = grad_scaled * weight
+        grad_gate = torch.ops.aten.silu_backward(grad_inner * up, gate)
+        grad_h = [torch.cat((grad_gate, grad_inner * silu), dim=1)]
+        if latents_TEr is not None:
+            grad_h = [grad_gate, grad_inner * silu]
+            grad_latents[0][token, expert] = grad_gate @ projections[0][expert]
+        grad_hidden[token] += grad_h[-1] @ projections[-1][expert]
+        for grad, source, to in zip(grad_h, sources, grad_projections, strict=True):
+            to[expert] = grad.t() @ source
+    return grads
+
+
+# How many routes there are depends on the data, which torch.compile and torch.export cannot follow without breaking
+# the graph. To them the experts are one operator, [T, H] to [T, H], that makes its forward pass again in its backward.
+if not hasattr(torch.ops.dsmoe, "routed_experts"):  # another export in this process may have brought it
+
+    @torch.library.custom_op("dsmoe::routed_experts", mutates_args=())
+    def _routed_experts(
+        hidden_TH: Tensor, probs_TE: Tensor, map_TE: Tensor, latents_TEr: Tensor | None, weights: list[Tensor],
+        grouped: bool,
+    ) -> Tensor:  # fmt: skip
+        return weighted_outputs(hidden_TH, probs_TE, map_TE, latents_TEr, weights, grouped)
+
+    @_routed_experts.register_fake
+    def _(hidden_TH, probs_TE, map_TE, latents_TEr, weights, grouped):
+        return torch.empty_like(hidden_TH)
+
+    @torch.library.custom_op("dsmoe::routed_experts_backward", mutates_args=())
+    def _routed_experts_backward(
+        grad_TH: Tensor, hidden_TH: Tensor, probs_TE: Tensor, map_TE: Tensor, latents_TEr: Tensor | None,
+        weights: list[Tensor], grouped: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        return weighted_outputs_backward(grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, weights)
+
+    @_routed_experts_backward.register_fake
+    def _(grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, weights, grouped):
+        inputs = [hidden_TH, probs_TE, *([] if latents_TEr is None else [latents_TEr]), *weights]
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
+
+    def _keep_for_backward(ctx, inputs, output):
+        *tensors, weights, ctx.grouped = inputs
+        ctx.has_latents = tensors[3] is not None
+        ctx.save_for_backward(*(x for x in tensors if x is not None), *weights)
+
+    def _backward(ctx, grad_TH):
+        hidden_TH, probs_TE, map_TE, *others = ctx.saved_tensors
+        latents_TEr = others.pop(0) if ctx.has_latents else None
+        grads = torch.ops.dsmoe.routed_experts_backward(
+            grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, others, ctx.grouped
+        )
+        latents_grad = grads.pop(2) if ctx.has_latents else None
+        return grads[0], grads[1], None, latents_grad, grads[2:], None
+
+    _routed_experts.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
 class DsmoeRoutedExperts(nn.Module):
     """SwiGLU experts over a flat list of routes: any number of experts for each token, no padding, none dropped.
 
@@ -144,24 +257,40 @@ class DsmoeRoutedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
 
     def forward(self, hidden_TH: Tensor, probs_TE: Tensor, map_TE: Tensor, latents_TEr: Tensor | None) -> Tensor:
-        """The experts' weighted outputs summed for each token [T, H]; exactly 0 for a token without an expert."""
-        expert_N, token_N = map_TE.t().nonzero(as_tuple=True)
-        if token_N.numel() == 0:
-            return torch.zeros_like(hidden_TH)
-        ends_E = map_TE.sum(0).cumsum(0).to(torch.int32)
-        rows_NH = hidden_TH.index_select(0, token_N)
-        if self.low_rank:
-            gate = self._linear(latents_TEr[token_N, expert_N], self.gate_proj, ends_E)
-            up = self._linear(rows_NH, self.up_proj, ends_E)
-        else:
-            gate, up = self._linear(rows_NH, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        weight_N = probs_TE[token_N, expert_N].to(gate.dtype)
-        out_NH = self._linear(F.silu(gate) * up * weight_N.unsqueeze(1), self.down_proj, ends_E)
-        return torch.zeros_like(hidden_TH).index_add(0, token_N, out_NH)
+        """As `weighted_outputs`."""
+        names = ("gate_proj", "up_proj", "down_proj") if self.low_rank else ("gate_up_proj", "down_proj")
+        weights = [getattr(self, name) for name in names]
+        grouped = all(map(can_group, weights)) if self.backend == "auto" else self.backend == "grouped_mm"
+        opaque = torch.compiler.is_compiling()
+        run = torch.ops.dsmoe.routed_experts if opaque else weighted_outputs
+        return run(hidden_TH, probs_TE, map_TE, latents_TEr if self.low_rank else None, weights, grouped)
 
-    def _linear(self, rows_NK: Tensor, weight_EMK: Tensor, ends_E: Tensor) -> Tensor:
-        grouped = can_group(weight_EMK) if self.backend == "auto" else self.backend == "grouped_mm"
-        return (grouped_linear if grouped else loop_linear)(rows_NK, weight_EMK, ends_E)
+
+@use_experts_implementation
+class DsmoeExperts(nn.Module):
+    """The experts of a router with a fixed k, by the contract of transformers' and vLLM's own MoE models: packed
+    `gate_up_proj` [E, 2F, H] (gate first) and `down_proj` [E, H, F], and for every token k experts with weights.
+
+    `experts_implementation` chooses how transformers computes it, and vLLM puts its fused kernel in its place.
+    """
+
+    def __init__(self, config: DsmoeConfig):
+        super().__init__()
+        self.num_experts, self.hidden_dim = config.num_experts, config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], top_k_index int64 [T, k], top_k_weights fp32 [T, k] -> [T, H]; the implementation
+        "eager"."""
+        shape = (len(hidden_states), self.num_experts)
+        probs_TE = top_k_weights.new_zeros(shape).scatter(1, top_k_index, top_k_weights)
+        map_TE = torch.zeros(shape, dtype=torch.bool, device=probs_TE.device).scatter(1, top_k_index, True)
+        weights = [self.gate_up_proj, self.down_proj]
+        run = torch.ops.dsmoe.routed_experts if torch.compiler.is_compiling() else weighted_outputs
+        return run(hidden_states, probs_TE, map_TE, None, weights, False)
 
 
 class DsmoeSparseMLP(nn.Module):
@@ -170,19 +299,57 @@ class DsmoeSparseMLP(nn.Module):
     def __init__(self, config: DsmoeConfig):
         super().__init__()
         self.routing = build_routing(config)
-        # Not "experts": vLLM replaces modules of that name by a kernel for a fixed number of experts per token.
-        self.routed_experts = DsmoeRoutedExperts(config)
+        for name, module in self.routing.named_modules():
+            module.path_in_routing = name  # by which `_init_weights` knows it
+        self.top_k = config.num_experts_per_tok
+        if self.top_k:
+            self.experts = DsmoeExperts(config)
+        else:  # not "experts": vLLM replaces modules of that name by a kernel for a fixed number of experts per token
+            self.routed_experts = DsmoeRoutedExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_experts = DsmoeMLP(config.hidden_size, shared) if shared else None
 
-    def forward(self, hidden_BSH: Tensor, real_BS: Tensor | None = None) -> Tensor:
-        """real_BS: bool, False where a token is padding: it gets no expert."""
+    def forward(self, hidden_BSH: Tensor, real_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The output [B, S, H], the router's scores fp32 [T, E], and their balance as `router_balance` gives it.
+
+        real_BS: bool, False where a token is padding: it gets no expert.
+        """
         hidden_TH = hidden_BSH.flatten(0, 1)
-        probs_TE, map_TE, latents_TEr = self.routing(hidden_TH)
+        probs_TE, map_TE, latents_TEr, *scores = self.routing(hidden_TH)
+        scores_TE = scores[0] if scores else probs_TE  # a file of another package may give none
         if real_BS is not None:
-            map_TE = map_TE & real_BS.reshape(-1, 1)
-        out = self.routed_experts(hidden_TH, probs_TE, map_TE, latents_TEr).view_as(hidden_BSH)
-        return out if self.shared_experts is None else out + self.shared_experts(hidden_BSH)
+            real_T1 = real_BS.reshape(-1, 1)
+            map_TE, probs_TE = map_TE & real_T1, probs_TE * real_T1
+        if self.top_k:
+            weight_Tk, expert_Tk = probs_TE.topk(self.top_k, dim=-1)
+            out = self.experts(hidden_TH, expert_Tk, weight_Tk)
+        else:
+            out = self.routed_experts(hidden_TH, probs_TE, map_TE, latents_TEr)
+        out = out.view_as(hidden_BSH)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(hidden_BSH)
+        return out, scores_TE, router_balance(scores_TE, map_TE, real_BS)
+
+
+def router_balance(scores_TE: Tensor, map_TE: Tensor, real_BS: Tensor | None) -> Tensor:
+    """fp32 [3, E]: routes to each expert, the softmax of the scores summed over tokens, and the number of tokens."""
+    mass_TE = scores_TE.float().softmax(dim=-1)
+    if real_BS is None:
+        tokens = mass_TE.new_full((), len(mass_TE))
+    else:
+        mass_TE, tokens = mass_TE * real_BS.reshape(-1, 1), real_BS.sum().to(mass_TE.dtype)
+    return torch.stack((map_TE.sum(0).to(mass_TE.dtype), mass_TE.sum(0), tokens.expand(mass_TE.size(1))))
+
+
+def load_balancing_loss(balance: tuple[Tensor, ...]) -> Tensor:
+    """E * sum_e f_e P_e over all layers together (Switch, 2101.03961 Eq. 4-6), as transformers takes it of its own MoE
+    models: f_e, the share of tokens that expert e takes, from the routes as they are, so for any number of experts.
+
+    balance: of each MoE layer, from `router_balance`.
+    """
+    routes_E, mass_E, tokens_E = torch.stack([layer.to(balance[0].device) for layer in balance]).sum(0)
+    tokens = tokens_E.clamp(min=1)
+    return len(routes_E) * (routes_E / tokens * (mass_E / tokens)).sum()
 
 
 class DsmoeDecoderLayer(GradientCheckpointingLayer):
@@ -199,7 +366,8 @@ class DsmoeDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_BSH: Tensor, real_BS: Tensor | None = None, **kwargs) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_BSH), **kwargs)
         hidden_BSH = hidden_BSH + attended
-        return hidden_BSH + self.mlp(self.post_attention_layernorm(hidden_BSH), real_BS)
+        out = self.mlp(self.post_attention_layernorm(hidden_BSH), real_BS)
+        return hidden_BSH + (out[0] if isinstance(out, tuple) else out)
 
 
 class DsmoePreTrainedModel(PreTrainedModel):
@@ -211,16 +379,32 @@ class DsmoePreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["routing"]  # of a model loaded in bf16 too
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": DsmoeDecoderLayer, "attentions": DsmoeAttention}
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": DsmoeDecoderLayer,
+        "attentions": DsmoeAttention,
+        "router_logits": OutputRecorder(DsmoeSparseMLP, index=1),
+        "router_balance": OutputRecorder(DsmoeSparseMLP, index=2),
+    }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DsmoeSparseMLP):
-            for parameter in (*module.routing.parameters(), *module.routed_experts.parameters()):
-                if parameter.dim() > 1:  # vectors keep what their module gave them
-                    initialization.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+        std = self.config.initializer_range
+        if isinstance(module, (DsmoeRoutedExperts, DsmoeExperts)):
+            for parameter in module.parameters(recurse=False):
+                initialization.normal_(parameter, mean=0.0, std=std)
+        elif hasattr(module, "path_in_routing"):
+            # Vectors and buffers begin as their module makes them; this one may have been made without memory.
+            with torch.device("cpu"):
+                fresh = build_routing(self.config).get_submodule(module.path_in_routing)
+            for name, tensor in (*fresh.named_parameters(recurse=False), *fresh.named_buffers(recurse=False)):
+                if tensor.dim() > 1 and isinstance(tensor, nn.Parameter):
+                    initialization.normal_(getattr(module, name), mean=0.0, std=std)
+                else:
+                    initialization.copy_(getattr(module, name), tensor)
 
 
 class DsmoeModel(DsmoePreTrainedModel):
@@ -245,7 +429,7 @@ class DsmoeModel(DsmoePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """Hidden states [B, S, H] of `input_ids` or `inputs_embeds`; transformers' usual arguments."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -273,11 +457,16 @@ class DsmoeModel(DsmoePreTrainedModel):
                 hidden_BSH, real_BS, position_embeddings=angles, attention_mask=mask, position_ids=position_ids,
                 past_key_values=past_key_values, use_cache=use_cache, **kwargs,
             )  # fmt: skip
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_BSH), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_BSH), past_key_values=past_key_values)
 
 
 class DsmoeForCausalLM(DsmoePreTrainedModel, GenerationMixin):
-    """The language model. With `labels` it gives the next-token loss alone: router losses belong to dsmoe's trainer."""
+    """The language model.
+
+    With `output_router_logits` (an argument, or of the configuration) the output has the scores of every MoE layer's
+    router and `aux_loss`, the balance loss, which `loss` then contains times `config.router_aux_loss_coef`. The other
+    losses of dsmoe's routers belong to its trainer.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -299,23 +488,43 @@ class DsmoeForCausalLM(DsmoePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Logits [B, S, V], of the last `logits_to_keep` tokens where that is given, and the loss of `labels` [B, S]
         (the tokens themselves; -100 where one does not count)."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            output_router_logits=output_router_logits, output_router_balance=output_router_logits, **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states,
-            attentions=output.attentions,
+        aux_loss = None
+        if output_router_logits and output.get("router_balance"):
+            aux_loss = load_balancing_loss(output["router_balance"])
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=aux_loss, logits=logits, past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states, attentions=output.attentions, router_logits=output.router_logits,
         )  # fmt: skip
 
 
-__all__ = ["DsmoeForCausalLM", "DsmoeModel", "DsmoePreTrainedModel"]
+class DsmoeForSequenceClassification(GenericForSequenceClassification, DsmoePreTrainedModel):
+    """A classifier of sequences: one linear layer, `score`, over the last token that is no padding."""
+
+    def __init__(self, config: DsmoeConfig):
+        DsmoePreTrainedModel.__init__(self, config)  # the generic one would ask the Hub for the decoder
+        self.num_labels = config.num_labels
+        self.model = DsmoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["DsmoeForCausalLM", "DsmoeForSequenceClassification", "DsmoeModel", "DsmoePreTrainedModel"]

@@ -8,6 +8,7 @@ A routing module turns tokens [T, H] into
     probs_TE    fp32 [T, E], the weight of every expert, 0 where it is not active
     map_TE      bool [T, E], which experts are active: none to all of them
     latents_TEr [T, E, r] in the tokens' dtype, what a self-scoring expert was scored by, else None
+    scores_TE   fp32 [T, E], what it decided by: a gate's logits, or norms (a file of another package may leave it out)
 
 and looks at one token at a time: what else is in the batch never changes a route. It computes in fp32 whatever the
 model's dtype, since in bf16 scores that nearly tie would change places. Losses and controllers of the training are not
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 TINY = 1e-20  # keeps 0/0 away where all scores of a token underflow
 
-Decision = tuple[Tensor, Tensor, Tensor | None]
+Decision = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 def build_routing(config) -> nn.Module:
@@ -60,7 +61,7 @@ class TopK(GateRouting):
             gate_Tk = logit_Tk.softmax(dim=-1)
         else:
             gate_Tk = logits_TE.softmax(dim=-1).gather(1, expert_Tk)
-        return *spread(expert_Tk, gate_Tk, logits_TE), None
+        return *spread(expert_Tk, gate_Tk, logits_TE), None, logits_TE
 
 
 class TopKBias(GateRouting):
@@ -77,7 +78,7 @@ class TopKBias(GateRouting):
         gate_Tk = score_TE.gather(1, expert_Tk)
         if options.renormalize:
             gate_Tk = gate_Tk / (gate_Tk.sum(dim=-1, keepdim=True) + TINY)
-        return *spread(expert_Tk, gate_Tk * options.route_scale, score_TE), None
+        return *spread(expert_Tk, gate_Tk * options.route_scale, score_TE), None, logits_TE
 
     def _open(self, biased_TE: Tensor) -> Tensor:
         """-inf for experts outside a token's best groups."""
@@ -95,12 +96,13 @@ class TopP(GateRouting):
     """The fewest experts whose softmax mass exceeds p (2403.07652)."""
 
     def forward(self, hidden_TH: Tensor) -> Decision:
-        softmax_TE = self.logits(hidden_TH).softmax(dim=-1)
+        logits_TE = self.logits(hidden_TH)
+        softmax_TE = logits_TE.softmax(dim=-1)
         map_TE = top_p_map(softmax_TE, self.options.p, self.options.rule)
         gate_TE = softmax_TE * map_TE
         if self.options.renormalize:
             gate_TE = gate_TE / gate_TE.sum(dim=-1, keepdim=True)
-        return gate_TE, map_TE, None
+        return gate_TE, map_TE, None, logits_TE
 
 
 class DTopP(GateRouting):
@@ -117,15 +119,16 @@ class DTopP(GateRouting):
         softmax_TE = (self.scale.float() * standard_TE).softmax(dim=-1)
         map_TE = top_p_map(softmax_TE, self.p.float(), self.options.rule)
         selected_TE = softmax_TE * map_TE
-        return selected_TE / selected_TE.sum(dim=-1, keepdim=True), map_TE, None
+        return selected_TE / selected_TE.sum(dim=-1, keepdim=True), map_TE, None, logits_TE
 
 
 class ReLU(GateRouting):
     """ReLU gates, no selection: ReMoE (2412.14711)."""
 
     def forward(self, hidden_TH: Tensor) -> Decision:
-        probs_TE = F.relu(self.logits(hidden_TH))
-        return probs_TE, probs_TE > 0, None
+        logits_TE = self.logits(hidden_TH)
+        probs_TE = F.relu(logits_TE)
+        return probs_TE, probs_TE > 0, None, logits_TE
 
 
 class ExpertThreshold(GateRouting):
@@ -138,7 +141,7 @@ class ExpertThreshold(GateRouting):
     def forward(self, hidden_TH: Tensor) -> Decision:
         logits_TE = self.logits(hidden_TH)
         map_TE = logits_TE >= self.cutoffs.float()
-        return logits_TE.sigmoid() * map_TE, map_TE, None
+        return logits_TE.sigmoid() * map_TE, map_TE, None, logits_TE
 
 
 class LatentRouting(nn.Module):
@@ -167,7 +170,7 @@ class AoE(LatentRouting):
             gate_Tk = score_TE.softmax(dim=-1).gather(1, expert_Tk)
         else:
             gate_Tk = score_Tk.softmax(dim=-1)
-        return *spread(expert_Tk, gate_Tk, score_TE), latents_TEr
+        return *spread(expert_Tk, gate_Tk, score_TE), latents_TEr, score_TE
 
 
 class RoutingFree(LatentRouting):
@@ -184,7 +187,7 @@ class RoutingFree(LatentRouting):
             score_TE = score_TE * self.scale.float()
         score_TE = (score_TE - self.bias.float()).relu()
         map_TE = score_TE >= self.options.threshold
-        return score_TE * map_TE, map_TE, latents_TEr
+        return score_TE * map_TE, map_TE, latents_TEr, score_TE
 
 
 def spread(expert_Tk: Tensor, gate_Tk: Tensor, like_TE: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,218 @@
+"""What a transformers user expects of any model: new weights, compilation, export, router outputs, classification."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from dsmoe.hf.remote import modeling_dsmoe
+from dsmoe.hf.remote.configuration_dsmoe import DsmoeConfig
+from dsmoe.hf.remote.modeling_dsmoe import DsmoeForCausalLM, DsmoeForSequenceClassification, load_balancing_loss
+from dsmoe.routers import available, get
+
+OWN = [name for name, router in available().items() if router.__module__.startswith("dsmoe.")]
+STD = 0.02
+CONSTANTS = {"bias": 0.0, "scale": 1.0, "p": 1.0, "cutoffs": 0.0}  # of routers, as a fresh module has them
+
+
+def config(router: str, **changes) -> DsmoeConfig:
+    options = get(router).Options()
+    return DsmoeConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=8, moe_intermediate_size=64, expert_rank=get(router).latent_rank(options),
+        router={"name": router, **options.model_dump(mode="json")}, initializer_range=STD,
+        num_experts_per_tok=get(router).fixed_experts_per_token(options), pad_token_id=0, **changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=OWN)
+def router(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(router) -> DsmoeForCausalLM:
+    torch.manual_seed(0)
+    return DsmoeForCausalLM(config(router)).eval()
+
+
+TOKENS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def assert_new(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dim() > 1:
+            assert tensor.std() == pytest.approx(STD, rel=0.2) and tensor.mean().abs() < STD / 5, name
+        elif "norm" in name:
+            assert (tensor == 1).all(), name
+        else:
+            assert (tensor == CONSTANTS[name.rpartition(".")[2]]).all(), name
+
+
+def test_a_new_model_has_new_weights(model):
+    assert_new(model.state_dict())
+
+
+def test_weights_that_a_folder_lacks_begin_anew(model, tmp_path):
+    """The whole MoE of the last layer, one tensor of the first, and the output layer's norm."""
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = [name for name in weights if "layers.1.mlp" in name or name == "model.norm.weight"]
+    missing += [next(name for name in weights if "layers.0.mlp.routing" in name)]
+    save_file({name: tensor for name, tensor in weights.items() if name not in missing}, tmp_path / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    loaded = DsmoeForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert_new({name: loaded[name] for name in missing})
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items() if name not in missing)
+
+
+@pytest.mark.parametrize("name", ["topk", "relu", "routing_free"])  # fixed k; any number; experts of a latent
+def test_it_compiles_in_one_graph(name):
+    """Training: loss, gradients of all weights. The compiler's own code is not at stake, so it is left out."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = DsmoeForCausalLM(config(name))
+    plain, compiled = copy.deepcopy(model).train(), copy.deepcopy(model).train()
+    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    losses = [m(TOKENS, labels=TOKENS).loss for m in (plain, graph)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+    for loss in losses:
+        loss.backward()
+    for (name, parameter), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        if parameter.grad is not None:
+            assert torch.allclose(parameter.grad, other.grad, atol=1e-5, rtol=1e-3), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["topk", "relu", "routing_free"])
+def test_it_exports(name):
+    model = DsmoeForCausalLM(config(name)).eval()
+    program = torch.export.export(model, (TOKENS,), {"use_cache": False}, strict=False)
+    out = program.module()(TOKENS, use_cache=False)
+    assert torch.allclose(out.logits, model(TOKENS, use_cache=False).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_flex_attention_agrees():
+    model = DsmoeForCausalLM(config("relu")).eval()
+    expected = model(TOKENS).logits
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("flex_attention")
+    assert torch.allclose(other(TOKENS).logits, expected, atol=1e-4)
+
+
+def test_router_outputs_and_balance_loss(router, model):
+    mask = torch.ones_like(TOKENS)
+    mask[1, :5] = 0
+    plain = model(TOKENS, attention_mask=mask, labels=TOKENS)
+    assert plain.router_logits is None and plain.aux_loss is None
+    routes = []
+    hooks = [layer.mlp.routing.register_forward_hook(lambda m, i, out: routes.append(out[1])) for layer in
+             model.model.layers]  # fmt: skip
+    out = model(TOKENS, attention_mask=mask, labels=TOKENS, output_router_logits=True)
+    for hook in hooks:
+        hook.remove()
+    assert [scores.shape for scores in out.router_logits] == [(24, 8)] * 2
+    real = mask.flatten().bool().repeat(2)
+    scores, taken = torch.cat(out.router_logits)[real], torch.cat(routes)[real]
+    expected = 8 * (taken.float().mean(0) * scores.softmax(-1).mean(0)).sum()
+    assert out.aux_loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert out.loss.item() == pytest.approx(plain.loss.item())  # a coefficient of 0
+    weighted = copy.deepcopy(model)
+    weighted.config.router_aux_loss_coef = 0.5
+    weighted.config.output_router_logits = True
+    total = weighted(TOKENS, attention_mask=mask, labels=TOKENS)
+    assert total.loss.item() == pytest.approx(plain.loss.item() + 0.5 * expected.item(), rel=1e-5)
+    total.aux_loss.backward()
+    assert any(p.grad.abs().sum() > 0 for n, p in weighted.named_parameters() if ".routing." in n)
+
+
+def test_the_balance_loss_of_top_k_is_that_of_transformers():
+    generator = torch.Generator().manual_seed(2)
+    scores = [torch.randn(12, 8, generator=generator) for _ in range(3)]
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :2] = 0
+    maps = [torch.zeros(12, 8, dtype=torch.bool).scatter(1, s.topk(2).indices, True) & mask.view(-1, 1).bool()
+            for s in scores]  # fmt: skip
+    ours = load_balancing_loss(
+        tuple(modeling_dsmoe.router_balance(s, m, mask) for s, m in zip(scores, maps, strict=True))
+    )
+    assert ours.item() == pytest.approx(load_balancing_loss_func(tuple(scores), 8, 2, mask).item(), rel=1e-5)
+
+
+def test_a_classifier_trains(router):
+    torch.manual_seed(0)
+    classifier = DsmoeForSequenceClassification(config(router, num_labels=3))
+    mask = torch.ones_like(TOKENS)
+    mask[0, 8:] = 0
+    tokens = TOKENS.masked_fill(mask == 0, 0)
+    out = classifier(tokens, attention_mask=mask, labels=torch.tensor([0, 2]))
+    assert out.logits.shape == (2, 3)
+    out.loss.backward()
+    assert classifier.score.weight.grad.abs().sum() > 0
+    short = classifier(tokens[:1, :8]).logits
+    assert torch.allclose(short, out.logits[:1], atol=1e-5)  # the last token that is no padding
+
+
+class FusedKernel(nn.Module):
+    """What vLLM's Transformers backend puts in the place of a module named `experts` with packed weights: it is called
+    with each token's experts and their weights, positionally, and knows nothing else."""
+
+    def __init__(self, experts: nn.Module):
+        super().__init__()
+        assert experts.gate_up_proj.dim() == experts.down_proj.dim() == 3
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj, experts.down_proj
+
+    def forward(self, hidden_states, topk_ids, topk_weights):
+        out = torch.zeros_like(hidden_states)
+        for token, (ids, weights) in enumerate(zip(topk_ids, topk_weights, strict=True)):
+            for expert, weight in zip(ids, weights, strict=True):
+                gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2)
+                out[token] += weight * F.linear(F.silu(gate) * up, self.down_proj[expert])
+        return out
+
+
+@torch.no_grad()
+def test_a_fixed_k_serves_as_vllm_calls_it(router, model):
+    served = copy.deepcopy(model)
+    modules = [name for name, _ in served.named_modules() if name.endswith(".experts")]
+    if get(router).fixed_experts_per_token(get(router).Options()) is None:
+        assert not modules and model.config.num_experts_per_tok is None
+        return
+    assert len(modules) == 2 and served.config.num_experts_per_tok and served.config.moe_intermediate_size
+    for name in modules:
+        served.set_submodule(name, FusedKernel(served.get_submodule(name)))
+    assert torch.allclose(served(TOKENS).logits, model(TOKENS).logits, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["topk", "topk_bias"])
+def test_experts_implementations_agree(name, implementation):
+    torch.manual_seed(0)
+    model = DsmoeForCausalLM(config(name)).eval()
+    model.set_experts_implementation("eager")
+    expected = model(TOKENS).logits
+    model.set_experts_implementation(implementation)
+    assert torch.allclose(model(TOKENS).logits, expected, atol=1e-5)
+
+
+def test_auto_classes_know_them_all():
+    from dsmoe.config import validate_config
+    from dsmoe.hf.export import remote_config
+    from dsmoe.routers.registry import option_classes
+
+    run = validate_config({"model": {"num_experts": 4, "vocab_size": 64}, "router": {"name": "topk"}}, option_classes())
+    content = remote_config(run, get("topk"), get("topk").Options())
+    for name in content["auto_map"].values():
+        module, _, cls = name.partition(".")
+        assert module == "configuration_dsmoe" or hasattr(modeling_dsmoe, cls)
+    assert "AutoModelForSequenceClassification" in content["auto_map"]
+    assert AutoModelForCausalLM.__name__ in content["auto_map"]
