@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class DsmoeError(Exception):
-    """Base of all errors that are the user's to fix; launch files print the message without a stack trace."""
+    """Base of all errors that are the user's to fix; launch files print the message without a stack trace.
+
+    Attributes:
+        exit_code: 2, refused before any work; 1 where work had begun (dsmoe/runtime/exit_codes.py).
+    """
+
+    exit_code = 2
 
 
 class ConfigError(DsmoeError):
@@ -41,5 +47,11 @@ class ConversionError(DsmoeError):
     """A model cannot be carried to or from Hugging Face exactly, or the result does not compute the same."""
 
 
+class RunFolderError(DsmoeError):
+    """The run folder is in use by another run, or cannot be read or written."""
+
+
 class TrainingError(DsmoeError):
     """Training cannot go on (for example a loss that is not finite)."""
+
+    exit_code = 1

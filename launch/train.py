@@ -1,6 +1,7 @@
 """Train: `deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml [section.key=value ...]`.
 
-The same file runs under torchrun and mpirun, and alone with `python launch/train.py` as one process.
+The same file runs under torchrun and mpirun, and alone with `python launch/train.py` as one process. Exit codes:
+0 finished, 1 failed, 2 refused, 75 stopped by a signal with a checkpoint.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from dsmoe.runtime.command_line import quiet_libraries, run
+from dsmoe.runtime.exit_codes import FINISHED, STOPPED
 
 
 def main() -> int:
@@ -23,8 +25,7 @@ def main() -> int:
     from dsmoe.training.run import train
 
     config = load_config(arguments.config, arguments.overrides, routers.option_classes(), optimizers.option_classes())
-    train(config)
-    return 0
+    return STOPPED if train(config).stopped else FINISHED
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsmoe.checkpoint import files
 from dsmoe.checkpoint.files import Manifest
 from dsmoe.config import RunConfig
+from dsmoe.config.validate import is_allowed
 from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
 from dsmoe.optim.deepspeed import flat_master_weights, inner_optimizer, owned_fragment, write_model_weight
@@ -102,7 +103,12 @@ class CheckpointReader:
         return self._state(files.IDLE_EXPERTS).get("idle_steps")
 
     def _state(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.folder / name) if name in self.manifest.files else {}
+        if name not in self.manifest.files:
+            return {}
+        try:
+            return load_file(self.folder / name)
+        except Exception as error:  # safetensors has a class of its own
+            raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
 
 
 def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
@@ -127,7 +133,7 @@ def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:
                 values = reader.read(kind, piece.name, low - piece.start, high - piece.start)
                 fragment.tensors[kind][low - fragment.start : high - fragment.start].copy_(values)
     controller = engine.module.controller
-    if controller is not None:
+    if controller is not None and _same_router(reader.manifest, config):
         controller.load(reader.controller_state())
     if engine.module.revival is not None:
         engine.module.revival.load(reader.idle_steps())
@@ -141,6 +147,8 @@ def _create_optimizer_state(engine, config: RunConfig, reader: CheckpointReader)
     manifest, optimizer = reader.manifest, optimizer_class(config.training)
     if not manifest.step and reader.kinds() == {"weight"}:
         return ("weight",)
+    if manifest.optimizer != optimizer.name and is_allowed("training.optimizer", config.training.resume_with):
+        return ("weight",)  # its state begins anew
     if manifest.optimizer != optimizer.name:
         raise CheckpointError(
             f"the checkpoint's optimizer is {manifest.optimizer!r}, this run's training.optimizer is {optimizer.name!r}"
@@ -174,10 +182,14 @@ def check_files(folder: Path) -> None:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}{hint}")
 
 
+def _same_router(manifest: Manifest, config: RunConfig) -> bool:
+    return manifest.config.get("router", {}).get("name") == config.router.name
+
+
 def _check_model(manifest: Manifest, model: torch.nn.Module, config: RunConfig) -> None:
     """The checkpoint must hold exactly this model's tensors; collective."""
-    saved_router = manifest.config["router"]["name"]
-    if saved_router != config.router.name:
+    if not _same_router(manifest, config) and not is_allowed("router.name", config.training.resume_with):
+        saved_router = manifest.config.get("router", {}).get("name")
         raise CheckpointError(
             f"the checkpoint's router is {saved_router!r}, this run's router.name is {config.router.name!r}"
         )

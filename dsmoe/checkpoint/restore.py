@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dsmoe.checkpoint.files import MANIFEST, newest_checkpoint
+from dsmoe.checkpoint.files import is_checkpoint, newest_checkpoint
 from dsmoe.checkpoint.load import CheckpointReader, check_files, load_weights
 from dsmoe.config import RunConfig, validate_config
 from dsmoe.errors import CheckpointError
@@ -45,7 +45,7 @@ class TrainedModel:
             CheckpointError: there is none, or it is damaged.
         """
         path = Path(path)
-        folder = path if (path / MANIFEST).is_file() else newest_checkpoint(path)
+        folder = path if is_checkpoint(path) else newest_checkpoint(path)
         if folder is None:
             raise CheckpointError(f"{path} is neither a run that has a checkpoint nor a checkpoint")
         start_processes()

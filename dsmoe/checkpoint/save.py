@@ -16,6 +16,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,17 +41,21 @@ class CheckpointSaver:
     Args:
         step: of the checkpoint that the run goes on from, if any.
         copied_experts: what the manifest says about the run's beginning.
+        data: what it says about the data.
 
     Attributes:
         step: of the last complete checkpoint; None if there is none.
     """
 
-    def __init__(self, engine, config: RunConfig, step: int | None = None, copied_experts: bool = False):
-        self.engine, self.config, self.copied_experts = engine, config, copied_experts
+    def __init__(
+        self, engine, config: RunConfig, step: int | None = None, copied_experts: bool = False,
+        data: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        self.engine, self.config, self.copied_experts, self.data = engine, config, copied_experts, data
         self.step = step
         self._save: _RankSave | None = None
 
-    def save(self, step: int, samples: int) -> None:
+    def save(self, step: int, samples: int, tokens: int | None = None) -> None:
         """Write the checkpoint of `step`, or begin to. One that is under way is finished first."""
         self.finish()
         if self.step == step:
@@ -59,7 +64,7 @@ class CheckpointSaver:
         partial = folder.with_name(folder.name + files.PARTIAL)
         problem = _attempt(lambda: _fresh_folder(partial)) if dist.get_rank() == 0 else None
         _raise_together(_exchange(problem), partial)
-        self._save = _RankSave(partial, step, samples)
+        self._save = _RankSave(partial, step, samples, tokens)
         self._save.begin(self.engine, self.config.checkpoint.background)
         if not self.config.checkpoint.background:
             self.finish()
@@ -84,7 +89,7 @@ class CheckpointSaver:
             config=self.config.model_dump(mode="json"),
             tensors={name: shape for _, _, shapes in reports for name, shape in shapes.items()},
             files={name: expected for _, written, _ in reports for name, expected in written.items()},
-            copied_experts=self.copied_experts,
+            copied_experts=self.copied_experts, tokens=save.tokens, data=self.data,
         )  # fmt: skip
         first = dist.get_rank() == 0
         problem = _attempt(lambda: _publish(manifest, save.partial, self.config.checkpoint)) if first else None
@@ -106,8 +111,8 @@ def save_checkpoint(engine, config: RunConfig, step: int, samples: int) -> None:
 class _RankSave:
     """One rank's part of one save."""
 
-    def __init__(self, partial: Path, step: int, samples: int):
-        self.partial, self.step, self.samples = partial, step, samples
+    def __init__(self, partial: Path, step: int, samples: int, tokens: int | None):
+        self.partial, self.step, self.samples, self.tokens = partial, step, samples, tokens
         self.shapes: dict[str, list[int]] = {}
         self.written: dict[str, dict] = {}
         self.problem: str | None = None
@@ -177,8 +182,7 @@ def _write_files(contents: dict[str, dict[str, Tensor]], folder: Path) -> dict[s
     """Onto the disk, not only into its cache; size and sha256 of each file."""
     for name, content in contents.items():
         save_file(content, folder / name)
-        with open(folder / name, "rb+") as file:
-            os.fsync(file.fileno())
+        files.complete_file(folder / name)
     return {name: files.checksum(folder / name) for name in contents}
 
 

@@ -145,7 +145,7 @@ def checkpoints_of(path: Path, every: bool = False) -> list[Path]:
     Raises:
         CheckpointError: there is none.
     """
-    if (path / files.MANIFEST).is_file() or files.is_checkpoint_name(path.name):
+    if files.is_checkpoint(path) or files.is_checkpoint_name(path.name):
         return [path]
     if every:
         there = path / "checkpoints"

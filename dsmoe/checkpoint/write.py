@@ -6,7 +6,6 @@ at any layout, and the optimizer starts without state.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -84,8 +83,7 @@ def write_weights(
 def _write(folder: Path, name: str, content: dict[str, Tensor], written: dict[str, dict]) -> None:
     try:
         save_file(content, folder / name)
-        with open(folder / name, "rb+") as file:
-            os.fsync(file.fileno())
+        files.complete_file(folder / name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot write {folder / name}: {error}") from error
     written[name] = files.checksum(folder / name)

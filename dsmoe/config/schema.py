@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -39,6 +39,11 @@ class ModelConfig(Section):
     token_dispatcher: str = "auto"  # how tokens reach their experts' ranks, dsmoe/moe/dispatch.py: a registered name
     moe_exchange_dtype: Literal["model", "bf16"] = "model"  # of rows between ranks; bf16 halves an fp32 model's traffic
     experts_implementation: Literal["auto", "grouped_mm", "native", "blocked", "loop"] = "auto"  # dsmoe/moe/experts.py
+
+    # Keys that say how the model is computed or first made, not what it computes: a run may resume with others.
+    RUNTIME_ONLY: ClassVar[frozenset[str]] = frozenset(
+        {"experts_implementation", "init_std", "moe_chunks", "moe_exchange_dtype", "recompute", "token_dispatcher"}
+    )
 
     def moe_layers(self) -> list[bool]:
         """For each layer, whether it is an MoE layer."""
@@ -119,6 +124,7 @@ class TrainingConfig(Section):
     eval_sequences: int = Field(64, ge=1)  # held-out sequences per evaluation
     seed: int = Field(1234, ge=0)
     resume: str = "auto"  # auto: newest complete checkpoint of the run; never: start anew; PATH: a checkpoint or run
+    resume_with: list[str] = []  # keys or sections whose change a checkpoint refuses: "data", "router", "training.seed"
 
     @property
     def final_lr(self) -> float:

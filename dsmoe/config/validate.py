@@ -66,6 +66,7 @@ def validate_config(
         valid["router"] = _validate_router(valid["router"], routers, valid["model"], found)
         _check_token_dispatcher(valid["model"], found)
     _check_optimizer(valid["training"], optimizers, found)
+    _check_resume_with(valid["training"], found)
     deepspeed = {} if tree.get("deepspeed") is None else tree["deepspeed"]
     _check_deepspeed(deepspeed, found)
     _check_model(valid["model"], found)
@@ -145,6 +146,20 @@ def _check_token_dispatcher(model: ModelConfig, found: _Mistakes) -> None:
     name, known = model.token_dispatcher, ["auto", *token_dispatchers.available()]
     if name not in known and found.none_in("model.token_dispatcher"):
         found.add("model.token_dispatcher", repr(name), expected_name(name, known))
+
+
+def is_allowed(key: str, resume_with: list[str]) -> bool:
+    """Whether `training.resume_with` names a key or its section."""
+    return key in resume_with or key.partition(".")[0] in resume_with
+
+
+def _check_resume_with(training: TrainingConfig, found: _Mistakes) -> None:
+    for name in training.resume_with if found.none_in("training.resume_with") else ():
+        section, _, key = name.partition(".")
+        known = SECTIONS.get(section)
+        if known is None or (key and section != "router" and key not in known.model_fields):
+            close = _nearest(name, [*SECTIONS, *(f"{s}.{k}" for s, c in SECTIONS.items() for k in c.model_fields)])
+            found.add("training.resume_with", repr(name), f"a section or a key, such as data or training.seed{close}")
 
 
 def _explain(error: ValidationError, section: str, known: list[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def _build(folder: Path, name: str, build: Callable[[Path], None], is_locked: bo
     if is_locked:  # then whatever is being built here has lost its builder
         for leftover in folder.glob(f"{BUILDING}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder))
-    unfinished.chmod(0o755)
+    unfinished = folder / f"{BUILDING}{uuid.uuid4().hex}"
+    unfinished.mkdir()
     try:
         build(unfinished)
         unfinished.rename(target)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsmoe.checkpoint.files import sync_folder, write_atomically
+from dsmoe.checkpoint.files import complete_file, plain_name, sync_folder, write_atomically
 from dsmoe.errors import CheckpointError
 
 SINGLE = "model.safetensors"
@@ -131,8 +131,7 @@ class ShardWriter:
         path = self._unnamed(len(self._shards))
         try:
             save_file(self._kept, path, metadata={"format": "pt"})
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            complete_file(path)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot write a shard into {self.folder}: {error}") from error
         self._shards.append(list(self._kept))
@@ -167,10 +166,12 @@ class ShardReader:
         if path.is_file():
             try:
                 weight_map = json.loads(path.read_text())["weight_map"]
-                if not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
-                    raise ValueError("it names files outside its folder")
+                for name in weight_map.values():
+                    plain_name(name)
                 return weight_map
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{path} is damaged: {error}") from error
         if (self.folder / SINGLE).is_file():
             return None

@@ -12,21 +12,23 @@ from collections.abc import Callable
 import dsmoe.runtime.signals  # noqa: F401  (notes the launcher before anything slow is imported)
 from dsmoe.errors import DsmoeError
 from dsmoe.runtime.device import prefer_growing_segments
+from dsmoe.runtime.exit_codes import FINISHED, INTERRUPTED, REFUSED, STOPPED
 
-USER_ERROR = 2  # exit code for a mistake of the user
+USER_ERROR = REFUSED
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 0, or 2 with the message of a `DsmoeError` instead of a stack trace."""
+    """Run a command's `main` and exit: with what it returns, or with the message and the exit code of a `DsmoeError`
+    instead of a stack trace."""
     quiet_libraries()
     prefer_growing_segments()
     try:
         code = main() or 0
     except DsmoeError as error:
         _print_once(f"{type(error).__name__}: {error}")
-        code = USER_ERROR
+        code = error.exit_code
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     _leave(code)
 
 
@@ -60,7 +62,7 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if torch.distributed.is_initialized():
-        if code == 0:
+        if code in (FINISHED, STOPPED):  # then all ranks are here
             torch.distributed.barrier()
             mpi = sys.modules.get("mpi4py.MPI")
             if mpi is not None and mpi.Is_initialized():

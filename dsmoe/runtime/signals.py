@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C and the death of the launcher ask a run to stop: it finishes the step, saves, and leaves with 0.
+"""SIGTERM, Ctrl-C and the death of the launcher ask a run to stop: it finishes the step, saves, and leaves with 75.
 
 The deepspeed command has no handler for SIGTERM: it dies and leaves its ranks running. They notice by their ancestors.
 """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes
+from dsmoe.runtime.run_lock import RunLock
 from dsmoe.runtime.signals import StopRequest
 from dsmoe.runtime.step_timer import step_timer
 from dsmoe.training.diagnose import first_bad_tensor
@@ -23,39 +26,50 @@ from dsmoe.training.evaluate import evaluate
 from dsmoe.training.experts import ExpertLines, LoadScaledUpdates
 from dsmoe.training.metrics import MetricsWriter, routing_metrics
 from dsmoe.training.progress import TrainingProgress
+from dsmoe.training.resume import Position
 from dsmoe.training.schedule import learning_rate
 from dsmoe.training.trace import StepTracer
 
 
+class Ending(Enum):
+    """Why a run ended."""
+
+    REACHED = "training.steps or training.stop_at"
+    SIGNAL = "a signal"
+
+
 class Trainer:
-    """Carries a run from `step` (optimizer steps done) and `samples` (sequences consumed) to its end.
+    """Carries a run from where it is to its end.
 
     Args:
         stream: `batch(first, count)` gives the samples [first, first + count) as stacked tensors [count, S].
         held: held-out samples.
         bytes_per_token: of the held-out text, or None.
-        copied_experts: whether the run began with experts that were copies of one MLP.
+        position: where the run is.
+        data: what checkpoints say about the data.
+        lock: of the run folder, on rank 0.
     """
 
     def __init__(
         self, config: RunConfig, engine, groups: ParallelGroups, stream, held, bytes_per_token: float | None,
-        step: int, samples: int, copied_experts: bool = False,
+        position: Position, data: dict[str, Any] | None = None, lock: RunLock | None = None,
     ):  # fmt: skip
-        self.config, self.engine, self.groups = config, engine, groups
+        self.config, self.engine, self.groups, self.lock = config, engine, groups, lock
         self.stream, self.held, self.bytes_per_token = stream, held, bytes_per_token
-        self.step, self.samples = step, samples
+        self.step, self.samples, self.tokens = position.step, position.samples, position.tokens
         self.device = device_name()
         self.micro_batch = config.training.global_batch_size // (groups.dp_size * config.training.gradient_accumulation)
+        step = position.step
         self.progress = TrainingProgress(config.training.steps, step, active=groups.dp_rank == 0)
         self.metrics = MetricsWriter(Path(config.logging.run_dir), groups.dp_rank, engine.monitor, step)
         self.expert_lines = ExpertLines(config, engine, groups, step)
         self.scaled_updates = None
         if config.training.expert_lr == "load":
             self.scaled_updates = LoadScaledUpdates(engine, optimizer_class(config.training).batch_exponent)
-        self.saver = CheckpointSaver(engine, config, step or None, copied_experts)
+        self.saver = CheckpointSaver(engine, config, step or None, position.copied_experts, data)
 
-    def run(self) -> tuple[bool, dict[str, float]]:
-        """Train to the end or until a signal. Returns whether the end was reached, and the last evaluation."""
+    def run(self) -> tuple[Ending, dict[str, float]]:
+        """Train to the end or until a signal. Returns why it ended, and the last evaluation."""
         training = self.config.training
         evaluation: dict[str, float] = {}
         self.engine.train()
@@ -71,12 +85,12 @@ class Trainer:
                     self.metrics.write(line)
                 self.progress.update(self.step, line)
                 if asked and not last:
-                    self.saver.save(self.step, self.samples)
+                    self.saver.save(self.step, self.samples, self.tokens)
                     self.saver.finish()
                     self.progress.say(f"stopped by a signal at step {self.step}; the same command goes on from here")
-                    return False, evaluation
+                    return Ending.SIGNAL, evaluation
                 if last or _due(self.step, self.config.checkpoint.interval):
-                    self.saver.save(self.step, self.samples)
+                    self.saver.save(self.step, self.samples, self.tokens)
             self.saver.finish()
             if not evaluation:  # resumed with nothing left to do
                 evaluation = self._evaluate()
@@ -84,11 +98,7 @@ class Trainer:
                 self.progress.say(f"stopped at step {self.step} (training.stop_at); without it the run goes on")
         self.metrics.close()
         self.expert_lines.close()
-        return self.step == training.steps, evaluation
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.config.model.sequence_length
+        return Ending.REACHED, evaluation
 
     def _one_step(self, stop: StopRequest) -> tuple[dict, bool]:
         """One optimizer step: its metrics, and whether any rank was asked to stop. Its routes, where they are due."""
@@ -111,8 +121,8 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         # Language-model loss, router loss, ranks asked to stop, ranks that have written their part of a checkpoint,
-        # bytes sent, and the memory of each rank. In fp64, which is exact for bytes.
-        sums = torch.zeros(5 + self.groups.dp_size, dtype=torch.float64, device=self.device)
+        # bytes sent, whether the run folder is lost, and the memory of each rank. In fp64, which is exact for bytes.
+        sums = torch.zeros(6 + self.groups.dp_size, dtype=torch.float64, device=self.device)
         for part in range(training.gradient_accumulation):
             batch = self._batch(part)
             if tracer is not None:
@@ -125,10 +135,13 @@ class Trainer:
                 sums[2] += stop.asked
                 sums[3] += self.saver.done
                 sums[4] += traffic.take()
-                sums[5 + self.groups.dp_rank] += peak_memory_bytes()
+                sums[5] += self.lock is not None and self.lock.lost
+                sums[6 + self.groups.dp_rank] += peak_memory_bytes()
                 # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
-                lm_loss, router_loss, asked, written, sent, *memory = sum_over(self.groups.dp, sums).tolist()
+                lm_loss, router_loss, asked, written, sent, lost, *memory = sum_over(self.groups.dp, sums).tolist()
                 self._check_finite(lm_loss + router_loss, "loss", batch)
+                if lost:
+                    raise TrainingError(f"another run has taken over {self.config.logging.run_dir}; this one ends")
                 totals = self.engine.module.recorder.take()
                 self.expert_lines.begin(self.step + 1)
                 if self.scaled_updates is not None:
@@ -137,6 +150,7 @@ class Trainer:
                 self.engine.step()
         self.step += 1
         self.samples += training.global_batch_size
+        self.tokens += training.global_batch_size * self.config.model.sequence_length
         if written == self.groups.dp_size:
             self.saver.finish()
         grad_norm = float(self.engine.get_global_grad_norm())

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed.comm as dist
+import torch.distributed
 
-from dsmoe.checkpoint.files import find_checkpoint, write_atomically
+from dsmoe.checkpoint.files import find_checkpoint, read_manifest, write_atomically
 from dsmoe.checkpoint.load import load_checkpoint
 from dsmoe.config import RunConfig
 from dsmoe.data.dataset import Corpus, TrainingStream, heldout, open_corpus
+from dsmoe.data.identity import data_identity
+from dsmoe.errors import DsmoeError, RunFolderError
 from dsmoe.model.size import ModelSize, model_size
 from dsmoe.parallel.groups import check_world, create_groups, start_processes
 from dsmoe.runtime.device import on_gpu
+from dsmoe.runtime.exit_codes import FAILED
+from dsmoe.runtime.run_lock import RunLock
 from dsmoe.training.engine import build_engine
-from dsmoe.training.loop import Trainer
+from dsmoe.training.loop import Ending, Trainer
+from dsmoe.training.resume import Position, resume
 
 VOCABULARY_MULTIPLE = 64  # embedding rows are rounded up to it: GEMMs like round sizes
 
@@ -26,7 +34,8 @@ class RunSummary:
 
     run_dir: Path
     step: int
-    finished: bool  # False when a signal stopped it
+    finished: bool  # whether it reached `training.steps`
+    stopped: bool  # by a signal, before it reached `training.steps` or `training.stop_at`
     metrics: dict[str, float]  # of the last evaluation
 
 
@@ -34,33 +43,69 @@ def train(config: RunConfig) -> RunSummary:
     """Train until `training.steps` or a signal; collective over all processes of the job.
 
     Raises:
-        DsmoeError: a mistake of the user, before anything is built where that is possible.
+        DsmoeError: a mistake of the user, before anything is built where that is possible; or, with `exit_code` FAILED,
+            what went wrong in training.
     """
     start_processes()
     config = with_precision(config)
     training, world = config.training, dist.get_world_size()
     check_world(world, config.parallel.expert_parallel, training.global_batch_size, training.gradient_accumulation)
     run_dir = Path(config.logging.run_dir)
-    checkpoint = find_checkpoint(training.resume, run_dir)
-    if checkpoint is None and training.decay_from is not None:
-        checkpoint = find_checkpoint(training.decay_from, run_dir)
-    corpus = open_corpus(config.data)
-    config = with_vocabulary(config, corpus)
-    stream = TrainingStream(corpus, config.model.sequence_length, seed=training.seed, cache_dir=config.data.cache_dir)
-    held = heldout(corpus, config.model.sequence_length, training.eval_sequences)
-    groups = create_groups(config.parallel.expert_parallel)
-    engine = build_engine(config, groups)
-    step, samples, copied_experts = 0, 0, False
-    if checkpoint is not None:
-        manifest = load_checkpoint(engine, config, checkpoint)
-        step, samples, copied_experts = manifest.step, manifest.samples, manifest.copied_experts
-    if groups.dp_rank == 0:
-        _open_run_folder(run_dir, config, corpus)
-    dist.barrier()
-    trainer = Trainer(config, engine, groups, stream, held, corpus.bytes_per_token, step, samples, copied_experts)
-    trainer.progress.say(describe(config, world, corpus, model_size(config), checkpoint, step))
-    finished, metrics = trainer.run()
-    return RunSummary(run_dir, trainer.step, finished, metrics)
+    with _held(run_dir) as lock:
+        checkpoint = find_checkpoint(training.resume, run_dir)
+        if checkpoint is None and training.decay_from is not None:
+            checkpoint = find_checkpoint(training.decay_from, run_dir)
+        corpus = open_corpus(config.data)
+        config = with_vocabulary(config, corpus)
+        length = config.model.sequence_length
+        stream = TrainingStream(corpus, length, seed=training.seed, cache_dir=config.data.cache_dir)
+        held = heldout(corpus, length, training.eval_sequences)
+        data, position, changes = data_identity(corpus), Position(), []
+        if checkpoint is not None:
+            position, changes = resume(read_manifest(checkpoint), config, data)
+        groups = create_groups(config.parallel.expert_parallel)
+        engine = build_engine(config, groups)
+        if checkpoint is not None:
+            load_checkpoint(engine, config, checkpoint)
+        if groups.dp_rank == 0:
+            _open_run_folder(run_dir, config, corpus)
+        dist.barrier()
+        trainer = Trainer(config, engine, groups, stream, held, corpus.bytes_per_token, position, data, lock)
+        if lock is not None and lock.taken_over is not None:
+            trainer.progress.say(f"took the run folder over from {lock.taken_over.text}, which is gone")
+        trainer.progress.say(describe(config, world, corpus, model_size(config), checkpoint, position.step))
+        for change in changes:
+            trainer.progress.say(f"changed {change}")
+        try:
+            ending, metrics = trainer.run()
+        except DsmoeError as error:
+            error.exit_code = FAILED  # work had begun
+            raise
+    return RunSummary(run_dir, trainer.step, trainer.step == training.steps, ending is Ending.SIGNAL, metrics)
+
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[RunLock | None]:
+    """The run folder is this job's alone. Yields its lock on rank 0. Collective.
+
+    Raises:
+        RunFolderError: on every rank, if another run holds it, or it cannot be written.
+    """
+    lock, problem = RunLock(run_dir) if dist.get_rank() == 0 else None, None
+    try:
+        if lock is not None:
+            lock.acquire()
+    except RunFolderError as error:
+        problem = str(error)
+    verdict = [problem]
+    torch.distributed.broadcast_object_list(verdict, src=0)
+    if verdict[0] is not None:
+        raise RunFolderError(verdict[0])
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def with_precision(config: RunConfig) -> RunConfig:

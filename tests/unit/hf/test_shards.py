@@ -117,7 +117,7 @@ def _index_leaves_the_folder(folder):
         (_twice, "t5 is in both"),
         (_no_index, "has neither"),
         (_half_an_index, "is damaged"),
-        (_index_leaves_the_folder, "outside its folder"),
+        (_index_leaves_the_folder, "not a plain file name"),
     ],
 )
 def test_damage_is_found_and_named(tmp_path, damage, named):
