@@ -17,15 +17,30 @@ def main() -> int:
     parser.add_argument("--config", default="configs/quickstart.yaml", help="YAML file (default: %(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    parser.add_argument("--check", action="store_true", help="only look whether all ranks could start, and say why not")
+    parser.add_argument(
+        "--fit", action="store_true", help="fit expert parallel and accumulation to the processes there are"
+    )
     arguments = parser.parse_intermixed_args()
     quiet_libraries()
-    from dsmoe.config import load_config
-    from dsmoe.optim import registry as optimizers
-    from dsmoe.routers import registry as routers
+    from dsmoe.parallel.preflight import meet
+
+    def read():  # whatever goes wrong in here on one rank, all hear of it
+        from dsmoe.config import load_config
+        from dsmoe.optim import registry as optimizers
+        from dsmoe.routers import registry as routers
+        from dsmoe.training.start import Start
+
+        options = routers.option_classes(), optimizers.option_classes()
+        return Start.read(load_config(arguments.config, arguments.overrides, *options), arguments.fit)
+
+    place, start = meet(read)
+    start.agree(place, arguments.check)
+    if arguments.check:
+        return FINISHED
     from dsmoe.training.run import train
 
-    config = load_config(arguments.config, arguments.overrides, routers.option_classes(), optimizers.option_classes())
-    return STOPPED if train(config).stopped else FINISHED
+    return STOPPED if train(start.config).stopped else FINISHED
 
 
 if __name__ == "__main__":

@@ -157,6 +157,27 @@ def _latest(run_dir: Path) -> Path | None:
     return pointer.with_name(name) if is_checkpoint_name(name) else None
 
 
+def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files all have the size and content that were saved, and what is wrong with those
+    that are newer."""
+    problems = []
+    for folder in sorted(complete_checkpoints(run_dir), key=lambda path: (serial_of(path) or 0, step_of(path)))[::-1]:
+        problem = _damage(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder.name}: {problem}")
+    return None, problems
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return str(error)
+    problems = (check_file(folder, name, expected) for name, expected in manifest.files.items())
+    return next((problem for problem in problems if problem), None)
+
+
 def serial_of(folder: Path) -> int | None:
     """The checkpoint's place in the order of saves; None if its manifest cannot be read."""
     try:

@@ -30,6 +30,7 @@ from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
 from dsmoe.optim.deepspeed import owned_fragment
 from dsmoe.runtime.device import HostCopies, accelerator, on_gpu
+from dsmoe.runtime.phase import phase
 
 
 class CheckpointSaver:
@@ -55,6 +56,7 @@ class CheckpointSaver:
         self.step = step
         self._save: _RankSave | None = None
 
+    @phase.within("save")
     def save(self, step: int, samples: int, tokens: int | None = None) -> None:
         """Write the checkpoint of `step`, or begin to. One that is under way is finished first."""
         self.finish()
@@ -74,6 +76,7 @@ class CheckpointSaver:
         """Whether a save is under way of which this rank has written its part, or failed to."""
         return self._save is not None and not self._save.writing
 
+    @phase.within("save")
     def finish(self) -> None:
         """Wait for every rank's files and make them a checkpoint. Does nothing if no save is under way."""
         if self._save is None:

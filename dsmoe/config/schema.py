@@ -96,6 +96,14 @@ class DataConfig(Section):
     cache_dir: str | None = None  # where Megatron's sample indices are kept; None: beside the data
 
 
+class TimeoutConfig(Section):
+    """Seconds without progress after which a run of several ranks ends and says who is behind; 0: never."""
+
+    start: float = Field(300.0, ge=0)  # from the command to the first step: imports, data, model, checkpoint
+    step: float | None = Field(None, ge=0)  # of a step's phase; None: 10 times the median step, at least 60
+    save: float = Field(1800.0, ge=0)  # of a save: a slow disk is no fault
+
+
 class TrainingConfig(Section):
     """One optimizer step sees `global_batch_size` sequences, in `gradient_accumulation` parts, over all ranks."""
 
@@ -123,6 +131,7 @@ class TrainingConfig(Section):
     eval_interval: int = Field(50, ge=0)  # optimizer steps between evaluations; 0: only at the end
     eval_sequences: int = Field(64, ge=1)  # held-out sequences per evaluation
     seed: int = Field(1234, ge=0)
+    timeout: TimeoutConfig = TimeoutConfig()
     resume: str = "auto"  # auto: newest complete checkpoint of the run; never: start anew; PATH: a checkpoint or run
     resume_with: list[str] = []  # keys or sections whose change a checkpoint refuses: "data", "router", "training.seed"
 

@@ -104,10 +104,11 @@ def _validate_section(name: str, section: type[BaseModel], value: Any, found: _M
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        explained = _explain(error, name, list(section.model_fields))
+        explained = _explain(error, name, section)
         found.lines.extend(explained.values())
         found.fields.update(explained)
-        good = {key: item for key, item in values.items() if f"{name}.{key}" not in explained}
+        bad = {field.removeprefix(f"{name}.").partition(".")[0] for field in explained}
+        good = {key: item for key, item in values.items() if key not in bad}
         return section.model_construct(**good)
 
 
@@ -162,16 +163,24 @@ def _check_resume_with(training: TrainingConfig, found: _Mistakes) -> None:
             found.add("training.resume_with", repr(name), f"a section or a key, such as data or training.seed{close}")
 
 
-def _explain(error: ValidationError, section: str, known: list[str]) -> dict[str, str]:
+def _explain(error: ValidationError, name: str, section: type[BaseModel]) -> dict[str, str]:
     """A line for each field that pydantic complains about: field, value, expectation, nearest known name."""
     lines: dict[str, str] = {}
     for item in error.errors():
-        field = ".".join(str(part) for part in (section, *item["loc"][:1]))
+        path, inner = [str(part) for part in item["loc"][:1]], section
+        known = section.model_fields.get(path[0]) if path else None
+        if known is not None and isinstance(known.annotation, type) and issubclass(known.annotation, BaseModel):
+            inner = known.annotation
+            path = [str(part) for part in item["loc"][:2]]
+        field = ".".join((name, *path))
         expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines[field] = f"{field}: unknown key{_nearest(str(item['loc'][-1]), known)}"
+            lines[field] = f"{field}: unknown key{_nearest(path[-1], list(inner.model_fields))}"
         elif item["type"] == "missing":
             lines[field] = f"{field}: not set, but has no default"
+        elif item["type"] == "model_type":
+            keys = ", ".join(f"{field}.{key}" for key in inner.model_fields)
+            lines[field] = f"{field}: found {item['input']!r}, expected a mapping: {keys}"
         elif field in lines:  # the other members of a union
             lines[field] += f" or {expected}"
         else:

@@ -9,7 +9,6 @@ gets one of its own. Megatron's global `parallel_state` is never initialised.
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,9 +18,8 @@ import torch.distributed
 
 from dsmoe.errors import ParallelError
 from dsmoe.optim.deepspeed import expert_and_data_groups, skip_shared_memory_op
+from dsmoe.parallel.place import find_place
 from dsmoe.runtime.device import on_gpu, use_local_device
-
-MPI_MARKS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -66,46 +64,15 @@ class ParallelGroups:
 
 
 def start_processes(timeout_minutes: float = 30) -> None:
-    """Join the processes of this job: any launcher's, or this one alone when there is no launcher.
-
-    Understands torchrun, the deepspeed launcher and mpirun (through mpi4py). Without a launcher the job is one
-    process and needs no MPI library.
-    """
+    """Join the processes of this job: any launcher's (`dsmoe.parallel.place`), or this one alone without a launcher."""
     skip_shared_memory_op()
     if torch.distributed.is_initialized():
         use_local_device()
         return
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not launched and not any(mark in os.environ for mark in MPI_MARKS):
-        alone = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port(),
-        }
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
+    find_place()
     _share_cores()
-    if "LOCAL_RANK" in os.environ:
-        use_local_device()
-    try:
-        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
-    except (ImportError, RuntimeError) as error:
-        if "libmpi" not in str(error):
-            raise
-        raise ParallelError(
-            "this process was started by an MPI launcher, but no MPI library can be loaded "
-            f"({error}); install one with: pip install 'dsmoe[mpi]'"
-        ) from error
-    use_local_device()  # mpirun's processes have learnt their LOCAL_RANK only now
-
-
-def free_port() -> str:
-    """A TCP port of this host that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    use_local_device()
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
 def _share_cores() -> None:

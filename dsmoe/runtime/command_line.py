@@ -6,30 +6,50 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 import dsmoe.runtime.signals  # noqa: F401  (notes the launcher before anything slow is imported)
 from dsmoe.errors import DsmoeError
+from dsmoe.runtime import supervision
 from dsmoe.runtime.device import prefer_growing_segments
-from dsmoe.runtime.exit_codes import FINISHED, INTERRUPTED, REFUSED, STOPPED
+from dsmoe.runtime.exit_codes import FAILED, INTERRUPTED, REFUSED
 
 USER_ERROR = REFUSED
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: with what it returns, or with the message and the exit code of a `DsmoeError`
-    instead of a stack trace."""
+    """Run a command's `main` and exit: with what it returns, with the message and the exit code of a `DsmoeError`
+    instead of a stack trace, or with 1. In a job of several ranks an error of one ends all of them, with that error."""
     quiet_libraries()
     prefer_growing_segments()
     try:
         code = main() or 0
-    except DsmoeError as error:
-        _print_once(f"{type(error).__name__}: {error}")
-        code = error.exit_code
     except KeyboardInterrupt:
-        code = INTERRUPTED
-    _leave(code)
+        _leave(INTERRUPTED)
+    except Exception as error:
+        _leave(_explain(error))
+    _leave(code, together=True)
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong, to the other ranks too; the exit code."""
+    own = isinstance(error, DsmoeError)
+    text, code = f"{type(error).__name__}: {error}", error.exit_code if own else FAILED
+    channel = supervision.current
+    if channel is not None and not own:
+        if supervision.lost_peer(error):
+            channel.broken_collective()
+        traceback.print_exception(error)
+    if channel is not None:
+        channel.fail(text, code)  # ends this process, unless nobody answers
+    if own:
+        _print_once(text)
+    elif channel is None:
+        traceback.print_exception(error)
+    return code
 
 
 def quiet_libraries() -> None:
@@ -55,17 +75,21 @@ def _print_once(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> None:
-    """Exit without waiting for collectives that other ranks will not answer."""
-    import torch.distributed
-
+def _leave(code: int, together: bool = False) -> NoReturn:
+    """Exit without waiting for collectives that other ranks will not answer; `together`: all ranks leave like this."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if torch.distributed.is_initialized():
-        if code in (FINISHED, STOPPED):  # then all ranks are here
-            torch.distributed.barrier()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        if together:
+            distributed.barrier()
             mpi = sys.modules.get("mpi4py.MPI")
             if mpi is not None and mpi.Is_initialized():
                 mpi.Finalize()  # mpirun takes a process that leaves without it for a failed one
+            if supervision.current is not None:
+                supervision.current.close()
+        os._exit(code)
+    if supervision.current is not None:
+        supervision.current.close()
         os._exit(code)
     sys.exit(code)

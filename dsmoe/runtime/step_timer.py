@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from dsmoe.runtime.device import seconds_between, timestamp
+from dsmoe.runtime.phase import COLLECTIVE, phase
 
 REST = "rest"  # projections around attention, dense MLPs, norms, embeddings, data, gradient reduction
+
+PHASES = {"exchange": COLLECTIVE}  # what a heartbeat calls a part, where it has another name
 
 
 class StepTimer:
@@ -55,7 +58,8 @@ class StepTimer:
         """A region without gradient. Yields the one around it."""
         before = self.switch(region)
         try:
-            yield before
+            with phase.within(PHASES.get(region, region), in_layer=True):
+                yield before
         finally:
             self.switch(before)
 

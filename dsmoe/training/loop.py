@@ -17,7 +17,9 @@ from dsmoe.errors import CheckpointError, TrainingError
 from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.runtime import supervision
 from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes
+from dsmoe.runtime.phase import phase
 from dsmoe.runtime.run_lock import RunLock
 from dsmoe.runtime.signals import StopRequest
 from dsmoe.runtime.step_timer import step_timer
@@ -114,6 +116,7 @@ class Trainer:
     def _forward_backward_update(self, stop: StopRequest, tracer: StepTracer | None) -> tuple[dict, bool]:
         training = self.config.training
         started = time.perf_counter()
+        phase.begin_step(self.step + 1)
         if self.config.logging.timings:
             step_timer.start()
         traffic.take()  # what an evaluation sent is not the step's
@@ -130,7 +133,8 @@ class Trainer:
             loss, parts = self.engine(**batch)
             sums[0] += parts["lm"]
             sums[1] += loss.detach() - parts["lm"]
-            self.engine.backward(loss)
+            with phase.within("backward pass"):
+                self.engine.backward(loss)
             if part == training.gradient_accumulation - 1:
                 sums[2] += stop.asked
                 sums[3] += self.saver.done
@@ -162,6 +166,8 @@ class Trainer:
         self.expert_lines.end(self.step, self.tokens, totals)
         parts = {"seconds_by_part": step_timer.stop()} if self.config.logging.timings else {}
         seconds = time.perf_counter() - started
+        if supervision.current is not None:
+            supervision.current.limits.note_step(seconds)
         summed = self.groups.dp_size * training.gradient_accumulation  # forward passes behind the two sums
         line = {
             "step": self.step,
@@ -207,6 +213,7 @@ class Trainer:
         )
 
     def _evaluate(self) -> dict[str, float]:
+        phase.enter("evaluation")
         found = evaluate(self.engine, self.held, self.micro_batch, self.groups, self.bytes_per_token)
         bits = f"  {found['val_bpb']:.3f} bits per byte" if "val_bpb" in found else ""
         self.progress.say(f"step {self.step}  held-out loss {found['val_loss']:.4f}{bits}")

@@ -20,6 +20,7 @@ from dsmoe.model.size import ModelSize, model_size
 from dsmoe.parallel.groups import check_world, create_groups, start_processes
 from dsmoe.runtime.device import on_gpu
 from dsmoe.runtime.exit_codes import FAILED
+from dsmoe.runtime.phase import phase
 from dsmoe.runtime.run_lock import RunLock
 from dsmoe.training.engine import build_engine
 from dsmoe.training.loop import Ending, Trainer
@@ -70,6 +71,7 @@ def train(config: RunConfig) -> RunSummary:
         if groups.dp_rank == 0:
             _open_run_folder(run_dir, config, corpus)
         dist.barrier()
+        phase.follow_layers(engine.module)
         trainer = Trainer(config, engine, groups, stream, held, corpus.bytes_per_token, position, data, lock)
         if lock is not None and lock.taken_over is not None:
             trainer.progress.say(f"took the run folder over from {lock.taken_over.text}, which is gone")

@@ -59,7 +59,7 @@ class Job:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         for host in NAMES:
-            self.hosts.kill(host, TRAIN)
+            self.hosts.kill(host, "python")
 
 
 def torchrun(hosts: Hosts, slots: int, arguments: list[str], *options: str, **environment: str) -> list[Job]:

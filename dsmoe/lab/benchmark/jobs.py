@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dsmoe.lab.benchmark.problem import Problem
 from dsmoe.lab.benchmark.worker import Job
-from dsmoe.parallel.groups import free_port
+from dsmoe.parallel.place import free_port
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 

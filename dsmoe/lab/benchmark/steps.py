@@ -19,7 +19,7 @@ import psutil
 
 from dsmoe.lab.benchmark.jobs import cores, rank_environment
 from dsmoe.lab.benchmark.step import StepJob
-from dsmoe.parallel.groups import free_port
+from dsmoe.parallel.place import free_port
 
 # Of all parameters that training holds: weights, gradients, both moments, the optimizer's copy; and working space of
 # the same size, which dsmoe's way of writing gradients spares (dsmoe/optim/deepspeed.py).

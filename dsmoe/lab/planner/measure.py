@@ -19,7 +19,7 @@ import torch
 
 from dsmoe.config import RunConfig, load_config
 from dsmoe.errors import TrainingError
-from dsmoe.parallel.groups import free_port
+from dsmoe.parallel.place import free_port
 from dsmoe.routers.registry import option_classes
 from dsmoe.runtime.device import gpu_count, gpu_model, on_gpu
 from dsmoe.training.metrics import FILE, read_lines

@@ -16,7 +16,7 @@ from dsmoe.checkpoint.files import write_atomically
 from dsmoe.lab.study.grid import Cell, Study, cell_config, cell_overrides, load_study
 from dsmoe.lab.study.results import read_result
 from dsmoe.lab.study.runner import ROOT, Launch, Runner, train_script
-from dsmoe.parallel.groups import free_port
+from dsmoe.parallel.place import free_port
 from dsmoe.runtime.device import gpu_count, gpu_model, on_gpu
 
 COPY = "study.yaml"

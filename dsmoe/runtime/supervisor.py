@@ -1,0 +1,180 @@
+"""Keep a run going on this host: torchrun's elastic agent again and again, until the run has finished.
+
+One supervisor runs on every host. What torchrun does is torchrun's: it finds the other hosts, starts the ranks, starts
+over when a host comes or goes. The supervisor starts it again after a failure, later each time, from the newest
+checkpoint that is whole; takes another rendezvous when the first host is gone; and gives up when nothing moves.
+It ends only processes that it started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dsmoe.errors import ParallelError
+from dsmoe.runtime.exit_codes import FINISHED, REFUSED
+
+LONGEST_WAIT = 300.0  # seconds between two attempts
+LAST_CALL = 15  # seconds in which more hosts may join, once the fewest are there
+PROBE = 2.0  # seconds to find out whether a rendezvous lives
+PR_SET_PDEATHSIG = 1
+
+AGENT = """
+import sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    run.main(sys.argv[1:])
+except ChildFailedError as error:
+    sys.exit(max(1, error.get_first_failure()[1].exitcode))
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep going.
+
+    Attributes:
+        nodes: fewest and most hosts. processes: on each host.
+        rendezvous: HOST:PORT where hosts meet, in order of preference; the hosts of the later ones stand in for the
+            first.
+        command: the training script and its arguments.
+        grace: seconds that a run may take to save when it is asked to stop.
+        backoff: seconds before the second attempt; doubled with each that brings no new checkpoint.
+        give_up: attempts without a new checkpoint, after which it is over.
+    """
+
+    nodes: tuple[int, int]
+    processes: int
+    rendezvous: list[str]
+    run_id: str
+    command: list[str]
+    grace: float = 300.0
+    backoff: float = 5.0
+    give_up: int = 5
+
+
+class Supervisor:
+    """Runs a plan on this host.
+
+    Args:
+        saved_step: the step of the newest checkpoint; 0 without one.
+        resume: arguments that make the script resume from the newest checkpoint that is whole.
+    """
+
+    def __init__(self, plan: Plan, saved_step: Callable[[], int], resume: Callable[[], list[str]]):
+        self.plan, self._saved_step, self._resume = plan, saved_step, resume
+        self._agent: subprocess.Popen | None = None
+        self._signal: int | None = None
+
+    def run(self) -> int:
+        """Until the run has finished (0), a signal has stopped it, or there is no hope; the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        fruitless, attempt = 0, 0
+        while True:
+            attempt += 1
+            before, began = self._saved_step(), time.monotonic()
+            code = self._attempt()
+            if code == FINISHED or self._signal is not None:
+                return code
+            after = self._saved_step()
+            if code == REFUSED and attempt == 1:
+                say("the run was refused; nothing to restart")
+                return code
+            fruitless = 0 if after > before else fruitless + 1
+            lasted = time.monotonic() - began
+            say(f"attempt {attempt} ended with {code} after {lasted:.0f} s, checkpoint of step {after}")
+            if fruitless >= self.plan.give_up:
+                say(f"{fruitless} attempts without a new checkpoint; giving up")
+                return code
+            self._wait(min(LONGEST_WAIT, self.plan.backoff * 2 ** max(0, fruitless - 1)))
+            if self._signal is not None:
+                return code
+
+    def _attempt(self) -> int:
+        plan = self.plan
+        options = [
+            "--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.processes),
+            "--rdzv-backend", "c10d", "--rdzv-id", plan.run_id, "--rdzv-endpoint", self._rendezvous(),
+            "--rdzv-conf", f"last_call_timeout={LAST_CALL},join_timeout=600", "--max-restarts", "0",
+            "--shutdown-timeout", str(int(plan.grace)),
+        ]  # fmt: skip
+        # Without the first, an agent that starts over hands its ranks the addresses of the ones before.
+        environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        command = [sys.executable, "-c", AGENT, *options, *plan.command, *self._resume()]
+        self._agent = subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent, start_new_session=True)
+        if self._signal is not None:  # it came in between
+            self._agent.send_signal(signal.SIGTERM)
+        return self._agent.wait()
+
+    def _rendezvous(self) -> str:
+        """One that lives; else, when its turn has come, this host's own."""
+        plan, began = self.plan, time.monotonic()
+        own = next((index for index, endpoint in enumerate(plan.rendezvous) if is_own(endpoint)), None)
+        while True:
+            for endpoint in plan.rendezvous:
+                if lives(endpoint):
+                    return endpoint
+            if own is not None and time.monotonic() - began >= own * 2 * LAST_CALL:
+                return plan.rendezvous[own]
+            if own is None and time.monotonic() - began >= LAST_CALL:
+                return plan.rendezvous[0]  # torchrun waits for it
+            self._wait(1.0)
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while self._signal is None and time.monotonic() < until:
+            time.sleep(min(0.2, seconds))
+
+    def _stop(self, number: int, frame) -> None:
+        self._signal = number
+        if self._agent is not None and self._agent.poll() is None:
+            self._agent.send_signal(signal.SIGTERM)  # it asks its ranks to stop, and waits for the grace
+
+
+def say(text: str) -> None:
+    print(f"supervisor: {text}", file=sys.stderr, flush=True)
+
+
+def is_own(endpoint: str) -> bool:
+    """Whether an endpoint is on this host."""
+    name = split_endpoint(endpoint)[0]
+    if name in ("localhost", socket.gethostname(), socket.getfqdn()):
+        return True
+    try:
+        with socket.socket() as probe:
+            probe.bind((socket.gethostbyname(name), 0))
+        return True
+    except OSError:
+        return False
+
+
+def lives(endpoint: str) -> bool:
+    try:
+        with socket.create_connection(split_endpoint(endpoint), timeout=PROBE):
+            return True
+    except OSError:
+        return False
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """Raises `ParallelError` if it is not HOST:PORT."""
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit():
+        raise ParallelError(f"--rendezvous: found {endpoint!r}, expected HOST:PORT")
+    return host, int(port)
+
+
+def _end_with_parent() -> None:
+    """The agent saves and stops when the supervisor is killed."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

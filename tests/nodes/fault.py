@@ -1,0 +1,66 @@
+"""launch/train.py with a fault, in a process of its own.
+
+FAULT="SIGKILL 1 5 all-to-all" sends this process a signal when rank 1 enters that phase of step 5; the names of phases
+are those of `dsmoe.runtime.phase`. FAULT_LOG gets a line with the time when it happens; with a line in it, nothing
+happens again. SLOW_SAVE is how many seconds a rank's files take to write, PAUSE how many come before each step.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dsmoe.runtime.phase import Phase
+
+TRAIN = Path(__file__).resolve().parents[2] / "launch" / "train.py"
+
+
+def inject(name: str, rank: str, step: str, where: str, log: Path) -> None:
+    enter = Phase.enter
+
+    def enter_and_fail(self: Phase, phase: str, layer: int | None = None) -> None:
+        enter(self, phase, layer)
+        here = (phase, os.environ.get("RANK"), str(self.step)) == (where, rank, step)
+        if here and not log.exists():
+            time.sleep(1.5)  # the others have met the phase, and heard of it
+            log.write_text(str(time.time()))
+            os.kill(os.getpid(), getattr(signal, name))
+
+    Phase.enter = enter_and_fail
+
+
+def slow_down(seconds: float) -> None:
+    from dsmoe.checkpoint import save
+
+    write = save._write_files
+
+    def write_slowly(contents, folder):
+        time.sleep(seconds)
+        return write(contents, folder)
+
+    save._write_files = write_slowly
+
+
+def pause(seconds: float) -> None:
+    begin = Phase.begin_step
+
+    def begin_later(self: Phase, step: int) -> None:
+        time.sleep(seconds)
+        begin(self, step)
+
+    Phase.begin_step = begin_later
+
+
+if __name__ == "__main__":
+    if seconds := os.environ.get("PAUSE"):
+        pause(float(seconds))
+    if fault := os.environ.get("FAULT"):
+        inject(*fault.split(maxsplit=3), Path(os.environ["FAULT_LOG"]))
+    if seconds := os.environ.get("SLOW_SAVE"):
+        slow_down(float(seconds))
+    sys.argv[0] = str(TRAIN)
+    runpy.run_path(str(TRAIN), run_name="__main__")

@@ -1,0 +1,88 @@
+"""What the supervisor decides; what it starts is a stand-in for torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from dsmoe.errors import ParallelError
+from dsmoe.runtime import supervisor
+from dsmoe.runtime.supervisor import Plan, Supervisor, is_own, lives, split_endpoint
+
+
+@pytest.fixture
+def attempts(tmp_path, monkeypatch):
+    """supervise(codes, steps): the exit code, with what each attempt leaves; and the options of each attempt."""
+    log = tmp_path / "attempts"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def supervise(codes: list[str], steps: list[int], give_up: int = 3, **changes) -> tuple[int, list[str]]:
+        agent = f"""
+import sys, time
+with open({str(log)!r}, "a+") as file:
+    file.seek(0)
+    number = len(file.readlines())
+    print(*sys.argv[1:], file=file)
+action = {codes!r}[min(number, {len(codes) - 1})]
+if action == "wait":
+    time.sleep(60)
+sys.exit(int(action))
+"""
+        monkeypatch.setattr(supervisor, "AGENT", agent)
+        monkeypatch.setattr(supervisor, "LAST_CALL", 0)
+
+        def saved_step() -> int:
+            done = len(log.read_text().splitlines()) if log.exists() else 0
+            return steps[min(done, len(steps) - 1)]
+
+        plan = Plan((1, 1), 1, ["localhost:1"], "id", ["train.py"], backoff=0.01, give_up=give_up, **changes)
+        code = Supervisor(plan, saved_step, lambda: ["training.resume=X"]).run()
+        return code, log.read_text().splitlines()
+
+    yield supervise
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_run_that_finishes_is_not_started_again(attempts):
+    code, started = attempts(["0"], [0])
+    assert code == 0 and len(started) == 1
+    assert "--nnodes 1:1 --nproc-per-node 1" in started[0] and "--rdzv-endpoint localhost:1" in started[0]
+    assert "--shutdown-timeout 300" in started[0] and started[0].endswith("train.py training.resume=X")
+
+
+def test_failures_with_progress_go_on_and_without_it_end(attempts):
+    assert len(attempts(["1", "1", "1", "1", "0"], [0, 10, 20, 30, 40])[1]) == 5
+
+
+def test_it_gives_up_without_progress(attempts, capfd):
+    code, started = attempts(["1", "75", "1"], [0, 10, 10, 10, 10])
+    assert code == 1 and len(started) == 4
+    assert "supervisor: 3 attempts without a new checkpoint; giving up" in capfd.readouterr().err
+
+
+def test_a_run_that_is_refused_is_not_started_again(attempts):
+    assert attempts(["2"], [0])[0] == 2
+
+
+def test_a_signal_goes_to_the_agent_and_nothing_is_started_again(attempts):
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    code, started = attempts(["wait"], [0])
+    assert code == -signal.SIGTERM and len(started) == 1 and time.monotonic() - began < 30
+
+
+def test_endpoints():
+    assert split_endpoint("worker-0:29400") == ("worker-0", 29400)
+    with pytest.raises(ParallelError, match="found 'worker-0', expected HOST:PORT"):
+        split_endpoint("worker-0")
+    assert is_own(f"{socket.gethostname()}:1") and is_own("127.0.0.1:1") and not is_own("192.0.2.1:1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert lives(f"127.0.0.1:{port}")
+    assert not lives(f"127.0.0.1:{port}")
