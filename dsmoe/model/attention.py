@@ -89,7 +89,7 @@ class CausalAttention(nn.Module):
         if self.cache is not None:  # it keeps keys as they are turned
             query, key, angles = rotary.turn(query, angles), rotary.turn(key, angles), None
             key, value = self.cache.extend(self.layer, key, value)
-        if attention_mask is None and not seen and native_attention.takes(query, key, value):
+        if attention_mask is None and not seen and native_attention.supports(query, key, value):
             out = native_attention.causal_attention(query, key, value, self.scale, angles)
         else:
             out = self._with_torch(rotary.turn(query, angles), rotary.turn(key, angles), value, attention_mask, seen)

@@ -44,10 +44,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, vocabulary = len(hidden_TH), len(weight_VH)
         chunk = max(1, CHUNK.get(hidden_TH.device.type, CHUNK_ELSEWHERE) // vocabulary)
         learns = any(ctx.needs_input_grad[:2])
-        if native_loss.takes(hidden_TH, weight_VH):
-            total, *gradients = native_loss.loss_and_gradients(hidden_TH, weight_VH, labels_T, weights_T, chunk, learns)
+        if native_loss.supports(hidden_TH, weight_VH):
+            total, grad_hidden_TH, grad_weight_VH = native_loss.loss_and_gradients(
+                hidden_TH, weight_VH, labels_T, weights_T, chunk, learns
+            )
             if learns:
-                ctx.save_for_backward(*gradients)
+                ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
             return total
         total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         if learns:

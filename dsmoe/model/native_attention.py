@@ -34,9 +34,11 @@ class _Attention(ctypes.Structure):
     ]  # fmt: skip
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel can do it: fp32 on a CPU, d in eights, as many positions of each, and a compiler was there."""
-    return native.takes(query, key, value) and len(query) == len(key) and query.numel() > 0 and not native.unavailable()
+    return (
+        native.supports(query, key, value) and len(query) == len(key) and query.numel() > 0 and not native.unavailable()
+    )
 
 
 def causal_attention(
@@ -51,7 +53,25 @@ def causal_attention(
 
     Returns:
         [S, B, n, d].
+
+    Raises:
+        ValueError: tensors that do not fit together or that the kernel does not support.
     """
+    (length, batch, heads, size), groups = query.shape, key.size(2)
+    native.require(
+        supports(query, key, value)
+        and key.shape == value.shape == (length, batch, groups, size)
+        and groups > 0
+        and heads % groups == 0,
+        f"attention: found query {query.dtype} {list(query.shape)}, key {key.dtype} {list(key.shape)}, value "
+        f"{value.dtype} {list(value.shape)}; expected fp32 [S, B, n, d], [S, B, g, d] and the same, n a multiple of "
+        "g, d of 8",
+    )
+    native.require(
+        angles is None or all(t.shape == (length, size // 2) and t.dtype == torch.float32 for t in angles),
+        f"angles: found {[(t.dtype, list(t.shape)) for t in angles or ()]}, expected fp32 [{length}, {size // 2}]",
+    )
+    angles = angles and Angles(*(table.contiguous() for table in angles))
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     tensors = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     return _CausalAttention.apply(*tensors, scale, angles)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from dsmoe import native
 
-STRIP, LEAST = 256, 4  # rows that a thread takes at a time; strips that are worth a thread
+STRIP, STRIPS_PER_THREAD = 256, 4  # rows that a thread takes at a time; strips that are worth a thread
 
 
 class _Norm(ctypes.Structure):
@@ -25,7 +25,7 @@ class RMSNorm(nn.RMSNorm):
     """torch's, over the last dimension, and through the kernel where that can do it: fp32, widths in eights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.eps is None or x.numel() == 0 or not native.takes(x, self.weight) or native.unavailable():
+        if self.eps is None or x.numel() == 0 or not native.supports(x, self.weight) or native.unavailable():
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
         y, inverse_R = x.new_empty(x.shape), x.new_empty(len(rows_RK))
         arguments = _arguments(rows_RK, weight_K, inverse_R, epsilon)
         arguments.y = y.data_ptr()
-        native.run("dsmoe_norm_forward", arguments, -(-len(rows_RK) // STRIP), least=LEAST)
+        native.run("dsmoe_norm_forward", arguments, -(-len(rows_RK) // STRIP), items_per_thread=STRIPS_PER_THREAD)
         ctx.save_for_backward(x, weight_K, inverse_R)
         ctx.epsilon = epsilon
         return y
@@ -51,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x, parts = x.new_empty(x.shape), weight_K.new_empty(strips, len(weight_K))
         arguments = _arguments(rows_RK, weight_K, inverse_R, ctx.epsilon)
         arguments.grad_y, arguments.grad_x, arguments.grad_w = grad.data_ptr(), grad_x.data_ptr(), parts.data_ptr()
-        native.run("dsmoe_norm_backward", arguments, strips, least=LEAST)
+        native.run("dsmoe_norm_backward", arguments, strips, items_per_thread=STRIPS_PER_THREAD)
         return grad_x, parts.sum(0), None
 
 

@@ -8,6 +8,8 @@ accelerators; `dsmoe.moe.blocked`, for CPUs; and `loop_linear`, the plain refere
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from dsmoe.errors import ConfigError
 from dsmoe.moe import blocked, native
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
-from dsmoe.native import takes, unavailable
+from dsmoe.native import multiplies_bf16, supports, unavailable
 from dsmoe.optim.deepspeed import ExpertModule, is_partitioned, mark_expert_parameter
 from dsmoe.runtime.device import on_gpu
 
@@ -148,12 +150,15 @@ class GroupedExperts(ExpertModule):
         sums: ChunkedGradAccumulator | None,
     ) -> Tensor:
         rows, weights = zip(*projections, strict=True)
-        fits = self.implementation == "native" and takes(*rows, *weights, self.down_proj, dtypes=native.DTYPES)
-        way, counts = native if fits else blocked, counts_e.tolist()  # on a CPU nothing waits
+        fits = self.implementation == "native" and supports(*rows, *weights, self.down_proj, dtypes=native.DTYPES)
+        counts = counts_e.tolist()  # on a CPU nothing waits
+        way = blocked.swiglu_experts
+        if fits:
+            way = partial(native.swiglu_experts, computes_bf16=multiplies_bf16())
         if sums is None or is_partitioned(self.down_proj):  # ZeRO 3 gathers a parameter, and would keep its views
-            return way.swiglu_experts(projections, self.down_proj, probs_R, counts)
+            return way(projections, self.down_proj, probs_R, counts)
         *weights, down = sums.shared(*weights, self.down_proj)
-        return way.swiglu_experts(list(zip(rows, weights, strict=True)), down, probs_R, counts, sums.sums)
+        return way(list(zip(rows, weights, strict=True)), down, probs_R, counts, sums.sums)
 
     def _down(self, gate_RF: Tensor, up_RF: Tensor, probs_R: Tensor, ends_e: Tensor) -> Tensor:
         inner = F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(gate_RF.dtype)

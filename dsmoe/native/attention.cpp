@@ -1,12 +1,10 @@
-// Causal self-attention on a CPU, fp32, with grouped queries and rotary embedding: 32 queries of a head at a time,
+// Causal self-attention on a CPU, fp32, with grouped queries and rotary embedding: GROUP queries of a head at a time,
 // against all keys up to them. What the backward pass needs beside its inputs is made again: turned queries and keys, and
 // probabilities, from the logarithm of their sum.
 //
-// Shapes: S positions, B sequences, n query heads, g heads of keys and values, d head size. Queries are columns [d][c], so
-// that scores [keys][c] have their maxima and sums along memory.
+// Shapes: S positions, B sequences, n query heads, g heads of keys and values, d head size.
 
 #include <cmath>
-#include <limits>
 
 #include "kernels.h"
 
@@ -23,139 +21,171 @@ struct Attention {
   View query, key, value, out;
   float* logsum;  // [B][n][S]: log of the sum of a query's exponentials
   View grad_out, grad_query, grad_key, grad_value;
+
+  int64_t padded() const { return round_up(length, COLUMNS); }
 };
 
-struct Rows {
-  const float* data;
-  int64_t step;  // elements from one to the next
-};
+namespace {
 
-// A head's vector turned by the angles of position s; back again for direction -1. `to` may be `x`.
-static void turn(const Attention& a, int64_t s, const float* x, float* to, float direction) {
+constexpr int64_t KEYS = 512;  // of a product
+
+// n vectors of a head from position `low` on, turned by the angles of their positions (direction 1) or back (-1), and
+// scaled. `to` may be `from`.
+void turn(const Attention& a, const float* from, int64_t stride, int64_t low, int64_t n, float* to, int64_t to_stride,
+          float direction, float scale) {
   const int64_t half = a.size / 2;
-  const float *cosine = a.cosine + s * half, *sine = a.sine + s * half;
-  for (int64_t i = 0; i < half; i++) {
-    const float low = x[i], high = x[half + i], up = direction * sine[i];
-    to[i] = low * cosine[i] - high * up;
-    to[half + i] = high * cosine[i] + low * up;
-  }
-}
-
-// n vectors of a head from position `low` on, turned into `room` [n][d] where there are angles.
-static Rows turned(const Attention& a, const View& view, int64_t low, int64_t b, int64_t h, int64_t n, float* room) {
-  if (!a.cosine) return {view.at(low, b, h), view.position};
-  for (int64_t i = 0; i < n; i++) turn(a, low + i, view.at(low + i, b, h), room + i * a.size, 1);
-  return {room, a.size};
-}
-
-// The same for gradients, in place, and the other way.
-static void turn_back(const Attention& a, const View& view, int64_t low, int64_t b, int64_t h, int64_t n) {
-  if (a.cosine)
-    for (int64_t i = 0; i < n; i++) turn(a, low + i, view.at(low + i, b, h), view.at(low + i, b, h), -1);
-}
-
-// Scores [low + n][c] of the queries from `low` on, which are columns and scaled already.
-static void scores(const Attention& a, Rows key, int64_t low, int64_t n, const float* query, float* s, int c) {
-  product<false>(low + n, a.size, key.data, key.step, 1, query, s, c, key.data);
-  for (int64_t j = 1; j < n; j++)
-    std::fill_n(s + (low + j) * c, j, -std::numeric_limits<float>::infinity());  // later keys than these queries
-}
-
-// Queries as columns, turned and scaled. `room`: [GROUP][d].
-static void queries(const Attention& a, int64_t low, int64_t b, int64_t h, int64_t n, float* columns, int c, float* room) {
-  const Rows rows = turned(a, a.query, low, b, h, n, room);
-  to_columns(rows.data, rows.step, n, a.size, columns, c);
-  for (int64_t i = 0; i < a.size * c; i += LANES) at(columns + i) *= (float)a.scale;
-}
-
-static void forward(const Attention& a, int64_t b, int64_t h, float* memory) {
-  const int64_t d = a.size, g = h / (a.heads / a.groups);
-  float *query = memory, *out = query + d * GROUP, *s = out + d * GROUP, *room = s + a.length * GROUP;
-  const Rows key = turned(a, a.key, 0, b, g, a.length, room + d * GROUP);
-  for (int64_t low = 0; low < a.length; low += GROUP) {
-    const int64_t n = std::min<int64_t>(GROUP, a.length - low), keys = low + n;
-    const int c = width(n);
-    queries(a, low, b, h, n, query, c, room);
-    scores(a, key, low, n, query, s, c);
-    Vector inverse[GROUP / LANES];
-    for (int r = 0; r < c; r += LANES) {
-      Vector largest = at(s + r), sum = {};
-      for (int64_t j = 1; j < keys; j++) largest = choose(at(s + j * c + r) > largest, at(s + j * c + r), largest);
-      for (int64_t j = 0; j < keys; j++) sum += at(s + j * c + r) = exponential(at(s + j * c + r) - largest);
-      for (int i = 0; i < LANES && r + i < n; i++)
-        a.logsum[(b * a.heads + h) * a.length + low + r + i] = largest[i] + std::log(sum[i]);
-      inverse[r / LANES] = 1.0f / sum;
+  for (int64_t i = 0; i < n; i++, from += stride, to += to_stride) {
+    if (!a.cosine) {
+      for (int64_t k = 0; k < a.size; k++) to[k] = scale * from[k];
+      continue;
     }
-    const float* value = a.value.at(0, b, g);
-    product<false>(d, keys, value, 1, a.value.position, s, out, c, value);
-    for (int64_t k = 0; k < d; k++)
-      for (int r = 0; r < c; r += LANES) at(out + k * c + r) *= inverse[r / LANES];
-    to_rows(out, c, n, d, a.out.at(low, b, h), a.out.position);
+    const float *cosine = a.cosine + (low + i) * half, *sine = a.sine + (low + i) * half;
+    for (int64_t k = 0; k < half; k++) {
+      const float first = from[k], second = from[half + k], up = direction * sine[k];
+      to[k] = scale * (first * cosine[k] - second * up);
+      to[half + k] = scale * (second * cosine[k] + first * up);
+    }
   }
 }
+
+// [n][keys] = rows [n][d] times columns [d][padded S], for the first `keys` of them.
+void against_columns(const Attention& a, int64_t n, int64_t keys, Matrix<float> rows, const float* columns, float* to) {
+  const int64_t stride = a.padded();
+  for (int64_t k = 0; k < keys; k += KEYS) {
+    const int64_t here = round_up(std::min(KEYS, keys - k), COLUMNS);
+    multiply(n, here, a.size, rows, {columns + k, stride}, to + k, stride);
+  }
+}
+
+// [n][d] = weights [n][padded S] of the first `keys`, times rows [keys][d].
+void against_rows(const Attention& a, int64_t n, int64_t keys, const float* weights, Matrix<float> rows, float* to,
+                  int64_t to_stride) {
+  for (int64_t k = 0; k < keys; k += KEYS)
+    multiply(n, a.size, std::min(KEYS, keys - k), {weights + k, a.padded()}, {rows.data + k * rows.stride, rows.stride},
+             to, to_stride, k > 0);
+}
+
+// [keys][d] += weights^T [keys][n] times rows [n][d].
+void add_transposed(const Attention& a, int64_t n, int64_t keys, const float* weights, Matrix<float> rows, float* block,
+                    float* to) {
+  for (int64_t k = 0; k < keys; k += BLOCK) {
+    const int64_t m = std::min(BLOCK, keys - k);
+    transpose(weights + k, a.padded(), n, round_up(n, LANES), m, block, GROUP);
+    multiply(m, a.size, n, {block, GROUP}, rows, to + k * a.size, a.size, true);
+  }
+}
+
+struct ForwardSpace {
+  float *key_columns, *query, *scores, *rows;
+};
+
+void forward(const Attention& a, int64_t b, int64_t h, const ForwardSpace& space) {
+  const int64_t d = a.size, S = a.length, g = h / (a.heads / a.groups);
+  turn(a, a.key.at(0, b, g), a.key.position, 0, S, space.rows, d, 1, 1);
+  transpose(space.rows, d, S, a.padded(), d, space.key_columns, a.padded());
+  for (int64_t low = 0; low < S; low += GROUP) {
+    const int64_t n = std::min(GROUP, S - low), keys = low + n;
+    turn(a, a.query.at(low, b, h), a.query.position, low, n, space.query, d, 1, a.scale);
+    against_columns(a, n, keys, {space.query, d}, space.key_columns, space.scores);
+    float inverse[GROUP];
+    for (int64_t i = 0; i < n; i++) {
+      float *s = space.scores + i * a.padded(), largest = s[0], sum = 0;
+      const int64_t seen = low + i + 1;
+#pragma omp simd reduction(max : largest)
+      for (int64_t k = 0; k < seen; k++) largest = std::max(largest, s[k]);
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = 0; k < seen; k++) sum += s[k] = exponential(s[k] - largest);
+      std::fill(s + seen, s + keys, 0.0f);
+      a.logsum[(b * a.heads + h) * S + low + i] = largest + std::log(sum);
+      inverse[i] = 1.0f / sum;
+    }
+    float* out = a.out.at(low, b, h);
+    against_rows(a, n, keys, space.scores, {a.value.at(0, b, g), a.value.position}, out, a.out.position);
+    for (int64_t i = 0; i < n; i++, out += a.out.position)
+      for (int64_t k = 0; k < d; k++) out[k] *= inverse[i];
+  }
+}
+
+struct BackwardSpace {
+  float *key, *key_columns, *value_columns, *query, *p, *grad_p, *block, *grad_key, *grad_value;
+};
 
 // All query heads that share a head of keys and values.
-static void backward(const Attention& a, int64_t b, int64_t g, float* memory) {
-  const int64_t d = a.size, S = a.length, each = a.heads / a.groups;
-  float *grad_key = memory, *grad_value = grad_key + S * d, *p = grad_value + S * d, *grad_s = p + S * GROUP;
-  float *query = grad_s + S * GROUP, *grad_out = query + d * GROUP, *other = grad_out + d * GROUP;
-  float *rows = other + d * GROUP, *keys_turned = rows + d * GROUP;
-  std::fill_n(grad_key, 2 * S * d, 0.0f);
-  const Rows key = turned(a, a.key, 0, b, g, S, keys_turned);
-  const float* value = a.value.at(0, b, g);
-  for (int64_t h = g * each; h < (g + 1) * each; h++)
+void backward(const Attention& a, int64_t b, int64_t g, const BackwardSpace& space) {
+  const int64_t d = a.size, S = a.length, per_group = a.heads / a.groups;
+  std::fill_n(space.grad_key, S * d, 0.0f);
+  std::fill_n(space.grad_value, S * d, 0.0f);
+  turn(a, a.key.at(0, b, g), a.key.position, 0, S, space.key, d, 1, 1);
+  transpose(space.key, d, S, a.padded(), d, space.key_columns, a.padded());
+  transpose(a.value.at(0, b, g), a.value.position, S, a.padded(), d, space.value_columns, a.padded());
+  for (int64_t h = g * per_group; h < (g + 1) * per_group; h++)
     for (int64_t low = 0; low < S; low += GROUP) {
-      const int64_t n = std::min<int64_t>(GROUP, S - low), keys = low + n;
-      const int c = width(n);
-      queries(a, low, b, h, n, query, c, rows);
-      to_columns(a.grad_out.at(low, b, h), a.grad_out.position, n, d, grad_out, c);
-      to_columns(a.out.at(low, b, h), a.out.position, n, d, other, c);
-      scores(a, key, low, n, query, p, c);
-      product<false>(keys, d, value, a.value.position, 1, grad_out, grad_s, c, value);
-      float logsum[GROUP] = {};
-      std::copy_n(a.logsum + (b * a.heads + h) * S + low, n, logsum);
-      for (int r = 0; r < c; r += LANES) {
-        Vector along = {};  // the part of the gradient that the sum of a query's probabilities, always 1, takes out
-        for (int64_t k = 0; k < d; k++) along += at(grad_out + k * c + r) * at(other + k * c + r);
-        for (int64_t j = 0; j < keys; j++) {
-          const Vector probability = exponential(at(p + j * c + r) - at(logsum + r));
-          at(p + j * c + r) = probability;
-          at(grad_s + j * c + r) = probability * (at(grad_s + j * c + r) - along);
+      const int64_t n = std::min(GROUP, S - low), keys = low + n;
+      const Matrix<float> grad_out = {a.grad_out.at(low, b, h), a.grad_out.position};
+      turn(a, a.query.at(low, b, h), a.query.position, low, n, space.query, d, 1, a.scale);
+      against_columns(a, n, keys, {space.query, d}, space.key_columns, space.p);
+      against_columns(a, n, keys, grad_out, space.value_columns, space.grad_p);
+      for (int64_t i = 0; i < n; i++) {
+        float *p = space.p + i * a.padded(), *grad = space.grad_p + i * a.padded();
+        const float logsum = a.logsum[(b * a.heads + h) * S + low + i];
+        const float *out = a.out.at(low + i, b, h), *grad_row = a.grad_out.at(low + i, b, h);
+        float along = 0;  // the part of the gradient that the sum of a query's probabilities, always 1, takes out
+#pragma omp simd reduction(+ : along)
+        for (int64_t k = 0; k < d; k++) along += grad_row[k] * out[k];
+        const int64_t seen = low + i + 1;
+#pragma omp simd
+        for (int64_t k = 0; k < seen; k++) {
+          p[k] = exponential(p[k] - logsum);
+          grad[k] = p[k] * (grad[k] - along);
         }
+        std::fill(p + seen, p + keys, 0.0f);
+        std::fill(grad + seen, grad + keys, 0.0f);
       }
-      to_rows(grad_out, c, n, d, rows, d);
-      outer(n, {p, 0, 0}, rows, keys, d, grad_value, Write::ADD);
-      to_rows(query, c, n, d, rows, d);
-      outer(n, {grad_s, 0, 0}, rows, keys, d, grad_key, Write::ADD);
-      product<false>(d, keys, key.data, 1, key.step, grad_s, other, c, key.data);
-      for (int64_t i = 0; i < d * c; i += LANES) at(other + i) *= (float)a.scale;
-      to_rows(other, c, n, d, a.grad_query.at(low, b, h), a.grad_query.position);
-      turn_back(a, a.grad_query, low, b, h, n);
+      add_transposed(a, n, keys, space.p, grad_out, space.block, space.grad_value);
+      add_transposed(a, n, keys, space.grad_p, {space.query, d}, space.block, space.grad_key);
+      float* grad_query = a.grad_query.at(low, b, h);
+      const int64_t stride = a.grad_query.position;
+      against_rows(a, n, keys, space.grad_p, {space.key, d}, grad_query, stride);
+      turn(a, grad_query, stride, low, n, grad_query, stride, -1, a.scale);
     }
-  for (int64_t j = 0; j < S; j++) {
-    std::copy_n(grad_key + j * d, d, a.grad_key.at(j, b, g));
-    std::copy_n(grad_value + j * d, d, a.grad_value.at(j, b, g));
-  }
-  turn_back(a, a.grad_key, 0, b, g, S);
+  for (int64_t s = 0; s < S; s++) std::copy_n(space.grad_value + s * d, d, a.grad_value.at(s, b, g));
+  turn(a, space.grad_key, d, 0, S, a.grad_key.at(0, b, g), a.grad_key.position, -1, 1);
 }
+
+}  // namespace
 
 extern "C" {
 
 // An item is a query head of a sequence.
-int dsmoe_attention_forward(const Attention* a, const void*, int64_t count, int64_t* next) {
-  float* memory = scratch((3 * a->size + a->length) * GROUP + a->length * a->size);
-  if (!memory) return 1;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;)
-    forward(*a, i / a->heads, i % a->heads, memory);
-  return 0;
+void dsmoe_attention_forward(const Attention* a, const void*, int64_t count, int64_t* next) {
+  const int64_t d = a->size, S = a->padded();
+  auto layout = [&](Workspace& memory) {
+    ForwardSpace space;
+    space.key_columns = memory.take<float>(d * S);
+    space.query = memory.take<float>(GROUP * d);
+    space.scores = memory.take<float>(GROUP * S);
+    space.rows = memory.take<float>(S * d);
+    return space;
+  };
+  each_item(count, next, layout, [&](int64_t i, const ForwardSpace& space) {
+    forward(*a, i / a->heads, i % a->heads, space);
+  });
 }
 
 // An item is a head of keys and values of a sequence.
-int dsmoe_attention_backward(const Attention* a, const void*, int64_t count, int64_t* next) {
-  float* memory = scratch(a->length * (3 * a->size + 2 * GROUP) + 4 * a->size * GROUP);
-  if (!memory) return 1;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;)
-    backward(*a, i / a->groups, i % a->groups, memory);
-  return 0;
+void dsmoe_attention_backward(const Attention* a, const void*, int64_t count, int64_t* next) {
+  const int64_t d = a->size, S = a->padded();
+  auto layout = [&](Workspace& memory) {
+    BackwardSpace space;
+    for (float** p : {&space.key, &space.key_columns, &space.value_columns, &space.grad_key, &space.grad_value})
+      *p = memory.take<float>(S * d);
+    space.query = memory.take<float>(GROUP * d);
+    for (float** p : {&space.p, &space.grad_p}) *p = memory.take<float>(GROUP * S);
+    space.block = memory.take<float>(BLOCK * GROUP);
+    return space;
+  };
+  each_item(count, next, layout, [&](int64_t i, const BackwardSpace& space) {
+    backward(*a, i / a->groups, i % a->groups, space);
+  });
 }
 }

@@ -2,28 +2,47 @@
 //
 // Products of two bf16 numbers are exact in fp32, so nothing is lost to a product of fp32 copies but their time.
 //
-// Shapes: T tokens, E experts, H hidden. Memory of X and W is counted in cells of two numbers (kernels.h).
+// Shapes: T tokens, E experts, a multiple of LANES, H hidden.
 
 #include "kernels.h"
 
 struct Logits {
+  int64_t computed_bf16;
   int64_t tokens, experts, hidden;
-  const float* x;  // [T][H], bf16
-  const float* w;  // [E][H], bf16
-  float* y;        // [T][E], fp32
+  const Half* x;  // [T][H]
+  const Half* w;  // [E][H]
+  float* y;       // [T][E]
 };
 
-extern "C" int dsmoe_logits(const Logits* logits, const void*, int64_t count, int64_t* next) {
-  const int64_t K = logits->hidden / BF16::PACKED, E = logits->experts;
-  float* columns = scratch((K + E) * GROUP);
-  if (!columns) return 1;
-  float* sums = columns + K * GROUP;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
-    const int64_t low = i * GROUP, n = std::min<int64_t>(GROUP, logits->tokens - low);
-    const int c = width(n);
-    to_columns(logits->x + low * K, K, n, K, columns, c);
-    times<BF16>(logits->w, E, K, columns, sums, c);
-    to_rows(sums, c, n, E, logits->y + low * E, E);
-  }
-  return 0;
+namespace {
+
+template <class Computed>
+struct Space {
+  Computed *columns, *room;
+  float* block;
+};
+
+template <class Computed>
+void logits_of(const Logits& logits, int64_t count, int64_t* next) {
+  const int64_t H = logits.hidden, E = logits.experts;
+  auto layout = [&](Workspace& memory) {
+    return Space<Computed>{memory.take<Computed>(H * GROUP), memory.take<Computed>(BLOCK * H),
+                           memory.take<float>(BLOCK * GROUP)};
+  };
+  each_item(count, next, layout, [&](int64_t i, const Space<Computed>& space) {
+    const int64_t low = i * GROUP, n = std::min(GROUP, logits.tokens - low), c = round_up(n, COLUMNS);
+    to_columns(logits.x + low * H, H, n, H, space.columns);
+    for (int64_t e = 0; e < E; e += BLOCK) {
+      const int64_t m = std::min(BLOCK, E - e);
+      multiply(m, c, H, left(logits.w + e * H, H, m, H, space.room), {space.columns, c}, space.block, c);
+      transpose(space.block, c, m, m, n, logits.y + low * E + e, E);
+    }
+  });
+}
+
+}  // namespace
+
+// An item is a group of tokens.
+extern "C" void dsmoe_logits(const Logits* logits, const void*, int64_t count, int64_t* next) {
+  (logits->computed_bf16 ? logits_of<Half> : logits_of<float>)(*logits, count, next);
 }

@@ -2,21 +2,11 @@
 //
 //     y = w x / rms(x);   rms(x) = sqrt(mean(x^2) + eps)
 //
-// Shapes: R rows, K width, a multiple of LANES.
+// Shapes: R rows, K width.
 
+#include <algorithm>
 #include <cmath>
-
-#include "kernels.h"
-
-namespace {
-
-INLINE float total(Vector v) {
-  float sum = 0;
-  for (int i = 0; i < LANES; i++) sum += v[i];
-  return sum;
-}
-
-}  // namespace
+#include <cstdint>
 
 struct Norm {
   int64_t rows, size;
@@ -34,36 +24,40 @@ struct Norm {
 
 extern "C" {
 
-int dsmoe_norm_forward(const Norm* norm, const void*, int64_t count, int64_t* next) {
+void dsmoe_norm_forward(const Norm* norm, const void*, int64_t count, int64_t* next) {
   const int64_t K = norm->size;
+  const float* w = norm->w;
   for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;)
     for (int64_t r = i * norm->strip; r < std::min(norm->rows, (i + 1) * norm->strip); r++) {
       const float* x = norm->x + r * norm->x_step;
-      Vector squares = {};
-      for (int64_t k = 0; k < K; k += LANES) squares += at(x + k) * at(x + k);
-      const float inverse = 1.0f / std::sqrt(total(squares) / K + (float)norm->epsilon);
+      float *y = norm->y + r * K, squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t k = 0; k < K; k++) squares += x[k] * x[k];
+      const float inverse = 1.0f / std::sqrt(squares / K + (float)norm->epsilon);
       norm->inverse[r] = inverse;
-      for (int64_t k = 0; k < K; k += LANES) at(norm->y + r * K + k) = inverse * at(x + k) * at(norm->w + k);
+#pragma omp simd
+      for (int64_t k = 0; k < K; k++) y[k] = inverse * x[k] * w[k];
     }
-  return 0;
 }
 
-int dsmoe_norm_backward(const Norm* norm, const void*, int64_t count, int64_t* next) {
+void dsmoe_norm_backward(const Norm* norm, const void*, int64_t count, int64_t* next) {
   const int64_t K = norm->size;
+  const float* w = norm->w;
   for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) {
     float* grad_w = norm->grad_w + i * K;
     std::fill_n(grad_w, K, 0.0f);
     for (int64_t r = i * norm->strip; r < std::min(norm->rows, (i + 1) * norm->strip); r++) {
       const float *x = norm->x + r * norm->x_step, *grad = norm->grad_y + r * K, inverse = norm->inverse[r];
-      Vector along = {};
-      for (int64_t k = 0; k < K; k += LANES) along += at(grad + k) * at(norm->w + k) * at(x + k);
-      const float scale = total(along) / K * inverse * inverse;
-      for (int64_t k = 0; k < K; k += LANES) {
-        at(grad_w + k) += inverse * at(grad + k) * at(x + k);
-        at(norm->grad_x + r * K + k) = inverse * (at(grad + k) * at(norm->w + k) - scale * at(x + k));
+      float *grad_x = norm->grad_x + r * K, along = 0;
+#pragma omp simd reduction(+ : along)
+      for (int64_t k = 0; k < K; k++) along += grad[k] * w[k] * x[k];
+      const float scale = along / K * inverse * inverse;
+#pragma omp simd
+      for (int64_t k = 0; k < K; k++) {
+        grad_w[k] += inverse * grad[k] * x[k];
+        grad_x[k] = inverse * (grad[k] * w[k] - scale * x[k]);
       }
     }
   }
-  return 0;
 }
 }

@@ -1,233 +1,356 @@
-// SwiGLU experts on a CPU, fp32 or bf16: products, activation and their gradients, a few rows of one expert at a time.
+// SwiGLU experts on a CPU, fp32 or bf16: some rows of one expert at a time through all three projections.
 //
 //     h = [G x, U x];   inner = p silu(h_gate) h_up;   out = D inner
 //
-// An expert of a large mixture gets a handful of rows, so a step is bound by streaming weights, not by arithmetic.
-// Weight gradients are written past the cache where nothing will be added to them.
+// Forward, products are transposed: a weight is the left operand as it lies in memory, up to GROUP rows are columns.
+// Backward, gradients of rows have the weight on the right as it lies, and gradients of weights the rows. So no weight is
+// transposed, and each is read in order, BLOCK of its rows at a time.
 //
-// In bf16 rows, weights and their gradients are bf16, and so is what the backward pass finds of h; sums, weights of rows
-// and what lies between two products are fp32.
+// bf16 is what is *stored* of rows, weights, h and gradients. What is *computed* with is bf16 too where the CPU has fast
+// products of it (AMX), otherwise fp32 made of it block by block; sums, and what lies between two products, are fp32.
 //
-// Shapes: R rows ordered by expert, H hidden, F expert width, K width of a source's rows (H, or r for a latent). Memory
-// is counted in cells of four bytes (kernels.h), of which bf16 needs half.
+// Shapes: R rows ordered by expert, H hidden, F expert width, K width of a source's rows (H, or r for a latent), n rows
+// of a chunk, f = SLICE or less of F: the parts of F are independent but for the sums over them, which bounds memory.
 
 #include "kernels.h"
 
 namespace {
 
-// inner^T [F][c] from h^T [2F][c] and the weights of the rows, p [c].
-template <class Number>
-void activate(const float* h, int64_t F, const float* p, float* inner, int c) {
-  constexpr int P = Number::PACKED;
-  for (int64_t f = 0; f < F; f += P)
-    for (int r = 0; r < c; r += LANES) {
-      Vector made[P];
-#pragma GCC unroll 2
-      for (int i = 0; i < P; i++) {
-        const Vector gate = at(h + (f + i) * c + r), up = at(h + (F + f + i) * c + r);
-        made[i] = gate * sigmoid(gate) * up * at(p + r);
-      }
-      at(inner + f / P * c + r) = Number::close(made);
-    }
+constexpr int64_t FORWARD_CHUNK = 256, BACKWARD_CHUNK = 128;  // rows at a time
+constexpr int64_t SLICE = 512;                                // of F at a time
+constexpr int64_t PAD = 16;  // numbers between rows, so that they do not lie a power of two apart
+
+struct Source {  // of a part of h: the gate, the values it multiplies ("up"), or both, gate first
+  const void* rows;    // [R][K]
+  const void* weight;  // [e][2F / number of sources][K]
+  void* grad_rows;
+  int64_t width;
+};
+
+struct Layer {
+  int64_t stored_bf16, computed_bf16;
+  int64_t fp32_grad_rows;  // whether grad_rows are fp32, whatever is stored
+  int64_t hidden, ffn, sources;
+  Source source[2];
+  const void* down;    // [e][H][F]
+  const float* probs;  // [R]
+  void* h;             // [R][2F]
+  void* out;           // [R][H]; in the backward pass its gradient
+  float* grad_probs;   // [R]
+};
+
+struct Item {  // rows of one expert; all of them, or a part for one of several threads
+  int64_t expert, low, high;
+  int64_t adds;  // to gradients that are there
+  int64_t fp32;  // whether gradients are, whatever is stored: one of several parts of an expert
+  void* grad_weight[2];
+  void* grad_down;
+};
+
+// A layer as one expert sees it. Part 0 is the gate, part 1 up.
+template <class Stored>
+struct Expert {
+  const Layer& layer;
+  int64_t H, F, slice;
+  const Stored* down;
+
+  Expert(const Layer& layer, int64_t expert)
+      : layer(layer), H(layer.hidden), F(layer.ffn), slice(std::min(SLICE, F)), index_(expert) {
+    down = (const Stored*)layer.down + expert * H * F;
+  }
+  const Source& source(int part) const { return layer.source[part * (layer.sources - 1)]; }
+  int64_t width(int part) const { return source(part).width; }
+  int64_t widest() const { return std::max({H, slice, width(0), width(1)}); }
+  // The first line of a part in the weight of its source.
+  int64_t first(int part) const { return layer.sources == 1 ? part * F : 0; }
+  const Stored* weight(int part) const {
+    return (const Stored*)source(part).weight + (index_ * (2 * F / layer.sources) + first(part)) * width(part);
+  }
+  const Stored* rows(int s, int64_t low) const {
+    return (const Stored*)layer.source[s].rows + low * layer.source[s].width;
+  }
+
+ private:
+  int64_t index_;
+};
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+template <class Computed>
+struct ForwardSpace {
+  Computed *x[2], *inner, *room[2];  // x^T and inner^T by groups
+  float *h[2], *out, *probs;         // parts of h^T; out^T by groups
+};
+
+// inner^T [m][c] as a right operand, from two parts of h^T [m][c] and weights of rows [c].
+template <class Computed>
+void activate(const float* gate, const float* up, const float* p, int64_t m, int64_t c, Computed* inner) {
+  auto value = [&](int64_t f, int64_t r) {
+    const float g = gate[f * c + r];
+    return g * sigmoid(g) * up[f * c + r] * p[r];
+  };
+  if constexpr (std::is_same_v<Computed, float>) {
+    for (int64_t f = 0; f < m; f++)
+      for (int64_t r = 0; r < c; r++) inner[f * c + r] = value(f, r);
+  } else {
+    uint32_t* pairs = (uint32_t*)inner;
+    for (int64_t f = 0; f < m; f += 2)
+      for (int64_t r = 0; r < c; r++) pairs[f / 2 * c + r] = to_half(value(f, r)) | to_half(value(f + 1, r)) << 16;
+  }
 }
 
-// From the gradient of inner^T, in place of which comes inner^T itself: gradients of h^T and of p.
-// `packed`: h^T [2F][n]. Lanes beyond n read what lies there, and nothing is made of them.
-template <class Number>
-void activate_backward(const float* packed, int64_t n, int64_t F, const float* p, float* grad_inner, float* grad_h,
-                       float* grad_p, int c) {
-  constexpr int P = Number::PACKED;
-  const int64_t lines = F / P;
-  for (int r = 0; r < c; r += LANES) {
-    const Vector weight = at(p + r);
-    Vector sum = {};
-    for (int64_t f = 0; f < lines; f++) {
-      Vector gate[P], up[P], grad_gate[P], grad_up[P], inner[P];
-      Number::open(at(packed + f * n + r), gate);
-      Number::open(at(packed + (lines + f) * n + r), up);
-#pragma GCC unroll 2
-      for (int i = 0; i < P; i++) {
-        const Vector grad = at(grad_inner + (f * P + i) * c + r), s = sigmoid(gate[i]), silu = gate[i] * s;
-        const Vector weighted = grad * weight;
-        sum += grad * silu * up[i];
-        grad_gate[i] = weighted * up[i] * s * (1.0f + gate[i] * (1.0f - s));
-        grad_up[i] = weighted * silu;
-        inner[i] = silu * up[i] * weight;
+template <class Stored, class Computed>
+void forward(const Layer& layer, const Item& item, const ForwardSpace<Computed>& space) {
+  const Expert<Stored> expert(layer, item.expert);
+  const int64_t H = expert.H, F = expert.F;
+  for (int64_t start = item.low; start < item.high; start += FORWARD_CHUNK) {
+    const int64_t rows = std::min(FORWARD_CHUNK, item.high - start);
+    auto each_group = [&](auto work) {
+      for (int64_t low = 0; low < rows; low += GROUP) {
+        const int64_t n = std::min(GROUP, rows - low);
+        work(low, n, round_up(n, COLUMNS));
       }
-      at(grad_h + f * c + r) = Number::close(grad_gate);
-      at(grad_h + (lines + f) * c + r) = Number::close(grad_up);
-      at(grad_inner + f * c + r) = Number::close(inner);
+    };
+    std::copy_n(layer.probs + start, rows, space.probs);
+    std::fill_n(space.probs + rows, COLUMNS, 0.0f);
+    for (int s = 0; s < layer.sources; s++)
+      each_group([&](int64_t low, int64_t n, int64_t) {
+        const int64_t K = layer.source[s].width;
+        to_columns(expert.rows(s, start + low), K, n, K, space.x[s] + low * K);
+      });
+    for (int64_t slice = 0; slice < F; slice += expert.slice) {
+      const int64_t here = std::min(expert.slice, F - slice);
+      for (int64_t f = 0; f < here; f += BLOCK) {
+        const int64_t m = std::min(BLOCK, here - f);
+        Matrix<Computed> weight[2];
+        for (int part : {0, 1}) {
+          const int64_t K = expert.width(part);
+          weight[part] = left(expert.weight(part) + (slice + f) * K, K, m, K, space.room[part]);
+        }
+        each_group([&](int64_t low, int64_t n, int64_t c) {
+          for (int part : {0, 1}) {
+            const int64_t K = expert.width(part);
+            multiply(m, c, K, weight[part], {space.x[part * (layer.sources - 1)] + low * K, c}, space.h[part], c);
+            Stored* h = (Stored*)layer.h + (start + low) * 2 * F + part * F + slice + f;
+            transpose(space.h[part], c, m, m, n, h, 2 * F);
+          }
+          activate(space.h[0], space.h[1], space.probs + low, m, c, space.inner + low * expert.slice + f * c);
+        });
+      }
+      for (int64_t o = 0; o < H; o += BLOCK) {
+        const int64_t m = std::min(BLOCK, H - o);
+        const auto down = left(expert.down + o * F + slice, F, m, here, space.room[0]);
+        each_group([&](int64_t low, int64_t n, int64_t c) {
+          float* out = space.out + low * H + o * c;
+          multiply(m, c, here, down, {space.inner + low * expert.slice, c}, out, c, slice > 0);
+          if (slice + here == F) transpose(out, c, m, m, n, (Stored*)layer.out + (start + low) * H + o, H);
+        });
+      }
     }
-    at(grad_p + r) = sum;
   }
+}
+
+template <class Stored, class Computed>
+void forward_items(const Layer& layer, const Item* items, int64_t count, int64_t* next) {
+  const Expert<Stored> any(layer, 0);
+  const int64_t most = std::min(FORWARD_CHUNK, round_up(items->high - items->low, COLUMNS));  // the largest comes first
+  const bool widens = !std::is_same_v<Stored, Computed>;
+  auto layout = [&](Workspace& memory) {
+    ForwardSpace<Computed> space;
+    for (int s : {0, 1}) space.x[s] = memory.take<Computed>(s < layer.sources ? most * layer.source[s].width : 0);
+    space.inner = memory.take<Computed>(most * any.slice);
+    for (auto& room : space.room) room = memory.take<Computed>(widens ? BLOCK * any.widest() : 0);
+    for (auto& h : space.h) h = memory.take<float>(BLOCK * GROUP);
+    space.out = memory.take<float>(most * any.H);
+    space.probs = memory.take<float>(most + COLUMNS);
+    return space;
+  };
+  each_item(count, next, layout, [&](int64_t i, auto& space) { forward<Stored, Computed>(layer, items[i], space); });
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+template <class Computed>
+struct BackwardSpace {
+  Computed *out, *out_columns;      // gradient of out, [n][H] and [H][n]
+  Computed *h, *h_columns;          // gradient of a slice of h, [n][2f] and [2f][n]
+  Computed *inner, *inner_room;     // [n][f]
+  Computed *x_room[2], *room;       // right operands from rows of sources and from a block of a weight
+  float *grad_inner, *grad_x;       // [n][f], [n][K]
+  float *block, *sums;              // gradients of a block of a weight; of the slices of all weights
+  int64_t stride;                   // of what has columns
+};
+
+// A row: gradients of gate, up and p, and inner, from the gradient of inner.
+template <class Stored, class Computed>
+float activate_backward(const Stored* gate, const Stored* up, float p, int64_t f, const float* grad, Computed* grad_gate,
+                        Computed* grad_up, Computed* inner) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < f; i++) {
+    const float g = widen(gate[i]), u = widen(up[i]), s = sigmoid(g), silu = g * s, weighted = grad[i] * p;
+    sum += grad[i] * silu * u;
+    narrow(weighted * u * s * (1.0f + g * (1.0f - s)), grad_gate[i]);
+    narrow(weighted * silu, grad_up[i]);
+    narrow(silu * u * p, inner[i]);
+  }
+  return sum;
+}
+
+// A weight's gradient where it lies: set, added to, or, where nothing will be read of it soon, written past the cache.
+template <class Stored>
+void write_gradient(const float* from, int64_t rows, int64_t columns, Stored* to, int64_t stride, bool adds) {
+  constexpr int64_t STEP = LANES * sizeof(float) / sizeof(Stored);
+  const bool aligned = (uintptr_t)to % 32 == 0 && stride % STEP == 0 && columns % STEP == 0;
+  for (int64_t r = 0; r < rows; r++, from += columns, to += stride) {
+    if (adds) {
+      for (int64_t k = 0; k < columns; k++) narrow(widen(to[k]) + from[k], to[k]);
+      continue;
+    }
+#if defined(__AVX__)
+    if (aligned) {
+      for (int64_t k = 0; k < columns; k += STEP) {
+        alignas(32) Stored line[STEP];
+        for (int64_t i = 0; i < STEP; i += LANES) store(line + i, load(from + k + i));
+        _mm256_stream_si256((__m256i*)(to + k), *(const __m256i*)line);
+      }
+      continue;
+    }
+#endif
+    for (int64_t k = 0; k < columns; k++) narrow(from[k], to[k]);
+  }
+}
+
+template <class Stored, class Computed>
+void backward(const Layer& layer, const Item& item, const BackwardSpace<Computed>& space) {
+  const Expert<Stored> expert(layer, item.expert);
+  const int64_t H = expert.H, F = expert.F, stride = space.stride;
+  const bool one_chunk = item.high - item.low <= BACKWARD_CHUNK;
+  for (int64_t slice = 0; slice < F; slice += expert.slice) {
+    const int64_t f = std::min(expert.slice, F - slice), h_stride = 2 * f + PAD;
+    for (int64_t start = item.low; start < item.high; start += BACKWARD_CHUNK) {
+      const int64_t n = std::min(BACKWARD_CHUNK, item.high - start);
+      const bool first = start == item.low, last = start + n == item.high;
+      float* sums = space.sums;
+      // The gradient of lines of a weight, [rows][N] += L^T [rows][n] R [n][N], which lies `offset` into `gradient`.
+      auto add_to = [&](auto* to, int64_t rows, int64_t N, int64_t to_stride, const Computed* columns,
+                        Matrix<Computed> by) {
+        typedef std::remove_pointer_t<decltype(to)> Gradient;
+        for (int64_t low = 0; low < rows; low += BLOCK, columns += BLOCK * stride, to += BLOCK * to_stride) {
+          const int64_t m = std::min(BLOCK, rows - low);
+          if constexpr (std::is_same_v<Gradient, float>) {
+            if (!one_chunk) {
+              multiply(m, N, n, {columns, stride}, by, to, to_stride, item.adds || !first);
+              continue;
+            }
+          }
+          float* block = one_chunk ? space.block : sums + low * N;
+          multiply(m, N, n, {columns, stride}, by, block, N, !first);
+          if (last) write_gradient(block, m, N, to, to_stride, item.adds);
+        }
+        sums += one_chunk ? 0 : rows * N;
+      };
+      auto add_gradient = [&](void* gradient, int64_t offset, auto... rest) {
+        if (item.fp32) add_to((float*)gradient + offset, rest...);
+        else add_to((Stored*)gradient + offset, rest...);
+      };
+
+      const auto grad_out = left((const Stored*)layer.out + start * H, H, n, H, space.out);
+      for (int64_t o = 0; o < H; o += BLOCK) {
+        const int64_t m = std::min(BLOCK, H - o);
+        const auto down = right(expert.down + o * F + slice, F, m, f, space.room);
+        multiply(n, f, m, {grad_out.data + o, grad_out.stride}, down, space.grad_inner, f, o > 0);
+      }
+      for (int64_t r = 0; r < n; r++) {
+        const Stored* h = (const Stored*)layer.h + (start + r) * 2 * F + slice;
+        Computed* grad = space.h + r * h_stride;
+        float& grad_prob = layer.grad_probs[start + r];
+        const float sum = activate_backward(h, h + F, layer.probs[start + r], f, space.grad_inner + r * f, grad,
+                                            grad + f, space.inner + r * f);
+        grad_prob = slice ? grad_prob + sum : sum;
+      }
+      const int64_t padded = round_up(n, LANES);
+      transpose(grad_out.data, grad_out.stride, n, padded, H, space.out_columns, stride);
+      transpose(space.h, h_stride, n, padded, 2 * f, space.h_columns, stride);
+
+      const auto inner = right(space.inner, f, n, f, space.inner_room);
+      add_gradient(item.grad_down, slice, H, f, F, space.out_columns, inner);
+      for (int s = 0; s < layer.sources; s++) {
+        const int64_t K = layer.source[s].width;
+        Stored* rows = (Stored*)layer.source[s].grad_rows + start * K;
+        const bool direct = std::is_same_v<Stored, float> || layer.fp32_grad_rows;
+        float* grad_x = direct ? (float*)layer.source[s].grad_rows + start * K : space.grad_x;
+        bool add = slice > 0;
+        const auto x = right(expert.rows(s, start), K, n, K, space.x_room[s]);
+        for (int part : {0, 1}) {
+          if (part * (layer.sources - 1) != s) continue;
+          for (int64_t k = 0; k < f; k += BLOCK, add = true) {
+            const int64_t m = std::min(BLOCK, f - k);
+            const auto weight = right(expert.weight(part) + (slice + k) * K, K, m, K, space.room);
+            multiply(n, K, m, {space.h + part * f + k, h_stride}, weight, grad_x, K, add);
+          }
+          add_gradient(item.grad_weight[s], (expert.first(part) + slice) * K, f, K, K,
+                       space.h_columns + part * f * stride, x);
+        }
+        if (!direct)
+          for (int64_t i = 0; i < n * K; i++) narrow(grad_x[i], rows[i]);
+      }
+    }
+  }
+}
+
+template <class Stored, class Computed>
+void backward_items(const Layer& layer, const Item* items, int64_t count, int64_t* next) {
+  const Expert<Stored> any(layer, 0);
+  const int64_t H = any.H, f = any.slice, largest = items->high - items->low;
+  const int64_t n = round_up(std::min(BACKWARD_CHUNK, largest), LANES);
+  const bool widens = !std::is_same_v<Stored, Computed>, pairs = std::is_same_v<Computed, Half>;
+  const bool bf16 = std::is_same_v<Stored, Half>;
+  auto layout = [&](Workspace& memory) {
+    BackwardSpace<Computed> space;
+    space.stride = n + PAD;
+    space.out = memory.take<Computed>(widens ? n * H : 0);
+    space.out_columns = memory.take<Computed>(H * space.stride);
+    space.h = memory.take<Computed>(n * (2 * f + PAD));
+    space.h_columns = memory.take<Computed>(2 * f * space.stride);
+    space.inner = memory.take<Computed>(n * f);
+    space.inner_room = memory.take<Computed>(pairs ? n * f : 0);
+    int64_t widths = 0;
+    for (int s : {0, 1}) {
+      const int64_t K = s < layer.sources ? layer.source[s].width : 0;
+      space.x_room[s] = memory.take<Computed>(bf16 ? n * K : 0);
+      widths += K * (3 - layer.sources);
+    }
+    space.room = memory.take<Computed>(bf16 ? BLOCK * any.widest() : 0);
+    space.grad_inner = memory.take<float>(n * f);
+    space.grad_x = memory.take<float>(bf16 ? n * any.widest() : 0);
+    space.block = memory.take<float>(BLOCK * any.widest());
+    space.sums = memory.take<float>(bf16 && largest > BACKWARD_CHUNK ? (H + widths) * f : 0);
+    return space;
+  };
+  each_item(count, next, layout, [&](int64_t i, auto& space) { backward<Stored, Computed>(layer, items[i], space); });
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace
 
 // ---- what Python calls ----------------------------------------------------------------------------------------------
 
-struct Source {  // of a part of h: the gate, the values it multiplies ("up"), or both, gate first
-  const float* rows;    // [R][width]
-  const float* weight;  // [e][N][width]; N = 2F / number of sources
-  float* grad_rows;
-  int64_t width;
-};
-
-struct Layer {
-  int64_t bf16, hidden, ffn, sources;
-  Source source[2];
-  const float* down;   // [e][H][F]
-  const float* probs;  // [R], fp32
-  float* h;            // for each group of GROUP rows of an item, h^T [2F][rows]; LANES cells more at the end
-  float* out;          // [R][H]; in the backward pass its gradient
-  float* grad_probs;   // [R], fp32
-};
-
-struct Item {  // rows of one expert; all of them, or a part for one of several threads
-  int64_t expert, low, high;
-  int64_t adds;  // to gradients that are there
-  void* grad_weight[2];
-  void* grad_down;
-};
-
-static int64_t widest(const Layer& layer) {
-  return std::max({layer.hidden, layer.ffn, layer.source[0].width, layer.source[1].width});
-}
-
-template <class Number>
-static void forward(const Layer& layer, const Item& item, float* memory) {
-  constexpr int P = Number::PACKED;
-  const int64_t H = layer.hidden, F = layer.ffn, N = 2 * F / layer.sources;
-  float *x = memory, *h = x + widest(layer) * GROUP, *inner = h + 2 * F * GROUP;
-  for (int64_t low = item.low; low < item.high; low += GROUP) {
-    const int64_t n = std::min<int64_t>(GROUP, item.high - low);
-    const int c = width(n);
-    for (int64_t s = 0; s < layer.sources; s++) {
-      const Source& source = layer.source[s];
-      const int64_t K = source.width / P;
-      to_columns(source.rows + low * K, K, n, K, x, c);
-      times<Number>(source.weight + item.expert * N * K, N, K, x, h + s * N * c, c);
-    }
-    float p[GROUP] = {};
-    std::copy_n(layer.probs + low, n, p);
-    activate<Number>(h, F, p, inner, c);
-    to_cells<Number>(h, 2 * F, c);
-    pack(h, c, 2 * F / P, n, layer.h + low * (2 * F / P));
-    times<Number>(layer.down + item.expert * H * (F / P), H, F / P, inner, x, c);
-    to_cells<Number>(x, H, c);
-    to_rows(x, c, n, H / P, layer.out + low * (H / P), H / P);
-  }
-}
-
-// The gradient of a weight from several chunks of rows: in bf16 summed in fp32 first.
-template <class Number>
-struct WeightGradient {
-  typedef std::conditional_t<Number::PACKED == 1, float, Half> Stored;
-  Stored* result;
-  float* sum;
-  int64_t N, K;
-  bool adds;
-
-  void add(int64_t rows, Side left, const float* right, bool first, bool last) const {
-    const Write alone = (uintptr_t)result % sizeof(Vector) ? Write::SET : Write::PAST_CACHE;
-    const Write final = adds ? Write::ADD : alone, how = first ? Write::SET : Write::ADD;
-    if (first && last) return outer<Number>(rows, left, right, N, K, result, final);
-    if constexpr (Number::PACKED == 1) return outer<Number>(rows, left, right, N, K, result, adds ? Write::ADD : how);
-    outer<Number>(rows, left, right, N, K, sum, how);
-    if (last) write_all(final);
-  }
-
-  void write_all(Write how) const {
-    for (int64_t i = 0; i < N * K; i += 2 * LANES) {
-      const Vector both[] = {at(sum + i), at(sum + i + LANES)};
-      write<2>(result + i, both, how);
-    }
-  }
-};
-
-template <class Number>
-static void backward(const Layer& layer, const Item& item, float* memory) {
-  constexpr int P = Number::PACKED;
-  constexpr int64_t MOST = P * CHUNK;  // rows at a time, in the same memory
-  const int64_t H = layer.hidden, F = layer.ffn, N = 2 * F / layer.sources;
-  const int64_t out_stride = H / P * GROUP, h_stride = 2 * F / P * GROUP;
-  float *grad_out = memory, *grad_h = grad_out + H * CHUNK, *inner = grad_h + 2 * F * CHUNK;
-  float *columns = inner + F * CHUNK, *grad_x = columns + F * GROUP, *room = grad_x + widest(layer) * GROUP;
-  float *pairs = room + widest(layer) * BLOCK, *sums = pairs + widest(layer) * CHUNK;
-  static_assert(CHUNK % GROUP == 0, "groups fill a chunk");
-  typedef WeightGradient<Number> Gradient;
-  auto gradient = [&](void* result, int64_t rows, int64_t width) {
-    float* sum = std::exchange(sums, sums + rows * width);
-    return Gradient{(typename Gradient::Stored*)result, sum, rows, width, item.adds != 0};
-  };
-  const Gradient down = gradient(item.grad_down, H, F);
-  const Gradient up[] = {gradient(item.grad_weight[0], N, layer.source[0].width),
-                         gradient(item.grad_weight[1], N, layer.source[1].width)};
-  auto by_rows = [&](const float* rows, int64_t n, int64_t K) {  // as `outer` wants its right side
-    if constexpr (P == 1) return rows;
-    interleave(rows, n, K, pairs);
-    return (const float*)pairs;
-  };
-  for (int64_t start = item.low; start < item.high; start += MOST) {
-    const int64_t rows = std::min(MOST, item.high - start);
-    for (int64_t low = 0; low < rows; low += GROUP) {
-      const int64_t n = std::min<int64_t>(GROUP, rows - low), group = low / GROUP;
-      const int c = width(n);
-      float *go = grad_out + group * out_stride, *gh = grad_h + group * h_stride, p[GROUP] = {}, grad_p[GROUP];
-      to_columns(layer.out + (start + low) * (H / P), H / P, n, H / P, go, c);
-      times_transposed<Number>(layer.down + item.expert * H * (F / P), H, F / P, go, columns, c, room);
-      std::copy_n(layer.probs + start + low, n, p);
-      activate_backward<Number>(layer.h + (start + low) * (2 * F / P), n, F, p, columns, gh, grad_p, c);
-      std::copy_n(grad_p, n, layer.grad_probs + start + low);
-      to_rows(columns, c, n, F / P, inner + low * (F / P), F / P);
-      for (int64_t s = 0; s < layer.sources; s++) {
-        const Source& source = layer.source[s];
-        const int64_t K = source.width / P;
-        times_transposed<Number>(source.weight + item.expert * N * K, N, K, gh + s * (N / P) * c, grad_x, c, room);
-        to_cells<Number>(grad_x, source.width, c);
-        to_rows(grad_x, c, n, K, source.grad_rows + (start + low) * K, K);
-      }
-      if constexpr (P > 1) pair_rows(go, H, n, c), pair_rows(gh, 2 * F, n, c);
-    }
-    const bool first = start == item.low, last = start + rows == item.high;
-    down.add(rows, {grad_out, out_stride, 0}, by_rows(inner, rows, F / P), first, last);
-    for (int64_t s = 0; s < layer.sources; s++) {
-      const int64_t K = layer.source[s].width / P;
-      up[s].add(rows, {grad_h, h_stride, s * N}, by_rows(layer.source[s].rows + start * K, rows, K), first, last);
-    }
-  }
-}
-
-// Floats that the backward pass works in.
-static int64_t backward_size(const Layer& layer, const Item* items, int64_t count) {
-  const int64_t H = layer.hidden, F = layer.ffn;
-  const int64_t size = (H + 3 * F) * CHUNK + (F + widest(layer)) * GROUP;
-  if (!layer.bf16) return size;
-  const bool sums = std::any_of(items, items + count, [](const Item& item) { return item.high - item.low > 2 * CHUNK; });
-  const int64_t widths = layer.source[0].width + (layer.sources - 1) * layer.source[1].width;
-  return size + widest(layer) * (BLOCK + CHUNK) + sums * (H * F + 2 * F / layer.sources * widths);
-}
-
 extern "C" {
 
-// Both: work on items until none is left; several threads may share `next`, which starts at 0. Returns 0, or 1 where
-// there is no memory to work in.
-int dsmoe_swiglu_forward(const Layer* layer, const Item* items, int64_t count, int64_t* next) {
-  float* memory = scratch((widest(*layer) + 3 * layer->ffn) * GROUP);
-  if (!memory) return 1;
-  const auto work = layer->bf16 ? forward<BF16> : forward<FP32>;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) work(*layer, items[i], memory);
-  return 0;
+void dsmoe_swiglu_forward(const Layer* layer, const Item* items, int64_t count, int64_t* next) {
+  const auto work = !layer->stored_bf16    ? forward_items<float, float>
+                    : layer->computed_bf16 ? forward_items<Half, Half>
+                                           : forward_items<Half, float>;
+  work(*layer, items, count, next);
 }
 
-int dsmoe_swiglu_backward(const Layer* layer, const Item* items, int64_t count, int64_t* next) {
-  float* memory = scratch(backward_size(*layer, items, count));
-  if (!memory) return 1;
-  const auto work = layer->bf16 ? backward<BF16> : backward<FP32>;
-  for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) work(*layer, items[i], memory);
-#if defined(__AVX__)
-  _mm_sfence();
-#endif
-  return 0;
+void dsmoe_swiglu_backward(const Layer* layer, const Item* items, int64_t count, int64_t* next) {
+  const auto work = !layer->stored_bf16    ? backward_items<float, float>
+                    : layer->computed_bf16 ? backward_items<Half, Half>
+                                           : backward_items<Half, float>;
+  work(*layer, items, count, next);
 }
 }

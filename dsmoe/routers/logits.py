@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.native import GROUP, LANES, run, takes, unavailable
+from dsmoe.native import LANES, multiplies_bf16, require, run, supports, unavailable
+
+GROUP = 64  # tokens that a thread takes at a time (logits.cpp)
 
 
 def fp32_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
@@ -23,7 +25,11 @@ class _FP32Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_TH, weight_EH)
-        if takes(hidden_TH, weight_EH, dtypes=(torch.bfloat16,)) and len(weight_EH) % LANES == 0 and not unavailable():
+        if (
+            supports(hidden_TH, weight_EH, dtypes=(torch.bfloat16,))
+            and len(weight_EH) % LANES == 0
+            and not unavailable()
+        ):
             return _products(hidden_TH.contiguous(), weight_EH.contiguous())
         return F.linear(hidden_TH.float(), weight_EH.float())
 
@@ -38,15 +44,25 @@ class _FP32Logits(torch.autograd.Function):
 
 class _Logits(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tokens", "experts", "hidden")),
+        *((name, ctypes.c_int64) for name in ("computes_bf16", "tokens", "experts", "hidden")),
         *((name, ctypes.c_void_p) for name in ("hidden_TH", "weight_EH", "logits_TE")),
     ]
 
 
 def _products(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """Logits of bf16 tensors, from the kernel in `dsmoe/native/logits.cpp`."""
+    require(
+        supports(hidden_TH, weight_EH, dtypes=(torch.bfloat16,))
+        and hidden_TH.dim() == weight_EH.dim() == 2
+        and hidden_TH.size(1) == weight_EH.size(1)
+        and len(weight_EH) % LANES == 0
+        and hidden_TH.is_contiguous()
+        and weight_EH.is_contiguous(),
+        f"logits: found {hidden_TH.dtype} {list(hidden_TH.shape)} and {weight_EH.dtype} {list(weight_EH.shape)}; "
+        f"expected contiguous bfloat16 [T, H] and [E, H], E a multiple of {LANES}, H of {2 * LANES}",
+    )
     logits_TE = hidden_TH.new_empty(len(hidden_TH), len(weight_EH), dtype=torch.float32)
-    sizes = (len(hidden_TH), len(weight_EH), hidden_TH.size(1))
+    sizes = (multiplies_bf16(), len(hidden_TH), len(weight_EH), hidden_TH.size(1))
     places = (hidden_TH.data_ptr(), weight_EH.data_ptr(), logits_TE.data_ptr())
     run("dsmoe_logits", _Logits(*sizes, *places), -(-len(hidden_TH) // GROUP))
     return logits_TE

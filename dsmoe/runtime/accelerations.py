@@ -203,7 +203,7 @@ def _mpi() -> Finding:
 
 
 def _compiler() -> Finding:
-    from dsmoe.native import compiler as find_compiler
+    from dsmoe.native.build import compiler as find_compiler
 
     compiler = find_compiler()
     # pip puts ninja beside Python, and that folder is on PATH only in an activated environment.

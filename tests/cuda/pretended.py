@@ -25,7 +25,7 @@ import torch
 from deepspeed.accelerator import real_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from dsmoe import native
+from dsmoe.native import build
 
 SOURCE = Path(__file__).with_name("pretended.cpp")
 FLAGS = ("-O1", "-shared", "-fPIC", "-std=c++20", "-w")
@@ -37,7 +37,7 @@ NO_KERNEL = {"empty", "empty_strided", "as_strided", "view", "_reshape_alias", "
              "is_coalesced", "_local_scalar_dense", "_coalesced", "sparse_dim", "dense_dim"}  # fmt: skip
 
 needs_cpu_torch = pytest.mark.skipif(
-    torch.version.cuda is not None or native.compiler() is None,
+    torch.version.cuda is not None or build.compiler() is None,
     reason="needs a C++ compiler and a torch without CUDA, whose place in the dispatcher is free",
 )
 
@@ -45,14 +45,14 @@ needs_cpu_torch = pytest.mark.skipif(
 def library() -> Path:
     """The compiled library; made once for each source and torch (15 s), then kept where dsmoe keeps its kernels."""
     key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, torch.__version__)).encode()).hexdigest()[:16]
-    path = native._cache() / f"pretended-{key}.so"
+    path = build.cache_folder() / f"pretended-{key}.so"
     if not path.exists():
         torch_dir = Path(torch.__file__).parent
         includes = [f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"]
         libraries = [f"-L{torch_dir}/lib", f"-Wl,-rpath,{torch_dir}/lib", "-ltorch_cpu", "-lc10"]
         with tempfile.TemporaryDirectory(dir=path.parent) as place:
             made = Path(place) / path.name
-            command = [native.compiler(), *FLAGS, *includes, str(SOURCE), *libraries, "-o", str(made)]
+            command = [build.compiler(), *FLAGS, *includes, str(SOURCE), *libraries, "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-3000:]
             os.replace(made, path)

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rto
 @pytest.fixture(autouse=True, params=["C++", "torch"])
 def kernel(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(native_loss, "takes", lambda *tensors: False)
+        monkeypatch.setattr(native_loss, "supports", lambda *tensors: False)
 
 
 def inputs(dtype=torch.float32, scale=1.0):
@@ -36,7 +36,8 @@ def test_chunks_give_the_plain_loss_and_its_gradients(rows, dtype, monkeypatch):
     found = linear_cross_entropy(hidden, weight, labels, weights)
     expected = plain_cross_entropy(hidden, weight, labels, weights)
     assert found.dtype == torch.float32 and found.dim() == 0
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # torch rounds bf16 logits to bf16; the kernel keeps their fp32 sums.
+    torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-3, atol=1e-5)
     here, there = (torch.autograd.grad(3 * value, (hidden, weight)) for value in (found, expected))
     for one, other in zip(here, there, strict=True):
         assert one.dtype == dtype

@@ -35,7 +35,7 @@ def inputs(length: int, batch: int, heads: int, groups: int, size: int, scale: f
 def test_the_kernel_is_torchs_attention(shape, scale, turned, threads):
     angles = rotary.angles(torch.arange(shape[0]), shape[-1], 100.0) if turned else None
     tensors = inputs(*shape)
-    assert native_attention.takes(*tensors)
+    assert native_attention.supports(*tensors)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     found = native_attention.causal_attention(*tensors, scale, angles)
     expected = reference(*exact, scale, angles)
@@ -63,6 +63,6 @@ def test_a_query_never_sees_later_keys():
 
 def test_what_the_kernel_leaves_to_torch():
     query, key, value = inputs(8, 1, 2, 2, 8)
-    assert not native_attention.takes(query[:1], key, value), "one new token and a cache"
-    assert not native_attention.takes(query.bfloat16(), key.bfloat16(), value.bfloat16())
-    assert not native_attention.takes(*inputs(8, 1, 2, 2, 12))
+    assert not native_attention.supports(query[:1], key, value), "one new token and a cache"
+    assert not native_attention.supports(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    assert not native_attention.supports(*inputs(8, 1, 2, 2, 12))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,15 +11,29 @@ import torch
 import torch.nn.functional as F
 
 from dsmoe import native as build
-from dsmoe.moe import blocked, native
-from dsmoe.moe.experts import GroupedExperts, loop_linear
+from dsmoe.moe import native
+from dsmoe.moe.experts import loop_linear
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason="no C++ kernels here")
 
-# Groups of 32 rows, chunks of 128, vectors of 8: below, at and above each; experts with none; a part for each thread.
+# Groups of 64 rows, chunks of 128 and 256, vectors of 8 and 16: below, at and above each; experts with none; a part
+# for each thread.
 COUNTS = [[3, 0, 5, 1], [0, 0], [1] * 30, [8, 16, 24, 32], [33, 7, 127], [0, 129, 0, 256], [1100, 2, 0, 1]]
-SHAPES = [(16, 24, None), (40, 8, None), (64, 104, None), (16, 24, 8), (72, 40, 16)]  # H, F, rank of a latent
-BF16_SHAPES = [(16, 48, None), (80, 16, None), (64, 112, None), (16, 48, 16), (144, 80, 32)]
+# H, F, rank of a latent; more than one slice of F in the last ones.
+SHAPES = [(16, 24, None), (40, 8, None), (64, 104, None), (16, 24, 8), (72, 40, 16), (24, 1064, None), (24, 520, 8)]
+BF16_SHAPES = [
+    (16, 48, None),
+    (80, 16, None),
+    (64, 112, None),
+    (16, 48, 16),
+    (144, 80, 32),
+    (32, 1072, None),
+    (32, 528, 16),
+]
+
+
+HAS_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+COMPUTES_BF16 = [False, True] if HAS_BF16 else [False]
 
 
 def tensors(
@@ -61,44 +74,31 @@ def test_the_kernel_is_the_loop(counts, shape, threads):
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.parametrize("computes_bf16", COMPUTES_BF16)
 @pytest.mark.parametrize("shape", BF16_SHAPES)
 @pytest.mark.parametrize("counts", COUNTS)
-def test_the_kernel_is_the_loop_in_bf16(counts, shape, threads):
+def test_the_kernel_is_the_loop_in_bf16(counts, shape, computes_bf16, threads):
     """As far as bf16 goes: what leaves is rounded once, what the backward pass kept of h was rounded before."""
     inputs = tensors(counts, *shape, torch.bfloat16)
     exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
-    found = results(native.swiglu_experts, inputs, counts)
+    found = results(partial(native.swiglu_experts, computes_bf16=computes_bf16), inputs, counts)
     assert [t.dtype for t in found] == [torch.bfloat16, *(t.dtype for t in inputs)]
     for ours, expected in zip(found, exact, strict=True):
         largest = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
         torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=1e-2 * largest)
 
 
-def test_a_cpu_without_bf16_instructions_multiplies_bf16_too(monkeypatch, tmp_path):
-    counts = [33, 0, 300]
-    inputs = tensors(counts, 64, 112, None, torch.bfloat16)
-    here = results(native.swiglu_experts, inputs, counts)
-    for name in ("swiglu.cpp", "share.cpp", "kernels.h"):
-        shutil.copy(build.FOLDER / name, tmp_path)
-    monkeypatch.setattr(build, "FOLDER", tmp_path)
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O1", "-U__AVX512BF16__"))
-    monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "cache"))
-    build._found.cache_clear()
-    try:
-        for ours, expected in zip(results(native.swiglu_experts, inputs, counts), here, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-3)
-    finally:
-        build._found.cache_clear()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernel_errs_no_more_than_torch(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "computes_bf16"), [(torch.float32, False), *((torch.bfloat16, computes) for computes in COMPUTES_BF16)]
+)
+def test_the_kernel_errs_no_more_than_torch(dtype, computes_bf16):
     counts = [70, 9, 131, 600]
     inputs = tensors(counts, 128, 256, None, dtype)
     exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
-    both = [results(way, inputs, counts) for way in (native.swiglu_experts, blocked.swiglu_experts)]
+    kernel = partial(native.swiglu_experts, computes_bf16=computes_bf16)
+    both = [results(way, inputs, counts) for way in (kernel, loop)]
     for ours, torchs, expected in zip(*both, exact, strict=True):
-        errors = [(found.double() - expected).norm() for found in (ours, torchs)]
+        errors = [(values.double() - expected).norm() for values in (ours, torchs)]
         assert errors[0] <= (1.5 if dtype == torch.float32 else 1.05) * errors[1]
 
 
@@ -148,7 +148,7 @@ def test_items_hold_every_row_once(counts, threads_):
         seen[item["low"] : item["high"]] = item["expert"]
     assert (seen == owner).all()
     if threads_ > 1 and sum(counts) > 4000:
-        assert sizes.max() <= max(native.LEAST, -(-sum(counts) // (2 * threads_)))
+        assert sizes.max() <= max(native.MIN_ROWS, -(-sum(counts) // (2 * threads_)))
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,8 @@ def test_items_hold_every_row_once(counts, threads_):
     ],
 )
 def test_what_the_kernel_takes(tensor, fits):
-    assert build.takes(torch.ones(1, 16, dtype=tensor.dtype), tensor, dtypes=native.DTYPES) == fits
-    assert not build.takes(torch.ones(1, 16), torch.ones(1, 16, dtype=torch.bfloat16), dtypes=native.DTYPES)
-
-
-def build_experts(implementation: str) -> GroupedExperts:
-    shapes = SimpleNamespace(num_moe_experts=2, hidden_size=16, moe_ffn_hidden_size=8)
-    alone = SimpleNamespace(ep=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
-    return GroupedExperts(2, shapes, pg_collection=alone, implementation=implementation)
+    assert build.supports(torch.ones(1, 16, dtype=tensor.dtype), tensor, dtypes=native.DTYPES) == fits
+    assert not build.supports(torch.ones(1, 16), torch.ones(1, 16, dtype=torch.bfloat16), dtypes=native.DTYPES)
 
 
 def test_threads_are_torchs_own_or_else_a_pools(monkeypatch, threads):
@@ -178,18 +172,52 @@ def test_threads_are_torchs_own_or_else_a_pools(monkeypatch, threads):
     inputs = tensors(counts, 40, 8, None)
     assert build._openmp() is not None
     with ThreadPoolExecutor(1) as other:
-        found = [results(native.swiglu_experts, inputs, counts)]
-        found.append(other.submit(results, native.swiglu_experts, inputs, counts).result(timeout=60))
+        outcomes = [results(native.swiglu_experts, inputs, counts)]
+        outcomes.append(other.submit(results, native.swiglu_experts, inputs, counts).result(timeout=60))
         monkeypatch.setattr(build, "_openmp", lambda: None)
-        found.append(results(native.swiglu_experts, inputs, counts))
-    for ways in zip(*found, strict=True):
-        torch.testing.assert_close(ways[1], ways[0], rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(ways[2], ways[0], rtol=1e-6, atol=1e-7)
+        outcomes.append(results(native.swiglu_experts, inputs, counts))
+    for values in zip(*outcomes, strict=True):
+        torch.testing.assert_close(values[1], values[0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(values[2], values[0], rtol=1e-6, atol=1e-7)
 
 
-def test_other_dtypes_and_widths_go_in_blocks(monkeypatch):
-    calls = []
-    monkeypatch.setattr(blocked, "swiglu_experts", lambda *args: calls.append(args))
-    experts = build_experts("native").to(torch.bfloat16)  # 8 wide: half a vector
-    experts(torch.ones(2, 16, dtype=torch.bfloat16), torch.tensor([1, 1]), torch.ones(2))
-    assert len(calls) == 1
+def wrong(change) -> tuple:
+    """Arguments of 8 rows for 2 experts, one of them changed."""
+    arguments = dict(
+        rows=torch.ones(8, 16), gate_up=torch.ones(2, 48, 16), down=torch.ones(2, 16, 24), probs=torch.ones(8),
+        counts=[3, 5],
+    )  # fmt: skip
+    arguments |= change
+    return [(arguments["rows"], arguments["gate_up"])], arguments["down"], arguments["probs"], arguments["counts"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(counts=[3, 4]), r"probs: found \[8\], expected \[7\]: the counts' sum"),
+        (dict(counts=[3, 5000]), "the counts' sum"),
+        (dict(counts=[13, -5]), "counts: found -5, expected none below 0"),
+        (dict(counts=[8]), r"down: found \[2, 16, 24\], expected \[1, H, F\] for 1 counts"),
+        (dict(rows=torch.ones(7, 16)), r"rows: found \[7, 16\], expected \[8, K\]"),
+        (dict(probs=torch.ones(8, 1)), "probs"),
+        (dict(gate_up=torch.ones(2, 40, 16)), r"weight: found \[2, 40, 16\], expected \[2, 48, 16\]"),
+        (dict(rows=torch.ones(8, 24)), r"weight: found \[2, 48, 16\], expected \[2, 48, 24\]"),
+        (dict(rows=torch.ones(8, 12), gate_up=torch.ones(2, 48, 12)), "steps of 32 bytes"),
+        (dict(rows=torch.ones(8, 16).bfloat16()), "expected one of float32 and bfloat16"),
+        (dict(down=torch.ones(2, 16, 24, device="meta")), "on a CPU"),
+        (dict(down=torch.ones(2, 12, 24)), "H in steps of 32 bytes"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_memory_is_read(change, message):
+    with pytest.raises(ValueError, match=message):
+        native.swiglu_experts(*wrong(change))
+
+
+def test_tensors_that_are_not_contiguous():
+    counts = [3, 5]
+    inputs = tensors(counts, 16, 24, None)
+    strided = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for t in inputs]
+    for values, expected in zip(
+        results(native.swiglu_experts, strided, counts), results(native.swiglu_experts, inputs, counts), strict=True
+    ):
+        torch.testing.assert_close(values, expected)
