@@ -19,12 +19,13 @@ from torch import Tensor
 
 from dsmoe.checkpoint import files
 from dsmoe.checkpoint.files import Manifest
-from dsmoe.config import RunConfig
+from dsmoe.config import RunConfig, validate_config
 from dsmoe.config.validate import is_allowed
 from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
 from dsmoe.optim.deepspeed import flat_master_weights, inner_optimizer, owned_fragment, write_model_weight
 from dsmoe.optim.registry import optimizer_class
+from dsmoe.routers.registry import option_classes
 from dsmoe.runtime.device import accelerator, on_gpu
 
 
@@ -109,6 +110,25 @@ class CheckpointReader:
             return load_file(self.folder / name)
         except Exception as error:  # safetensors has a class of its own
             raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
+
+
+def saved_config(manifest: Manifest, folder: Path) -> RunConfig:
+    """The configuration of the run that saved a checkpoint; `model.vocab_size` is set.
+
+    Raises:
+        ConfigError: it is not valid here.
+        CheckpointError: it is of a model that this checkpoint cannot hold.
+    """
+    config = validate_config(
+        manifest.config, option_classes(), source=f"the configuration in {folder / files.MANIFEST}"
+    )
+    model, tensors = config.model, len(manifest.tensors)
+    if model.vocab_size is None:
+        raise CheckpointError(f"{folder / files.MANIFEST} is damaged: its model.vocab_size is not set")
+    if max(model.num_layers, model.num_experts) > tensors:  # before a skeleton of any size is built
+        what = f"{model.num_layers} layers and {model.num_experts} experts"
+        raise CheckpointError(f"{folder / files.MANIFEST} is damaged: its model has {what}, its list {tensors} tensors")
+    return config
 
 
 def load_checkpoint(engine, config: RunConfig, folder: Path) -> Manifest:

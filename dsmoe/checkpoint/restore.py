@@ -9,13 +9,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dsmoe.checkpoint.files import is_checkpoint, newest_checkpoint
-from dsmoe.checkpoint.load import CheckpointReader, check_files, load_weights
-from dsmoe.config import RunConfig, validate_config
+from dsmoe.checkpoint.load import CheckpointReader, check_files, load_weights, saved_config
+from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.parallel.groups import ParallelGroups, create_groups, start_processes
 from dsmoe.routers import get
-from dsmoe.routers.registry import option_classes
 from dsmoe.runtime.device import device_name
 
 
@@ -51,7 +50,7 @@ class TrainedModel:
         start_processes()
         check_files(folder)
         reader = CheckpointReader(folder)
-        config = validate_config(reader.manifest.config, option_classes(), source=str(folder))
+        config = saved_config(reader.manifest, folder)
         # As the run had it where the processes allow; any common divisor splits the experts evenly.
         groups = create_groups(math.gcd(dist.get_world_size(), config.parallel.expert_parallel))
         router = get(config.router.name)

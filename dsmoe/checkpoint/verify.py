@@ -27,14 +27,13 @@ from safetensors import safe_open
 
 from dsmoe.checkpoint import files
 from dsmoe.checkpoint.files import Manifest
-from dsmoe.checkpoint.load import CheckpointReader
-from dsmoe.config import RunConfig, validate_config
+from dsmoe.checkpoint.load import CheckpointReader, saved_config
+from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError, DsmoeError
 from dsmoe.model.skeleton import logical_shapes
 from dsmoe.optim.base import Optimizer
 from dsmoe.optim.registry import optimizer_class
 from dsmoe.routers import get
-from dsmoe.routers.registry import option_classes
 
 CHUNK = 1 << 20  # elements read at a time
 NAMED = 5  # names in a message; more are counted
@@ -104,8 +103,8 @@ def verify_checkpoint(folder: Path, progress: Progress = lambda done, total: Non
     shapes = {name: tuple(shape) for name, shape in manifest.tensors.items()}
     optimizer, found.optimizer = None, manifest.optimizer
     try:
-        config = validate_config(manifest.config, option_classes(), source=f"the configuration in {files.MANIFEST}")
-        expected = logical_shapes(config.model, config.router)
+        config = saved_config(manifest, folder)
+        expected = _shapes_of(config)
         found.problems += _shape_problems(shapes, expected)
         found.problems += _state_problems(folder, manifest, config, found.state)
         shapes, optimizer = expected, optimizer_class(config.training)
@@ -120,6 +119,13 @@ def verify_checkpoint(folder: Path, progress: Progress = lambda done, total: Non
         if state.non_negative and below:
             found.problems.append(_counted(below, f"tensors have negative values of {state.name}"))
     return found
+
+
+def _shapes_of(config: RunConfig) -> Shapes:
+    try:
+        return logical_shapes(config.model, config.router)
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:  # sizes that nothing has
+        raise CheckpointError(f"the configuration's model cannot be built: {error}") from error
 
 
 def _kinds(

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dsmoe import __version__
 from dsmoe.checkpoint import files
-from dsmoe.checkpoint.load import CheckpointReader
+from dsmoe.checkpoint.load import CheckpointReader, saved_config
 from dsmoe.checkpoint.verify import Verification, verify_checkpoint
-from dsmoe.config import RunConfig, validate_config
+from dsmoe.config import RunConfig
 from dsmoe.data.corpus import Corpus, open_corpus
 from dsmoe.data.dataset import heldout
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -37,7 +37,6 @@ from dsmoe.hf.tokenizer import check_tokenizer, encode_alike, write_tokenizer
 from dsmoe.model.size import model_size
 from dsmoe.routers import get
 from dsmoe.routers.base import Router
-from dsmoe.routers.registry import option_classes
 
 REPORT = "export_report.json"
 TRAINING_STATE = "training_state.json"
@@ -87,7 +86,7 @@ class Source:
         if verification.problems:
             raise CheckpointError(f"{folder} is damaged: {'; '.join(verification.problems)}")
         reader = CheckpointReader(folder)
-        config = validate_config(reader.manifest.config, option_classes(), source=str(folder))
+        config = saved_config(reader.manifest, folder)
         run_dir = folder.parent.parent
         present = any((run_dir / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer.load(run_dir) if present else None
