@@ -68,6 +68,8 @@ class Manifest:
     files: dict[PlainName, FileEntry]
     serial: NonNegativeInt = 0  # saves of this run folder so far: which was written last, whatever its step
     copied_experts: bool = False  # the run began with experts that were copies of one MLP (an upcycled dense model)
+    skipped_steps: NonNegativeInt = 0  # of `step`: bad ones, in which the optimizer did not move
+    seconds: float | None = None  # that the steps behind it took (dsmoe/training/history.py)
     tokens: NonNegativeInt | None = None  # consumed; None: samples x sequence_length (older checkpoints)
     data: dict[str, Any] | None = None  # what was trained on (dsmoe/data/identity.py); None: unknown
 
@@ -84,6 +86,18 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is: optimizer steps and tokens behind it, and the sample that comes next."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    copied_experts: bool = False
+    skipped_steps: int = 0  # of `step`
+    seconds: float = 0.0  # that these steps took, lost ones not counted
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -175,7 +175,7 @@ def _create_optimizer_state(engine, config: RunConfig, reader: CheckpointReader)
         )
     inner = inner_optimizer(engine)
     for flat in flat_master_weights(engine):
-        inner.state[flat] = optimizer.initial_state(flat, manifest.step)
+        inner.state[flat] = optimizer.initial_state(flat, max(0, manifest.step - manifest.skipped_steps))
     return optimizer.kinds()
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsmoe.checkpoint import files
-from dsmoe.checkpoint.files import Manifest
+from dsmoe.checkpoint.files import Manifest, Position
 from dsmoe.config import CheckpointConfig, RunConfig
 from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
@@ -41,7 +42,6 @@ class CheckpointSaver:
 
     Args:
         step: of the checkpoint that the run goes on from, if any.
-        copied_experts: what the manifest says about the run's beginning.
         data: what it says about the data.
 
     Attributes:
@@ -49,24 +49,24 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, engine, config: RunConfig, step: int | None = None, copied_experts: bool = False,
+        self, engine, config: RunConfig, step: int | None = None,
         data: dict[str, Any] | None = None,
     ):  # fmt: skip
-        self.engine, self.config, self.copied_experts, self.data = engine, config, copied_experts, data
+        self.engine, self.config, self.data = engine, config, data
         self.step = step
         self._save: _RankSave | None = None
 
     @phase.within("save")
-    def save(self, step: int, samples: int, tokens: int | None = None) -> None:
-        """Write the checkpoint of `step`, or begin to. One that is under way is finished first."""
+    def save(self, position: Position) -> None:
+        """Write the checkpoint of a step, or begin to. One that is under way is finished first."""
         self.finish()
-        if self.step == step:
+        if self.step == position.step:
             return
-        folder = files.folder_of(Path(self.config.logging.run_dir), step)
+        folder = files.folder_of(Path(self.config.logging.run_dir), position.step)
         partial = folder.with_name(folder.name + files.PARTIAL)
         problem = _attempt(lambda: _fresh_folder(partial)) if dist.get_rank() == 0 else None
         _raise_together(_exchange(problem), partial)
-        self._save = _RankSave(partial, step, samples, tokens)
+        self._save = _RankSave(partial, position)
         self._save.begin(self.engine, self.config.checkpoint.background)
         if not self.config.checkpoint.background:
             self.finish()
@@ -87,17 +87,17 @@ class CheckpointSaver:
         _raise_together([problem for problem, _, _ in reports], save.partial)
         parallel = self.config.parallel
         manifest = Manifest(
-            format=files.FORMAT, step=save.step, samples=save.samples, world_size=dist.get_world_size(),
+            format=files.FORMAT, **asdict(save.position), world_size=dist.get_world_size(),
             expert_parallel=parallel.expert_parallel, zero_stage=parallel.zero_stage,
             config=self.config.model_dump(mode="json"),
             tensors={name: shape for _, _, shapes in reports for name, shape in shapes.items()},
             files={name: expected for _, written, _ in reports for name, expected in written.items()},
-            copied_experts=self.copied_experts, tokens=save.tokens, data=self.data,
+            data=self.data,
         )  # fmt: skip
         first = dist.get_rank() == 0
         problem = _attempt(lambda: _publish(manifest, save.partial, self.config.checkpoint)) if first else None
         _raise_together(_exchange(problem), save.partial)
-        self.step = save.step
+        self.step = save.position.step
 
 
 def save_checkpoint(engine, config: RunConfig, step: int, samples: int) -> None:
@@ -107,15 +107,15 @@ def save_checkpoint(engine, config: RunConfig, step: int, samples: int) -> None:
         CheckpointError: as `CheckpointSaver`.
     """
     saver = CheckpointSaver(engine, config)
-    saver.save(step, samples)
+    saver.save(Position(step, samples, samples * config.model.sequence_length))
     saver.finish()
 
 
 class _RankSave:
     """One rank's part of one save."""
 
-    def __init__(self, partial: Path, step: int, samples: int, tokens: int | None):
-        self.partial, self.step, self.samples, self.tokens = partial, step, samples, tokens
+    def __init__(self, partial: Path, position: Position):
+        self.partial, self.position = partial, position
         self.shapes: dict[str, list[int]] = {}
         self.written: dict[str, dict] = {}
         self.problem: str | None = None

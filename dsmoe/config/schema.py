@@ -128,6 +128,9 @@ class TrainingConfig(Section):
     clip_grad: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
     expert_lr: Literal["uniform", "load"] = "uniform"  # load: an expert's updates by the root of its share of routes
     revive_idle_experts: int = Field(0, ge=0)  # steps without a token before an expert begins anew; 0: never
+    on_bad_step: Literal["stop", "skip"] = "stop"  # where loss or gradients are not finite; skip: pass its data over
+    on_loss_spike: Literal["log", "skip"] = "log"  # a loss far above the recent ones (dsmoe/training/watch.py)
+    max_skipped_steps: int = Field(10, ge=0)  # of a run; one more stops it
     eval_interval: int = Field(50, ge=0)  # optimizer steps between evaluations; 0: only at the end
     eval_sequences: int = Field(64, ge=1)  # held-out sequences per evaluation
     seed: int = Field(1234, ge=0)

@@ -21,6 +21,7 @@ import torch
 from dsmoe.data.cache import cache_folders, provide_folder
 from dsmoe.data.corpus import Corpus, Split, open_corpus
 from dsmoe.data.megatron import gpt_dataset, only_errors
+from dsmoe.data.token_files import TokenFiles
 from dsmoe.errors import DataError
 
 __all__ = ["Corpus", "HeldOut", "TrainingStream", "heldout", "open_corpus"]
@@ -152,8 +153,8 @@ class _DataIdentity:
 class _Epoch:
     """One pass over a split, through Megatron's `GPTDataset`."""
 
-    def __init__(self, dataset: torch.utils.data.Dataset):
-        self._dataset = dataset
+    def __init__(self, dataset: torch.utils.data.Dataset, files: TokenFiles):
+        self._dataset, self._files = dataset, files
 
     @classmethod
     def open(cls, corpus: Corpus, split: Split, sequence_length: int, seed: int, cache_dir: str | None) -> _Epoch:
@@ -188,15 +189,16 @@ class _Epoch:
                 numpy.save(folder / f"{stem}-{part}.npy", getattr(dataset, part))
 
         if len(indices) + split.tokens // sequence_length <= ENTRIES_KEPT_IN_MEMORY:
-            return cls(build(None))
+            return cls(build(None), split.files)
         key = json.dumps([what, sequence_length, seed])
         name = f"samples-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-        return cls(build(provide_folder(cache_folders(split.files.prefix, cache_dir), name, write)))
+        return cls(build(provide_folder(cache_folders(split.files.prefix, cache_dir), name, write)), split.files)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Sample:
+        self._files.check_size()
         sample = self._dataset[index]
         # The first sample's mask is the one GPTDataset keeps for all others: hand out a copy.
         return sample["tokens"], sample["labels"], sample["loss_mask"].clone()

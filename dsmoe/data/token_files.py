@@ -39,6 +39,7 @@ class TokenFiles:
         lengths: `[S]` int32, tokens of each sequence (memory-mapped).
         boundaries: `[D + 1]` int64, the sequences at which documents begin, and their number.
         tokens: in the whole of `.bin`.
+        states: path -> (inode, bytes) of both files when they were opened.
     """
 
     prefix: Path
@@ -46,6 +47,7 @@ class TokenFiles:
     lengths: numpy.ndarray
     boundaries: numpy.ndarray
     tokens: int
+    states: dict[Path, tuple[int, int]]
 
     @classmethod
     def open(cls, prefix: Path) -> TokenFiles:
@@ -62,7 +64,9 @@ class TokenFiles:
             size = idx.stat().st_size
             with open(idx, "rb") as content:
                 header = content.read(HEADER.size)
-            bin_size = bin_.stat().st_size
+            with open(bin_, "rb"):
+                bin_size = bin_.stat().st_size
+            states = {path: _state(path) for path in (idx, bin_)}
         except OSError as error:
             raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
         if header[: len(MAGIC)] != MAGIC or len(header) < HEADER.size:
@@ -74,13 +78,15 @@ class TokenFiles:
         if code not in DTYPES:
             raise DataError(f"{idx} has the data type code {code}, expected an integer type: one of {sorted(DTYPES)}")
         expected = HEADER.size + 12 * sequences + 8 * boundaries
+        if sequences < 0 or boundaries < 0:
+            raise DataError(f"{idx} is damaged: its header claims {sequences} sequences and {boundaries} boundaries")
         if size < expected:
             raise DataError(f"{idx} is truncated: {size} bytes, and its header claims {expected}")
         lengths = numpy.memmap(idx, "i4", "r", HEADER.size, (sequences,)) if sequences else numpy.zeros(0, "i4")
         marks = numpy.memmap(idx, "i8", "r", HEADER.size + 12 * sequences, (boundaries,))
         if not boundaries or marks[-1] != sequences:
             raise DataError(f"{idx} is damaged: its documents do not add up to its {sequences} sequences")
-        files = cls(prefix, numpy.dtype(DTYPES[code]), lengths, marks, int(lengths.sum(dtype=numpy.int64)))
+        files = cls(prefix, numpy.dtype(DTYPES[code]), lengths, marks, int(lengths.sum(dtype=numpy.int64)), states)
         claimed = files.tokens * files.dtype.itemsize
         if bin_size != claimed:
             word = "truncated" if bin_size < claimed else "longer than its index"
@@ -88,6 +94,23 @@ class TokenFiles:
         if not files.tokens:
             raise DataError(f"{bin_} is empty: no tokens")
         return files
+
+    def check_size(self) -> None:
+        """That neither file became shorter: the kernel ends a process that reads memory-mapped bytes beyond the end.
+
+        Raises:
+            DataError: a file was truncated since it was opened.
+        """
+        for path, (inode, size) in self.states.items():
+            try:
+                found_inode, found_size = _state(path)
+            except OSError:
+                continue  # what was deleted stays readable for who has it open
+            if found_inode == inode and found_size < size:
+                raise DataError(
+                    f"{path} was truncated while it was read: {found_size} bytes, {size} when it was opened; "
+                    "restore it and start again, from the newest checkpoint"
+                )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,6 +140,11 @@ class TokenFiles:
         length = min(-(-len(ids) // parts), SCAN_TOKENS // parts)
         starts = numpy.linspace(0, len(ids) - length, parts).astype(numpy.int64)
         return max(int(ids[start : start + length].max()) for start in starts)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_size
 
 
 def _with(prefix: Path, suffix: str) -> Path:

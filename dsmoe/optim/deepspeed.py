@@ -17,6 +17,8 @@ so each of its copies finds source and target to be the same memory.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -98,6 +100,20 @@ class Fragment:
 def inner_optimizer(engine) -> torch.optim.Optimizer:
     """The torch optimizer under ZeRO's, which steps on flat fp32 tensors."""
     return engine.optimizer.optimizer
+
+
+def veto_steps(engine, veto: Callable[[], bool]) -> None:
+    """Leave weights and optimizer state alone in a step whose gradient norm is not finite, or in which `veto` says so.
+    DeepSpeed does all else as in any step: gradients are cleared. Ranks must be of one mind; the norm is of all."""
+    inner, optimizer = inner_optimizer(engine), engine.optimizer
+    step = inner.step
+
+    def step_unless_vetoed(*args, **kwargs):
+        if veto() or not math.isfinite(float(optimizer._global_grad_norm)):
+            return None
+        return step(*args, **kwargs)
+
+    inner.step = step_unless_vetoed
 
 
 def owned_fragment(parameter: nn.Parameter, engine) -> Fragment | None:

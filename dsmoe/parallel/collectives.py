@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import deepspeed.comm as dist
 import torch
@@ -12,15 +14,25 @@ from dsmoe.runtime.step_timer import step_timer
 
 
 class Traffic:
-    """Bytes of rows that this process has given to other ranks by all-to-all, forward and backward."""
+    """Bytes of rows that this process has given to other ranks by all-to-all, forward and backward, and the seconds in
+    which it did nothing but start exchanges and wait for them (on a CPU; a GPU's stream waits, not the process)."""
 
     def __init__(self) -> None:
-        self.sent_bytes = 0
+        self.sent_bytes, self.seconds = 0, 0.0
 
-    def take(self) -> int:
-        """Since the last call."""
-        sent, self.sent_bytes = self.sent_bytes, 0
-        return sent
+    def take(self) -> tuple[int, float]:
+        """Bytes and seconds since the last call."""
+        taken = self.sent_bytes, self.seconds
+        self.sent_bytes, self.seconds = 0, 0.0
+        return taken
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 traffic = Traffic()
@@ -51,11 +63,11 @@ def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group) -
 
 
 def _begin(received: Tensor, sent: Tensor, receive, send, group) -> Callable[[], Tensor]:
-    with step_timer.within("exchange"):
+    with step_timer.within("exchange"), traffic.exchanging():
         work = dist.all_to_all_single(received, sent.contiguous(), receive, send, group=group, async_op=True)
 
     def arrived() -> Tensor:
-        with step_timer.within("exchange"):
+        with step_timer.within("exchange"), traffic.exchanging():
             work.wait()
         return received
 

@@ -24,7 +24,7 @@ from dsmoe.optim.deepspeed import Fragment, inner_optimizer, owned_fragment
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers.recorder import RoutingTotals
-from dsmoe.training.metrics import LineWriter
+from dsmoe.training.metrics import LineWriter, Warn
 
 FILE = "experts.jsonl"
 MOST = 2.0  # times the learning rate, for an expert with four times the mean load or more
@@ -130,11 +130,11 @@ class ExpertLines:
     """RUN/experts.jsonl, a line every `logging.experts` steps: `step`, `tokens` so far, and, for each MoE layer and
     expert, `counts` (routes of this step) and `grad_norm`."""
 
-    def __init__(self, config: RunConfig, engine, groups: ParallelGroups, first_step: int):
+    def __init__(self, config: RunConfig, engine, groups: ParallelGroups, first_step: int, warn: Warn = print):
         self.interval = config.logging.experts
         if self.interval:
             self.gradients = ExpertGradients(engine, groups)
-            self.writer = LineWriter(Path(config.logging.run_dir) / FILE, groups.dp_rank, first_step)
+            self.writer = LineWriter(Path(config.logging.run_dir) / FILE, groups.dp_rank, first_step, warn)
 
     def begin(self, step: int) -> None:
         """Before the optimizer's part of a step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import ExitStack
 from enum import Enum
@@ -17,20 +16,24 @@ from dsmoe.errors import CheckpointError, TrainingError
 from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.routers.recorder import RoutingTotals
 from dsmoe.runtime import supervision
 from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes
 from dsmoe.runtime.phase import phase
 from dsmoe.runtime.run_lock import RunLock
 from dsmoe.runtime.signals import StopRequest
 from dsmoe.runtime.step_timer import step_timer
-from dsmoe.training.diagnose import first_bad_tensor
+from dsmoe.training.bad_steps import BadSteps, error_of
+from dsmoe.training.diagnose import summary
 from dsmoe.training.evaluate import evaluate
 from dsmoe.training.experts import ExpertLines, LoadScaledUpdates
+from dsmoe.training.history import RunHistory
 from dsmoe.training.metrics import MetricsWriter, routing_metrics
 from dsmoe.training.progress import TrainingProgress
 from dsmoe.training.resume import Position
 from dsmoe.training.schedule import learning_rate
 from dsmoe.training.trace import StepTracer
+from dsmoe.training.watch import ExchangeWatch, RoutingWatch
 
 
 class Ending(Enum):
@@ -62,13 +65,19 @@ class Trainer:
         self.device = device_name()
         self.micro_batch = config.training.global_batch_size // (groups.dp_size * config.training.gradient_accumulation)
         step = position.step
-        self.progress = TrainingProgress(config.training.steps, step, active=groups.dp_rank == 0)
-        self.metrics = MetricsWriter(Path(config.logging.run_dir), groups.dp_rank, engine.monitor, step)
-        self.expert_lines = ExpertLines(config, engine, groups, step)
+        run_dir, rank = Path(config.logging.run_dir), groups.dp_rank
+        self.progress = TrainingProgress(config.training.steps, step, active=rank == 0)
+        warn = self._warn
+        self.history = RunHistory(run_dir, rank, step, position.seconds, warn)  # before metrics of lost steps go
+        self.metrics = MetricsWriter(run_dir, rank, engine.monitor, step, warn)
+        self.expert_lines = ExpertLines(config, engine, groups, step, warn)
         self.scaled_updates = None
         if config.training.expert_lr == "load":
             self.scaled_updates = LoadScaledUpdates(engine, optimizer_class(config.training).batch_exponent)
-        self.saver = CheckpointSaver(engine, config, step or None, position.copied_experts, data)
+        self.saver = CheckpointSaver(engine, config, step or None, data)
+        self.copied_experts = position.copied_experts
+        self.bad_steps = BadSteps(engine, config.training, run_dir, rank, position.skipped_steps, step, warn)
+        self.routing_watch, self.exchange_watch = RoutingWatch(), ExchangeWatch()
 
     def run(self) -> tuple[Ending, dict[str, float]]:
         """Train to the end or until a signal. Returns why it ended, and the last evaluation."""
@@ -87,20 +96,36 @@ class Trainer:
                     self.metrics.write(line)
                 self.progress.update(self.step, line)
                 if asked and not last:
-                    self.saver.save(self.step, self.samples, self.tokens)
+                    self._save()
                     self.saver.finish()
-                    self.progress.say(f"stopped by a signal at step {self.step}; the same command goes on from here")
+                    self.progress.say(f"stopped by a signal at step {self.step}; the same command resumes there")
+                    self._close("signal")
                     return Ending.SIGNAL, evaluation
                 if last or _due(self.step, self.config.checkpoint.interval):
-                    self.saver.save(self.step, self.samples, self.tokens)
+                    self._save()
             self.saver.finish()
             if not evaluation:  # resumed with nothing left to do
                 evaluation = self._evaluate()
             if self.step < training.steps:
                 self.progress.say(f"stopped at step {self.step} (training.stop_at); without it the run goes on")
-        self.metrics.close()
-        self.expert_lines.close()
+            self._close("finished" if self.step == training.steps else "stop_at")
         return Ending.REACHED, evaluation
+
+    def _save(self) -> None:
+        position = Position(
+            self.step, self.samples, self.tokens, self.copied_experts, self.bad_steps.skipped,
+            self.history.seconds,
+        )  # fmt: skip
+        self.saver.save(position)
+
+    def _close(self, why: str) -> None:
+        self.progress.say(self.history.end(self.step, why))
+        for log in (self.metrics, self.expert_lines, self.bad_steps, self.history):
+            log.close()
+
+    def _warn(self, text: str) -> None:
+        self.progress.warn(text)
+        self.history.write("warning", self.step, text=text)
 
     def _one_step(self, stop: StopRequest) -> tuple[dict, bool]:
         """One optimizer step: its metrics, and whether any rank was asked to stop. Its routes, where they are due."""
@@ -108,15 +133,23 @@ class Trainer:
             tracer = None
             if _due(self.step + 1, self.config.logging.trace):
                 tracer = until_done.enter_context(StepTracer(self.engine.module.recorder.routers))
-            line, asked = self._forward_backward_update(stop, tracer)
+            micro_steps: list = []
+            line, asked, bad = self._forward_backward_update(stop, tracer, micro_steps)
+        if bad is not None:
+            self._handle_bad_step(bad, micro_steps)
         if tracer is not None:
-            tracer.write(Path(self.config.logging.run_dir), self.step, self.groups)
+            tracer.write(Path(self.config.logging.run_dir), self.step, self.groups, self._warn)
         return line, asked
 
-    def _forward_backward_update(self, stop: StopRequest, tracer: StepTracer | None) -> tuple[dict, bool]:
+    def _forward_backward_update(
+        self, stop: StopRequest, tracer: StepTracer | None, micro_steps: list
+    ) -> tuple[dict, bool, str | None]:
+        """What a step gave, whether a rank was asked to stop, and what was wrong with the step, if anything was.
+        `micro_steps` gets its batches with the samples in them."""
         training = self.config.training
         started = time.perf_counter()
         phase.begin_step(self.step + 1)
+        summed = self.groups.dp_size * training.gradient_accumulation  # forward passes behind the sums of losses
         if self.config.logging.timings:
             step_timer.start()
         traffic.take()  # what an evaluation sent is not the step's
@@ -124,10 +157,12 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         # Language-model loss, router loss, ranks asked to stop, ranks that have written their part of a checkpoint,
-        # bytes sent, whether the run folder is lost, and the memory of each rank. In fp64, which is exact for bytes.
-        sums = torch.zeros(6 + self.groups.dp_size, dtype=torch.float64, device=self.device)
+        # bytes sent, seconds in exchanges, whether the run folder is lost, and the memory of each rank. In fp64, which
+        # is exact for bytes.
+        sums = torch.zeros(7 + self.groups.dp_size, dtype=torch.float64, device=self.device)
         for part in range(training.gradient_accumulation):
-            batch = self._batch(part)
+            batch, samples = self._batch(part)
+            micro_steps.append((batch, samples))
             if tracer is not None:
                 tracer.batch(batch["tokens"])
             loss, parts = self.engine(**batch)
@@ -138,14 +173,17 @@ class Trainer:
             if part == training.gradient_accumulation - 1:
                 sums[2] += stop.asked
                 sums[3] += self.saver.done
-                sums[4] += traffic.take()
-                sums[5] += self.lock is not None and self.lock.lost
-                sums[6 + self.groups.dp_rank] += peak_memory_bytes()
+                sent, exchanging = traffic.take()
+                sums[4], sums[5] = sums[4] + sent, sums[5] + exchanging
+                sums[6] += self.lock is not None and self.lock.lost
+                sums[7 + self.groups.dp_rank] += peak_memory_bytes()
                 # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
-                lm_loss, router_loss, asked, written, sent, lost, *memory = sum_over(self.groups.dp, sums).tolist()
-                self._check_finite(lm_loss + router_loss, "loss", batch)
+                lm_loss, router_loss, asked, written, sent, exchanging, lost, *memory = sum_over(
+                    self.groups.dp, sums
+                ).tolist()
                 if lost:
                     raise TrainingError(f"another run has taken over {self.config.logging.run_dir}; this one ends")
+                bad = self.bad_steps.before_update(lm_loss / summed, router_loss / summed)
                 totals = self.engine.module.recorder.take()
                 self.expert_lines.begin(self.step + 1)
                 if self.scaled_updates is not None:
@@ -158,17 +196,19 @@ class Trainer:
         if written == self.groups.dp_size:
             self.saver.finish()
         grad_norm = float(self.engine.get_global_grad_norm())
-        self._check_finite(grad_norm, "gradient norm", batch)
+        bad = self.bad_steps.after_update(bad, grad_norm)
         controller, revival = self.engine.module.controller, self.engine.module.revival
-        if controller is not None:
+        if controller is not None and bad is None:
             controller.update(totals)
-        revived = {} if revival is None else {"revived_experts": revival.update(totals, self.step)}
+        revived = {} if revival is None or bad is not None else {"revived_experts": revival.update(totals, self.step)}
         self.expert_lines.end(self.step, self.tokens, totals)
         parts = {"seconds_by_part": step_timer.stop()} if self.config.logging.timings else {}
         seconds = time.perf_counter() - started
         if supervision.current is not None:
             supervision.current.limits.note_step(seconds)
-        summed = self.groups.dp_size * training.gradient_accumulation  # forward passes behind the two sums
+        self.history.step_done(self.step, seconds)
+        exchange_share = exchanging / self.groups.dp_size / seconds
+        self._watch(totals, exchange_share)
         line = {
             "step": self.step,
             "tokens": self.tokens,
@@ -179,38 +219,52 @@ class Trainer:
             "tokens_per_second": training.global_batch_size * self.config.model.sequence_length / seconds,
             **routing_metrics(totals, self.groups.ep_size),
             "all_to_all_bytes": int(sent),
+            "exchange_share": exchange_share,
             "peak_memory_bytes": int(max(memory)),
             "seconds": seconds,
+            "effective_time": self.history.effective,
+            **({} if bad is None else {"skipped": 1}),
             **parts,
             **revived,
         }
         if controller is not None:
             line |= {name: value.item() for name, value in controller.metrics().items()}
-        return line, asked > 0
+        return line, asked > 0, bad
 
-    def _batch(self, part: int) -> dict[str, torch.Tensor]:
-        """This rank's sequences of one micro-step: the step's samples in order, cut by micro-step, then by rank."""
+    def _watch(self, totals: RoutingTotals, exchange_share: float) -> None:
+        warnings = self.routing_watch.see(totals, self.step)
+        if self.groups.dp_size > 1 and (slow := self.exchange_watch.see(exchange_share, self.step)):
+            warnings.append(slow)
+        for text in warnings:
+            self._warn(f"step {self.step}: {text}")
+
+    def _batch(self, part: int) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """This rank's sequences of one micro-step, and which they are: the step's samples in order, cut by micro-step,
+        then by rank."""
         per_part = self.micro_batch * self.groups.dp_size
         first = self.samples + part * per_part + self.groups.dp_rank * self.micro_batch
         batch = self.stream.batch(first, self.micro_batch)
         rows = {name: batch[name].pin_memory() if on_gpu() else batch[name] for name in ("tokens", "labels")}
-        return {name: values.to(self.device, non_blocking=True) for name, values in rows.items()}
+        on_device = {name: values.to(self.device, non_blocking=True) for name, values in rows.items()}
+        return on_device, list(range(first, first + self.micro_batch))
 
-    def _check_finite(self, value: float, what: str, batch: dict[str, torch.Tensor]) -> None:
-        """Stop all ranks, without a checkpoint, when a number they share is not finite."""
-        if math.isfinite(value):
+    def _handle_bad_step(self, what: str, micro_steps: list) -> None:
+        """Find out where it comes from, and go on without the step, or end the run on all ranks."""
+        phase.enter("diagnosis of a bad step")
+        reports = self.bad_steps.diagnose(micro_steps)
+        skips = self.bad_steps.decide(self.step, what, reports)
+        where = summary(reports)
+        self.history.write("bad_step", self.step, what=what, decision="skip" if skips else "stop")
+        if skips:
+            self._warn(f"step {self.step} is skipped: {what}; {where}; more in {self.bad_steps.path}")
             return
-        name = first_bad_tensor(self.engine.module, batch)
-        step = self.step + (what == "loss")  # the optimizer has moved by the time it knows the norm
         try:
             self.saver.finish()  # begun when all was well
             saved = f"the last checkpoint (step {self.saver.step}) is untouched"
         except CheckpointError as error:
             saved = str(error)
-        raise TrainingError(
-            f"the {what} of step {step} is {value}; first tensor that is not finite: {name}; "
-            f"{saved if self.saver.step else 'no checkpoint was written yet'}"
-        )
+        saved = saved if self.saver.step else "no checkpoint was written yet"
+        raise error_of(self.step, what, where, saved, self.bad_steps.path, self.config.training)
 
     def _evaluate(self) -> dict[str, float]:
         phase.enter("evaluation")

@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dsmoe.checkpoint.files import write_atomically
+from dsmoe.errors import RunFolderError
 from dsmoe.routers.recorder import RoutingTotals
 
 FILE = "metrics.jsonl"
+REPEAT_WARNING = 60.0  # seconds
+
+
+Warn = Callable[[str], None]
+
+
+class AppendedFile:
+    """Lines at the end of a file. One that cannot be written is lost, with a warning: a log never ends a run.
+
+    A file or folder that was deleted is made again. A line that was cut short by a full disk is ended first.
+    """
+
+    def __init__(self, path: Path, warn: Warn = print):
+        self.path, self.warn = path, warn
+        self._descriptor: int | None = None
+        self._torn, self._lost, self._warned = False, 0, -math.inf
+
+    def write(self, line: str) -> None:
+        try:
+            self._open()
+            data = (("\n" if self._torn else "") + line + "\n").encode()
+            written = os.write(self._descriptor, data)
+            self._torn = written < len(data)
+            if self._torn:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._lost += 1
+            if time.monotonic() - self._warned > REPEAT_WARNING:
+                self._warned = time.monotonic()
+                self.warn(
+                    f"cannot write {self.path} ({error.strerror or error}): {self._lost} line"
+                    f"{'s' if self._lost > 1 else ''} lost so far; training goes on"
+                )
+
+    def _open(self) -> None:
+        if self._descriptor is not None and not self.path.exists():
+            self.close()
+            self.warn(f"{self.path} was deleted; it begins anew")
+        if self._descriptor is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 class LineWriter:
@@ -20,58 +71,90 @@ class LineWriter:
 
     Args:
         first_step: a resumed run goes on after this step; lines of later steps, which are done again, are dropped.
+        warn: gets what could not be written.
+
+    Raises:
+        RunFolderError: the file of an earlier part of the run cannot be read or replaced.
     """
 
-    def __init__(self, path: Path, rank: int, first_step: int = 0):
-        self._file = None
+    def __init__(self, path: Path, rank: int, first_step: int = 0, warn: Warn = print):
+        self._file, self._warn = None, warn
         if rank == 0:
-            if path.exists():
-                kept = [line for line in read_lines(path) if line["step"] <= first_step]
-                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (closed in `close`)
+            self._file = AppendedFile(path, warn)
+            try:
+                if path.exists():
+                    kept = [line for line in read_lines(path) if _step_of(line) <= first_step]
+                    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            except OSError as error:
+                raise RunFolderError(f"cannot continue {path}: {error.strerror or error}") from error
 
     def write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({name: _short(value) for name, value in line.items()}) + "\n")
-            self._file.flush()
+            self._file.write(json.dumps({name: _short(value) for name, value in line.items()}))
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
+
+
+def _step_of(line: dict[str, Any]) -> float:
+    step = line.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 class MetricsWriter(LineWriter):
     """RUN/metrics.jsonl, and DeepSpeed's monitor (TensorBoard, W&B, CSV) if there is one."""
 
-    def __init__(self, run_dir: Path, rank: int, monitor=None, first_step: int = 0):
-        super().__init__(run_dir / FILE, rank, first_step)
-        self.monitor = monitor
+    def __init__(self, run_dir: Path, rank: int, monitor=None, first_step: int = 0, warn: Warn = print):
+        super().__init__(run_dir / FILE, rank, first_step, warn)
+        self.monitor = monitor if monitor is not None and monitor.enabled else None
+        if self.monitor is not None:
+            _forgive(self.monitor, warn)
 
     def write(self, line: dict[str, Any]) -> None:
         """One line; `step` and `tokens` say where the run is, all other numbers, lists apart, go to the monitor too."""
         super().write(line)
-        if self._file is not None and self.monitor is not None and self.monitor.enabled:
-            values = {name: value for name, value in _scalars(line) if name not in ("step", "tokens")}
-            self.monitor.write_events([(f"dsmoe/{name}", float(value), line["step"]) for name, value in values.items()])
+        if self._file is None or self.monitor is None:
+            return
+        values = {name: value for name, value in _scalars(line) if name not in ("step", "tokens")}
+        self.monitor.write_events([(f"dsmoe/{name}", float(value), line["step"]) for name, value in values.items()])
+
+
+def _forgive(monitor, warn: Warn) -> None:
+    """Let a monitor that fails once, on a full disk or in a deleted folder, be silent from then on: DeepSpeed's engine
+    writes to it in the middle of a step."""
+    write_events = monitor.write_events
+
+    def write_or_give_up(events) -> None:
+        if not monitor.enabled:
+            return
+        try:
+            write_events(events)
+        except Exception as error:  # TensorBoard's thread hands on whatever it met
+            monitor.enabled = False
+            warn(f"the monitor (TensorBoard) fails and is left out from now on: {error}")
+
+    monitor.write_events = write_or_give_up
 
 
 def _scalars(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in line.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{part}", number) for part, number in value.items())
-        elif not isinstance(value, list):
+        elif isinstance(value, int | float):
             yield name, value
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a last line cut short by a kill is dropped."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 
@@ -115,4 +198,6 @@ def _short(value: Any) -> Any:
         return [_short(entry) for entry in value]
     if isinstance(value, dict):
         return {name: _short(entry) for name, entry in value.items()}
-    return float(f"{value:.8g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.8g}") if math.isfinite(value) else None  # JSON has no word for the others
+    return value

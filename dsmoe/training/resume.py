@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dsmoe.checkpoint.files import Manifest
+from dsmoe.checkpoint.files import Manifest, Position
 from dsmoe.config import ModelConfig, RunConfig, validate_config
 from dsmoe.config.validate import is_allowed
 from dsmoe.errors import CheckpointError, ConfigError
@@ -38,16 +38,6 @@ class Change:
     def __str__(self) -> str:
         reason = f": {self.refusal}" if self.refusal else ""
         return f"{self.key}: {self.before} in the checkpoint, {self.after} now{reason}"
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run is: optimizer steps and tokens behind it, and the sample that comes next."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    copied_experts: bool = False
 
 
 def resume(manifest: Manifest, config: RunConfig, data: dict[str, Any]) -> tuple[Position, list[Change]]:
@@ -141,19 +131,23 @@ def _position(
     """Where to go on, and why that place is not the same if it is not."""
     length, seed = saved.model.sequence_length, saved.training.seed
     tokens = manifest.samples * length if manifest.tokens is None else manifest.tokens
-    step, copied = manifest.step, manifest.copied_experts
+
+    def at(samples: int) -> Position:
+        skipped, seconds = manifest.skipped_steps, manifest.seconds or 0.0
+        return Position(manifest.step, samples, tokens, manifest.copied_experts, skipped, seconds)
+
     if manifest.data is not None and _differ(manifest.data, data, "train"):
-        return Position(step, 0, tokens, copied), None  # refused elsewhere; where it is wanted, from its beginning
+        return at(0), None  # refused elsewhere; where it is wanted, from its beginning
     if (length, seed) == (config.model.sequence_length, config.training.seed) or manifest.samples == 0:
-        return Position(step, manifest.samples, tokens, copied), None
+        return at(manifest.samples), None
     epoch_before, epoch_after = (
         max(1, (data["train"]["tokens"] - 1) // each) for each in (length, config.model.sequence_length)
     )
     epochs, rest = divmod(manifest.samples, epoch_before)
     if not rest:
-        return Position(step, epochs * epoch_after, tokens, copied), None
+        return at(epochs * epoch_after), None
     refusal = (
         f"the run is at sample {rest:,} of the {epoch_before:,} of epoch {epochs}, whose order depends on it; "
         "there is no same place in the new order before the epoch's end"
     )
-    return Position(step, (epochs + 1) * epoch_after, tokens, copied), refusal
+    return at((epochs + 1) * epoch_after), refusal

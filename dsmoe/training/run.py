@@ -78,6 +78,8 @@ def train(config: RunConfig) -> RunSummary:
         trainer.progress.say(describe(config, world, corpus, model_size(config), checkpoint, position.step))
         for change in changes:
             trainer.progress.say(f"changed {change}")
+        resumed_from = None if checkpoint is None else str(checkpoint)
+        trainer.history.start(position.step, world=world, resumed_from=resumed_from, changes=list(map(str, changes)))
         try:
             ending, metrics = trainer.run()
         except DsmoeError as error:

@@ -25,6 +25,7 @@ from torch import Tensor
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import DataError
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.training.metrics import Warn
 
 FOLDER = "trace"
 
@@ -146,7 +147,7 @@ class StepTracer:
     def batch(self, tokens_BS: Tensor) -> None:
         self.tokens.append(tokens_BS)
 
-    def write(self, run_dir: Path, step: int, groups: ParallelGroups) -> None:
+    def write(self, run_dir: Path, step: int, groups: ParallelGroups, warn: Warn = print) -> None:
         """Gather what all ranks saw in the order of the samples, and write it on rank 0. Collective."""
         batch, length = self.tokens[0].shape
         maps_LPTE = torch.stack([torch.stack(maps) for maps in self.maps])  # P micro-steps; T in Megatron's [S, B]
@@ -161,4 +162,7 @@ class StepTracer:
         tokens = np.stack([tokens for tokens, _ in everyone], axis=1).reshape(-1)
         packed = np.stack([maps for _, maps in everyone], axis=2)  # [L, P, ranks, B, S, bytes]
         maps_LTE = np.unpackbits(packed, axis=-1, count=experts).astype(bool).reshape(layers, -1, experts)
-        write_trace(path_of(run_dir, step), trace_of(list(maps_LTE), tokens, length, step))
+        try:
+            write_trace(path_of(run_dir, step), trace_of(list(maps_LTE), tokens, length, step))
+        except OSError as error:
+            warn(f"cannot write {path_of(run_dir, step)}: {error.strerror or error}; training goes on")

@@ -18,7 +18,7 @@ from steps import fresh_engine, owned_tensors, run_steps, tiny_config
 
 import dsmoe.checkpoint.files
 import dsmoe.checkpoint.save
-from dsmoe.checkpoint.files import complete_checkpoints, find_checkpoint
+from dsmoe.checkpoint.files import Position, complete_checkpoints, find_checkpoint
 from dsmoe.checkpoint.load import load_checkpoint
 from dsmoe.checkpoint.save import CheckpointSaver, save_checkpoint
 from dsmoe.checkpoint.verify import verify_checkpoint
@@ -93,7 +93,7 @@ def save_and_be_killed(config, moment: str) -> None:
         run_steps(engine, config, step, step + 1)
     saver = CheckpointSaver(engine, config)
     MOMENTS[moment][0]()
-    saver.save(3, 24)
+    saver.save(Position(3, 24))
     run_steps(engine, config, 3, 4)
     saver.finish()
 
@@ -156,7 +156,7 @@ def fill_up_and_save(config, kinds_of_room: list[int]) -> list:
 def _refused(engine, config) -> str:
     saver = CheckpointSaver(engine, config)
     try:
-        saver.save(2, 16)
+        saver.save(Position(2, 16))
         run_steps(engine, config, 1, 2)  # beside training, or after a save that ought to have failed
         saver.finish()
     except CheckpointError as error:
@@ -238,11 +238,11 @@ def save_beside_training(config) -> dict:
         write(content, path)
 
     dsmoe.checkpoint.save.save_file = waits
-    saver.save(1, 8)
+    saver.save(Position(1, 8))
     run_steps(engine, config, 1, 2)
     under_way = not saver.done, complete_checkpoints(run_dir), saver.step
     go_on.set()
-    saver.save(2, 16)  # finishes the first one
+    saver.save(Position(2, 16))  # finishes the first one
     first = [path.name for path in complete_checkpoints(run_dir)], saver.step
     saver.finish()
     second = [path.name for path in complete_checkpoints(run_dir)], saver.step
