@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe.model import loss, native_loss
@@ -17,6 +18,11 @@ TOLERANCE = {torch.float32: dict(rtol=1e-5, atol=1e-5), torch.bfloat16: dict(rto
 def kernel(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(native_loss, "supports", lambda *tensors: False)
+    return request.param
+
+
+def plain_cross_entropy_in_fp64(hidden, weight, labels, weights):
+    return (F.cross_entropy(hidden @ weight.t(), labels, reduction="none") * weights).sum()
 
 
 def inputs(dtype=torch.float32, scale=1.0):
@@ -30,18 +36,20 @@ def inputs(dtype=torch.float32, scale=1.0):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows", [1, 5, 40, 77, 1000])
-def test_chunks_give_the_plain_loss_and_its_gradients(rows, dtype, monkeypatch):
+def test_chunks_give_the_plain_loss_and_its_gradients(rows, dtype, kernel, monkeypatch):
+    """Of bf16 torch rounds logits to bf16, as the plain loss does; the kernel keeps their fp32 sums, as fp64 would."""
     monkeypatch.setitem(loss.CHUNK, "cpu", rows * VOCABULARY)
     hidden, weight, labels, weights = inputs(dtype)
+    exact = kernel == "C++"
+    leaves = [t.detach().to(torch.float64 if exact else dtype).requires_grad_() for t in (hidden, weight)]
     found = linear_cross_entropy(hidden, weight, labels, weights)
-    expected = plain_cross_entropy(hidden, weight, labels, weights)
+    expected = (plain_cross_entropy_in_fp64 if exact else plain_cross_entropy)(*leaves, labels, weights)
     assert found.dtype == torch.float32 and found.dim() == 0
-    # torch rounds bf16 logits to bf16; the kernel keeps their fp32 sums.
-    torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-3, atol=1e-5)
-    here, there = (torch.autograd.grad(3 * value, (hidden, weight)) for value in (found, expected))
-    for one, other in zip(here, there, strict=True):
-        assert one.dtype == dtype
-        torch.testing.assert_close(one, other, **TOLERANCE[dtype])
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    here, there = torch.autograd.grad(3 * found, (hidden, weight)), torch.autograd.grad(3 * expected, leaves)
+    for ours, theirs in zip(here, there, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs.double(), **TOLERANCE[dtype])
 
 
 def test_a_label_whose_probability_underflows_has_a_finite_loss():
