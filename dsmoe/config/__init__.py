@@ -1,6 +1,6 @@
 """The typed run configuration: one YAML file, dotted overrides, every mistake listed at once."""
 
-from dsmoe.config.load import load_config
+from dsmoe.config.load import load_config, load_yaml, read_yaml, validated
 from dsmoe.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -25,5 +25,8 @@ __all__ = [
     "Section",
     "TrainingConfig",
     "load_config",
+    "load_yaml",
+    "read_yaml",
     "validate_config",
+    "validated",
 ]

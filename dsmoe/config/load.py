@@ -1,18 +1,21 @@
-"""A configuration from a YAML file and dotted overrides."""
+"""Every YAML file that dsmoe reads: a run's configuration with dotted overrides, and any other file by its model."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from dsmoe.config.explain import explain
 from dsmoe.config.schema import RouterConfig, RunConfig
 from dsmoe.config.validate import validate_config
 from dsmoe.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(
@@ -32,7 +35,7 @@ def load_config(
     Raises:
         ConfigError: with every mistake found, each naming field, value, expectation and the nearest known name.
     """
-    tree = _read_yaml(path)
+    tree = {} if path is None else read_yaml(path)
     problems = apply_overrides(tree, overrides)
     source = str(path) if path else "configuration"
     return validate_config(tree, routers, problems, source, optimizers)
@@ -57,9 +60,25 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: str | Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def load_yaml(path: str | Path, model: type[Model]) -> Model:
+    """Read a file that is one typed model, such as a study or a machine.
+
+    Raises:
+        ConfigError: with every mistake found, each naming field, value, expectation and the nearest known name.
+    """
+    return validated(read_yaml(path), model, str(path))
+
+
+def validated(tree: dict[str, Any], model: type[Model], source: str) -> Model:
+    """The model of a tree of plain values. Raises `ConfigError` with every mistake; `source` names the file."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(list(explain(error, model).values()), source) from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A file's mapping; an empty file has none. Raises `ConfigError`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -73,7 +92,7 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError([f"found {type(tree).__name__}, expected a mapping of sections"], str(path))
+        raise ConfigError([f"found {type(tree).__name__}, expected a mapping of keys to values"], str(path))
     return tree
 
 

@@ -5,7 +5,6 @@ A field that has a line of its own does not cause further ones: the checks that 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dsmoe.config.explain import explain, nearest
 from dsmoe.config.plugins import expected_name, token_dispatchers
 from dsmoe.config.schema import SECTIONS, ModelConfig, ParallelConfig, RouterConfig, RunConfig, TrainingConfig
 from dsmoe.errors import ConfigError
@@ -57,7 +57,7 @@ def validate_config(
     found = _Mistakes(problems or [])
     for name in map(str, tree):
         if name not in SECTIONS and name != "deepspeed":
-            found.lines.append(f"{name}: unknown section{_nearest(name, [*SECTIONS, 'deepspeed'])}")
+            found.lines.append(f"{name}: unknown section{nearest(name, [*SECTIONS, 'deepspeed'])}")
     valid = {
         name: _validate_section(name, section, {} if tree.get(name) is None else tree[name], found)
         for name, section in SECTIONS.items()
@@ -104,11 +104,11 @@ def _validate_section(name: str, section: type[BaseModel], value: Any, found: _M
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        explained = _explain(error, name, section)
+        explained = explain(error, section, (name,))
         found.lines.extend(explained.values())
         found.fields.update(explained)
-        bad = {field.removeprefix(f"{name}.").partition(".")[0] for field in explained}
-        good = {key: item for key, item in values.items() if key not in bad}
+        wrong = {field.removeprefix(f"{name}.").partition(".")[0] for field in explained}
+        good = {key: item for key, item in values.items() if key not in wrong}
         return section.model_construct(**good)
 
 
@@ -116,7 +116,7 @@ def _validate_router(
     router: RouterConfig, routers: Mapping[str, type[BaseModel]], model: ModelConfig, found: _Mistakes
 ) -> RouterConfig:
     if router.name not in routers:
-        known = f"one of {', '.join(sorted(routers))}{_nearest(router.name, list(routers))}"
+        known = f"one of {', '.join(sorted(routers))}{nearest(router.name, list(routers))}"
         found.add("router.name", repr(router.name), known)
         return router
     options = _validate_section("router", routers[router.name], router.options, found)
@@ -137,7 +137,7 @@ def _check_optimizer(
     if optimizers is None or not found.none_in("training.optimizer", "training.optimizer_options"):
         return
     if name not in optimizers:
-        known = f"one of {', '.join(sorted(optimizers))}{_nearest(name, list(optimizers))}"
+        known = f"one of {', '.join(sorted(optimizers))}{nearest(name, list(optimizers))}"
         found.add("training.optimizer", repr(name), known)
     else:
         _validate_section("training.optimizer_options", optimizers[name], training.optimizer_options, found)
@@ -159,39 +159,8 @@ def _check_resume_with(training: TrainingConfig, found: _Mistakes) -> None:
         section, _, key = name.partition(".")
         known = SECTIONS.get(section)
         if known is None or (key and section != "router" and key not in known.model_fields):
-            close = _nearest(name, [*SECTIONS, *(f"{s}.{k}" for s, c in SECTIONS.items() for k in c.model_fields)])
+            close = nearest(name, [*SECTIONS, *(f"{s}.{k}" for s, c in SECTIONS.items() for k in c.model_fields)])
             found.add("training.resume_with", repr(name), f"a section or a key, such as data or training.seed{close}")
-
-
-def _explain(error: ValidationError, name: str, section: type[BaseModel]) -> dict[str, str]:
-    """A line for each field that pydantic complains about: field, value, expectation, nearest known name."""
-    lines: dict[str, str] = {}
-    for item in error.errors():
-        path, inner = [str(part) for part in item["loc"][:1]], section
-        known = section.model_fields.get(path[0]) if path else None
-        if known is not None and isinstance(known.annotation, type) and issubclass(known.annotation, BaseModel):
-            inner = known.annotation
-            path = [str(part) for part in item["loc"][:2]]
-        field = ".".join((name, *path))
-        expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            lines[field] = f"{field}: unknown key{_nearest(path[-1], list(inner.model_fields))}"
-        elif item["type"] == "missing":
-            lines[field] = f"{field}: not set, but has no default"
-        elif item["type"] == "model_type":
-            keys = ", ".join(f"{field}.{key}" for key in inner.model_fields)
-            lines[field] = f"{field}: found {item['input']!r}, expected a mapping: {keys}"
-        elif field in lines:  # the other members of a union
-            lines[field] += f" or {expected}"
-        else:
-            lines[field] = f"{field}: found {item['input']!r}, expected {expected}"
-    return lines
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    """' (did you mean X?)', or the list of what there is."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(sorted(known))})"
 
 
 def _check_deepspeed(deepspeed: Any, found: _Mistakes) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -13,22 +10,9 @@ from pathlib import Path
 
 from dsmoe.lab.benchmark.problem import Problem
 from dsmoe.lab.benchmark.worker import Job
-from dsmoe.parallel.place import free_port
+from dsmoe.lab.children import start_ranks, wait_for_ranks
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def rank_environment(rank: int, ranks: int, port: str, threads: int, huge_pages: bool) -> dict[str, str]:
-    """Of one process of a job on this machine."""
-    return os.environ | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads),
-        HUGE_PAGES: str(int(huge_pages)), "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
 
 
 def run_job(job: Job, huge_pages: bool = True, deadline: float = 7200) -> list[dict]:
@@ -49,47 +33,13 @@ def _rows_of(job: Job, huge_pages: bool, deadline: float) -> list[dict]:
         description = Path(folder, "job.json")
         replace(job, result=str(found)).save(description)
         arguments = ["-m", "dsmoe.lab.benchmark.worker", str(description)]
-        error = _run_ranks(arguments, job.problem.ranks, huge_pages, deadline, Path(folder))
+        environment = {HUGE_PAGES: str(int(huge_pages))}
+        error = wait_for_ranks(start_ranks(arguments, job.problem.ranks, Path(folder), environment), deadline)
         rows = json.loads(found.read_text()) if found.exists() else []
     if error or not rows:
         error = f"{job.what}: {error or 'it left no rows'}"
         rows.append({"name": "the whole job", "kind": "job", "load": "", "error": error})
     return rows
-
-
-def _run_ranks(arguments: list[str], ranks: int, huge_pages: bool, deadline: float, folder: Path) -> str | None:
-    """Run Python with these arguments on every rank; None, or the last words of the first rank that failed."""
-    port, threads = free_port(), max(1, cores() // ranks)
-    logs = [Path(folder, f"rank{rank}.log") for rank in range(ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as output:
-            environment = rank_environment(rank, ranks, port, threads, huge_pages)
-            command = [sys.executable, *arguments]
-            processes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
-    try:
-        return _wait(processes, logs, deadline)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
-def _wait(processes: list[subprocess.Popen], logs: list[Path], deadline: float) -> str | None:
-    """Wait for all; as soon as one fails, the others, who would wait for it, are given up."""
-    waited = 0.0
-    while running := [process for process in processes if process.poll() is None]:
-        if any(process.poll() not in (None, 0) for process in processes) or waited > deadline:
-            break
-        try:
-            running[0].wait(0.5)
-        except subprocess.TimeoutExpired:
-            waited += 0.5
-    for rank, process in enumerate(processes):
-        if process.poll() not in (None, 0):
-            lines = logs[rank].read_text(errors="replace").strip().splitlines() or ["no output"]
-            return f"rank {rank} ended with {process.poll()}: {lines[-1][:300]}"
-    return f"not done after {deadline:.0f} s" if any(process.poll() is None for process in processes) else None
 
 
 def jobs_of(

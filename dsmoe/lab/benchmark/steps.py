@@ -7,7 +7,6 @@ import os
 import selectors
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -17,8 +16,9 @@ from typing import Any
 
 import psutil
 
-from dsmoe.lab.benchmark.jobs import cores, rank_environment
+from dsmoe.lab.benchmark.jobs import HUGE_PAGES
 from dsmoe.lab.benchmark.step import StepJob
+from dsmoe.lab.children import rank_environment, start
 from dsmoe.parallel.place import free_port
 
 # Of all parameters that training holds: weights, gradients, both moments, the optimizer's copy; and working space of
@@ -63,18 +63,16 @@ class StepProcesses:
         self.error: str | None = None
         description = folder / f"{job.name.replace(' ', '_')}.json"
         job.save(description)
-        port, threads = free_port(), max(1, cores() // job.ranks)
+        port = free_port()
         self.ranks = []
         for rank in range(job.ranks):
             read, write = os.pipe()
-            with description.with_suffix(f".{rank}.log").open("w") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "dsmoe.lab.benchmark.step", str(description), str(write)], text=True,
-                    env=rank_environment(rank, job.ranks, port, threads, job.huge_pages), pass_fds=[write],
-                    stdin=subprocess.PIPE, stdout=log, stderr=log,
-                )  # fmt: skip
+            environment = rank_environment(rank, job.ranks, port) | {HUGE_PAGES: str(int(job.huge_pages))}
+            arguments = ["-m", "dsmoe.lab.benchmark.step", str(description), str(write)]
+            log = description.with_suffix(f".{rank}.log")
+            child = start(arguments, log, environment, pass_fds=[write], stdin=subprocess.PIPE)
             os.close(write)
-            self.ranks.append((process, os.fdopen(read)))
+            self.ranks.append((child, os.fdopen(read)))
 
     def answers(self, deadline: float) -> list[dict[str, Any]]:
         """What all ranks say next; empty, and `error` set, where one failed, ended, or is silent for `deadline` s."""
@@ -101,19 +99,18 @@ class StepProcesses:
         return []
 
     def step(self, deadline: float) -> list[dict[str, Any]]:
-        for process, _ in self.ranks:
+        for child, _ in self.ranks:
             try:
-                process.stdin.write("step\n")
-                process.stdin.flush()
+                child.process.stdin.write("step\n")
+                child.process.stdin.flush()
             except OSError:
                 return self._fail("the process ended")
         return self.answers(deadline)
 
     def close(self) -> None:
-        for process, replies in self.ranks:
-            process.kill()
-            process.wait()
-            process.stdin.close()
+        for child, replies in self.ranks:
+            child.kill()
+            child.process.stdin.close()
             replies.close()
 
 

@@ -15,11 +15,13 @@ from dataclasses import replace
 import numpy as np
 import psutil
 import torch
+from scipy.optimize import least_squares, nnls
 
+from dsmoe.lab.children import machine
 from dsmoe.lab.planner import traffic
 from dsmoe.lab.planner.hardware import Hardware, Link, Speed
 from dsmoe.lab.planner.layout import Layout
-from dsmoe.lab.planner.measure import Case, MeasuredRun, config_of, machine, measure_all
+from dsmoe.lab.planner.measure import Case, MeasuredRun, config_of, measure_all
 from dsmoe.lab.planner.memory import memory
 from dsmoe.lab.planner.work import work
 from dsmoe.runtime.device import device_name, gpu_memory_bytes, on_gpu, synchronize, use_local_device
@@ -165,31 +167,29 @@ def _rate(seconds_per_one: float, unit: float) -> float | None:
 
 
 def robust_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray) -> np.ndarray:
-    """`non_negative_fit`, in which a run that something else disturbed counts less: Huber's weights, by repetition."""
-    weights = np.ones(len(times))
-    for _ in range(10):
-        found = non_negative_fit(rows, times, least, weights)
-        weights = 1 / np.sqrt(np.maximum(1.0, np.abs(rows @ found / times - 1) / TYPICAL))
-    return found
+    """`non_negative_fit` with Huber's loss: a run that something else disturbed counts less."""
+    scale = _scale(rows)
+    start = np.maximum(non_negative_fit(rows, times, least) * scale, least * scale + 1e-9)
+
+    def relative_errors(scaled: np.ndarray) -> np.ndarray:
+        return rows / scale @ scaled / times - 1
+
+    fitted = least_squares(relative_errors, start, bounds=(least * scale, np.inf), loss="huber", f_scale=TYPICAL)
+    return fitted.x / scale
 
 
-def non_negative_fit(
-    rows: np.ndarray, times: np.ndarray, least: np.ndarray | None = None, weights: np.ndarray | float = 1.0
-) -> np.ndarray:
-    """x with rows @ x near times, relative to each time: least squares, each row by its weight. No x is below `least`
-    (0): those that would be are set to it, one after another."""
+def non_negative_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray | None = None) -> np.ndarray:
+    """x with rows @ x near times, to the least sum of squared relative errors. No x is below `least` (0)."""
+    scale = _scale(rows)
     least = np.zeros(rows.shape[1]) if least is None else least
-    scale = np.where(np.abs(rows).max(0) > 0, np.abs(rows).max(0), 1.0)
-    a, b = rows / scale * (weights / times)[:, None], (1.0 - rows @ least / times) * weights
-    active = [column for column in range(rows.shape[1]) if np.abs(rows[:, column]).max() > 0]
-    found = np.zeros(rows.shape[1])
-    while active:
-        solution, *_ = np.linalg.lstsq(a[:, active], b, rcond=1e-9)
-        if (solution >= 0).all():
-            found[active] = solution
-            break
-        del active[int(np.argmin(solution))]
-    return least + found / scale
+    fitted = nnls(rows / scale / times[:, None], 1.0 - rows @ least / times)[0]
+    return least + fitted / scale
+
+
+def _scale(rows: np.ndarray) -> np.ndarray:
+    """Of each column, so that all coefficients are of about one size."""
+    largest = np.abs(rows).max(0)
+    return np.where(largest > 0, largest, 1.0)
 
 
 def matmul_tflops(precision: str, size: int = 1024, seconds: float = 2.0) -> float:

@@ -25,11 +25,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, field_validator
 
-from dsmoe.config import Section
-from dsmoe.errors import ConfigError
+from dsmoe.config import Section, load_yaml
 
 Precision = Literal["fp32", "bf16"]
 
@@ -70,21 +68,17 @@ class Hardware(Section):
     price_per_hour: float | None = Field(None, gt=0)
     currency: str = "USD"
 
+    @field_validator("speeds")
+    @classmethod
+    def _has_default(cls, speeds: dict[str, Speed]) -> dict[str, Speed]:
+        if "default" not in speeds:
+            raise ValueError("one named 'default', for parts without a line of their own")
+        return speeds
+
     def speed(self, part: str) -> Speed:
         return self.speeds.get(part) or self.speeds["default"]
 
 
 def load_hardware(path: str | Path) -> Hardware:
     """Read and check. Raises `ConfigError` with every mistake."""
-    try:
-        hardware = Hardware.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError([f"cannot read the file: {error.strerror or error}"], str(path)) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
-        raise ConfigError(problems, str(path)) from error
-    if "default" not in hardware.speeds:
-        raise ConfigError(["speeds.default: expected a speed for parts without a line of their own"], str(path))
-    return hardware
+    return load_yaml(path, Hardware)

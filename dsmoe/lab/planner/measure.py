@@ -4,10 +4,6 @@ user starts it, one thread a rank."""
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -19,12 +15,10 @@ import torch
 
 from dsmoe.config import RunConfig, load_config
 from dsmoe.errors import TrainingError
-from dsmoe.parallel.place import free_port
+from dsmoe.lab.children import launcher, start, train_script
 from dsmoe.routers.registry import option_classes
-from dsmoe.runtime.device import gpu_count, gpu_model, on_gpu
 from dsmoe.training.metrics import FILE, read_lines
 
-ROOT = Path(__file__).resolve().parents[3]
 WARM = 3  # steps that are not timed
 STEPS = 15
 
@@ -96,17 +90,14 @@ def measure(case: Case, vocabulary: int) -> MeasuredRun:
         config.data.path, config.data.valid_fraction = f"{place}/tokens", 0.1
         config.logging.run_dir = f"{place}/run"
         (Path(place) / "run.yaml").write_text(config.to_yaml())
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(case.ranks), "--master_port", free_port()]
-        command = [sys.executable, *(launcher if case.ranks > 1 else []), "launch/train.py"]
-        command += ["--config", f"{place}/run.yaml"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            last = "\n".join(done.stdout.strip().splitlines()[-12:])
-            raise TrainingError(f"the run {case.name!r} failed:\n{last}")
+        command = [*launcher(case.ranks), train_script(), "--config", f"{place}/run.yaml"]
+        child = start(command, Path(place) / "log.txt", {"OMP_NUM_THREADS": "1"})
+        try:
+            code = child.process.wait()
+        finally:
+            child.kill()
+        if code:
+            raise TrainingError(f"the run {case.name!r} failed:\n{child.last_lines(12)}")
         lines = read_lines(Path(place) / "run" / FILE)[WARM:]
     parts = {part for line in lines for part in line["seconds_by_part"]}
     return MeasuredRun(
@@ -129,13 +120,3 @@ def _random_corpus(prefix: Path, vocabulary: int, tokens: int = 400_000) -> None
     for _ in range(40):
         builder.add_document(torch.from_numpy(random.integers(0, vocabulary, tokens // 40)), [tokens // 40])
     builder.finalize(f"{prefix}.idx")
-
-
-def machine() -> str:
-    """In words."""
-    if on_gpu():
-        return f"{gpu_count()} x {gpu_model()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names) or os.cpu_count()} cores of {names[0] if names else platform.processor()}"

@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from dsmoe.lab.study.grid import MEASURED
 from dsmoe.lab.study.measures import Measured, StudyResults
 
-PALETTE = ("#2f6fde", "#e0612b", "#1f9e77", "#a03fa5", "#c9a227", "#5b6675", "#d1436f", "#3aa6c9")
+# Told apart with every kind of colour blindness (Okabe and Ito, 2008), without the yellow, which white hides.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 INK, FAINT = "#1d2733", "#dfe4ea"
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "dsmoe", "font.family": "sans-serif", "font.size": 10,
@@ -28,7 +29,6 @@ STYLE = {
     "axes.facecolor": "none", "savefig.facecolor": "none", "xtick.bottom": False, "ytick.left": False,
     "ytick.minor.left": False, "xtick.minor.bottom": False,
 }  # fmt: skip
-POINTS = 120  # of a curve over training that are kept
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Picture:
 def x_title(study) -> str:
     if study.x == MEASURED:
         return "experts per token, measured on held-out text"
-    known = {"model.num_experts": "number of experts E", "granularity": "granularity G", "router.p": "p"}
+    known = {"model.num_experts": "number of experts E", "granularity": "granularity G", "router.p": "p",
+             "size": "hidden size"}  # fmt: skip
     return known.get(study.x, study.x)
 
 
@@ -68,7 +69,7 @@ def logarithmic(axis: Axes, places: list[float]) -> None:
 
 
 def has_axis(results: StudyResults) -> bool:
-    return results.study.x is not None and len({one.x for one in results.found}) > 1
+    return results.study.x is not None and len({one.x for one in results.full if one.x is not None}) > 1
 
 
 def shade(one: Measured, among: list[Measured]) -> float:
@@ -84,10 +85,34 @@ def label(one: Measured) -> str:
 
 def first_seed(ones: list[Measured]) -> list[Measured]:
     """Those of the smallest seed, small x first."""
-    seed = min(one.cell.seed for one in ones)
+    seed = min((one.cell.seed for one in ones), default=None)
     return sorted((one for one in ones if one.cell.seed == seed), key=lambda one: one.x or 0.0)
 
 
-def thinned(length: int) -> numpy.ndarray:
-    """int [at most POINTS]: places along a curve that are drawn and kept, both ends among them."""
-    return numpy.unique(numpy.linspace(0, length - 1, POINTS).round().astype(int))
+def seeds_note(results: StudyResults) -> str:
+    """What dots and bands are, for a caption."""
+    seeds = {one.cell.seed for one in results.found}
+    if len(seeds) == 1:
+        return "One seed: there is no interval."
+    return (
+        "Large dots are means over seeds, small ones single runs; bands are 95 % intervals of the mean (Student's t)."
+    )
+
+
+def label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the right ends of curves, moved apart where they would overlap; `ends`: x, y, name, color."""
+    low, high = axis.get_ylim()
+    gap, placed = 0.055 * (high - low), -float("inf")
+    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
+        placed = max(y, placed + gap)
+        axis.annotate(name, (x, y), textcoords="offset points", color=color, fontsize=9, va="center",
+                      annotation_clip=False, xytext=(8, (placed - y) / (high - low) * axis.bbox.height * 72
+                                                     / axis.figure.dpi))  # fmt: skip
+
+
+def in_log(axis: Axes, places: list[float]) -> bool:
+    """Make the x axis logarithmic if all places are positive; whether it is."""
+    if places and min(places) > 0:
+        logarithmic(axis, places)
+        return True
+    return False

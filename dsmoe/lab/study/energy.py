@@ -5,9 +5,10 @@ What a counter sees is the whole processor or device, other programs on it inclu
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pynvml
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -22,8 +23,7 @@ class Meter:
     """
 
     zones: list[Path]
-    nvml: ctypes.CDLL | None = None
-    devices: list[ctypes.c_void_p] = field(default_factory=list)
+    devices: list = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._sum, self._last = 0.0, self._read()
@@ -37,12 +37,9 @@ class Meter:
         return self._sum
 
     def _read(self) -> list[float]:
-        found = [int((zone / "energy_uj").read_text()) / 1e6 for zone in self.zones]
-        for device in self.devices:
-            millijoules = ctypes.c_ulonglong()
-            self.nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules))
-            found.append(millijoules.value / 1e3)
-        return found
+        joules = [int((zone / "energy_uj").read_text()) / 1e6 for zone in self.zones]
+        joules += [pynvml.nvmlDeviceGetTotalEnergyConsumption(device) / 1e3 for device in self.devices]
+        return joules
 
     def _ranges(self) -> list[float]:
         ranges = [int((zone / "max_energy_range_uj").read_text()) / 1e6 for zone in self.zones]
@@ -56,8 +53,8 @@ def find_meter(powercap: Path = POWERCAP) -> Meter | None:
         # intel-rapl:0 is a processor, intel-rapl:0:1 a part of it, and intel-rapl-mmio counts the same once more.
         if zone.name.count(":") == 1 and "mmio" not in zone.name and _readable(zone / "energy_uj"):
             zones.append(zone)
-    nvml, devices = _nvidia()
-    return Meter(zones, nvml, devices) if zones or devices else None
+    devices = _nvidia()
+    return Meter(zones, devices) if zones or devices else None
 
 
 def _readable(path: Path) -> bool:
@@ -67,18 +64,19 @@ def _readable(path: Path) -> bool:
         return False
 
 
-def _nvidia() -> tuple[ctypes.CDLL | None, list[ctypes.c_void_p]]:
+def _nvidia() -> list:
+    """Devices that count their energy, which those before Volta do not."""
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None, []
-    count, devices = ctypes.c_uint(), []
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return None, []
-    for place in range(count.value):
-        device, energy = ctypes.c_void_p(), ctypes.c_ulonglong()
-        if nvml.nvmlDeviceGetHandleByIndex_v2(place, ctypes.byref(device)):
-            continue
-        if not nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(energy)):  # before Volta: not supported
-            devices.append(device)
-    return nvml, devices
+        pynvml.nvmlInit()
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(place) for place in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:  # no driver
+        return []
+    return [device for device in devices if _counts_energy(device)]
+
+
+def _counts_energy(device) -> bool:
+    try:
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(device)
+    except pynvml.NVMLError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""What a scaling study runs: arms x axes x seeds. A cell is one of them, and one training run.
+"""What a study runs: arms x axes x seeds x lengths. A cell is one of them, and one training run.
 
     title: ReLU against top-k
     question: What the reader wants to know.
@@ -10,44 +10,41 @@
     x: model.num_experts                    what pictures have along their bottom: an axis, or experts_per_token
     axes:
       model.num_experts: [4, 8, 16]
+    baseline: topk                          the arm that others are measured against
     arms:
       - {name: topk, set: {router.name: topk}}
       - {name: top_p, set: {router.name: top_p}, axes: {router.p: [0.3, 0.5]}, seeds: [1]}
+      - {name: topk longer, set: {router.name: topk}, match_compute_of: relu}
 
-Two keys are no configuration keys and work in `set` and `axes` alike. `granularity: G` cuts every expert into G, of
-which a token takes G times as many (arXiv 2402.07871). `active_experts: k` replaces `compute.experts`.
+`match_compute_of` gives an arm as many steps as the MoE layers of the other one's run cost, dense start included.
+
+Three keys are no configuration keys and work in `set` and `axes` alike. `granularity: G` cuts every expert into G, of
+which a token takes G times as many (arXiv 2402.07871). `active_experts: k` replaces `compute.experts`. `size: H` scales
+the model (`Preset`).
 
 With `compute`, three values of each cell are derived and need not be given: the option of the router that says how many
 experts a token takes (`k`, `target_density` or `expected_experts`), `model.num_experts` times G, and the width of an
-expert. The width is such that router and experts of a layer multiply as often, for each token, as with a plain gate and
-`compute.experts` experts of `compute.width`: a router that costs more gets narrower experts. Over E the gate's own cost
-grows, and is not taken out of the experts: that is how the papers compare.
+expert (`dsmoe.lab.study.settings`).
+
+With `training.schedule: wsd`, `lengths: [0.25, 0.5]` adds a cell for each of these shares of the steps. It continues
+the checkpoint of the full run from which its own decay starts, so that it costs its decay alone.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
-from dsmoe.config import RunConfig, Section, load_config
+from dsmoe.config import Section, read_yaml, validated
 from dsmoe.errors import ConfigError
-from dsmoe.lab.study.plan import slug
-from dsmoe.lab.study.results import sized
-from dsmoe.optim.registry import optimizer_class
-from dsmoe.routers import get
-from dsmoe.routers.registry import option_classes
+from dsmoe.lab.study.plan import is_plan, study_of_plan
 
-ALWAYS = {"logging.tensorboard": False}  # a study reads metrics.jsonl
-ACTIVE, GRANULARITY, MEASURED = "active_experts", "granularity", "experts_per_token"
-TOLERANCE = 0.02  # of active compute: a width is a whole number
+ACTIVE, GRANULARITY, SIZE, BUDGET = "active_experts", "granularity", "size", "budget"
+MEASURED = "experts_per_token"
 # Of mixture-of-experts models at scale; `dsmoe.lab.study.limits` has what shows each.
 LIMITS = ("routing", "memory", "communication", "starved", "redundant", "imbalance", "latency", "energy")
 NAME = r"^[\w .,()+=-]+$"
@@ -64,10 +61,46 @@ class Arm(Section):
     """One way to train."""
 
     name: str = Field(min_length=1, pattern=NAME)
+    config: str | None = None  # YAML file of its runs; None: the study's
     set: dict[str, Any] = {}
     axes: dict[str, list[Any]] = {}  # instead of the study's, where it has the same ones, and more
     seeds: list[int] | None = None  # None: the study's
     derive_width: bool = True  # False: the study's width, whatever the router costs
+    match_compute_of: str | None = None  # an arm whose MoE compute decides the number of steps
+
+
+class Gate(Section):
+    """Small runs that decide which arms are worth long ones: an arm goes on if its loss is at most the baseline's in
+    every one of them."""
+
+    sizes: list[dict[str, Any]] = Field(min_length=1)  # what each small run sets, smallest first
+    at: dict[str, Any] = {}  # the values of the axes; an axis that is missing has its first value
+    margin: float = 0.0  # nats that an arm may be above the baseline
+
+
+class Preset(Section):
+    """Sizes of a model and the steps that each is trained for.
+
+    `size` is the hidden size; layers, heads and expert widths follow in proportion, the learning rate as its power
+    `lr_power` (1/width for Adam: arXiv 2203.03466) and the initialisation as 1/sqrt.
+    isoflop   every size at every budget of FLOPs (Chinchilla's second approach, arXiv 2203.15556)
+    ladder    every size at the same number of tokens for each active parameter
+    """
+
+    kind: Literal["isoflop", "ladder"]
+    sizes: list[int] = Field(min_length=2)
+    budgets: list[float] = []  # isoflop: training FLOPs
+    tokens_per_parameter: float = Field(20.0, gt=0)  # ladder
+    lr_power: float = -1.0
+
+    @model_validator(mode="after")
+    def _budgets_belong_to_isoflop(self) -> Preset:
+        if (self.kind == "isoflop") != bool(self.budgets):
+            raise ValueError("budgets for isoflop, and none for ladder")
+        return self
+
+    def axes(self) -> dict[str, list[Any]]:
+        return {SIZE: self.sizes, **({BUDGET: self.budgets} if self.budgets else {})}
 
 
 class Published(Section):
@@ -91,27 +124,54 @@ class Study(Section):
     x: str | None = None  # None: there is no axis, arms are compared
     axes: dict[str, list[Any]] = {}
     arms: list[Arm] = Field(min_length=1)
+    baseline: str | None = None  # an arm; None: topk, or the first
+    lengths: list[float] = []  # shares of the steps, below 1, that wsd runs are also brought to an end at
+    gate: Gate | None = None
+    preset: Preset | None = None
     probe: bool = False  # read every trained model with dsmoe.lab.study.probe
-    law: bool = False  # fit loss = a + b x^-c
+    law: bool = False  # fit laws of the loss
     quality: bool = True  # False: too short to say anything of losses, which are left out
     timed: bool = False  # seconds are of a quiet machine and may be compared
     limits: list[str] = []  # of `LIMITS`, which this study speaks to
     watts_per_core: float = Field(4.0, gt=0)  # for modelled energy
     published: list[Published] = []
 
+    def axes_of(self, arm: Arm) -> dict[str, list[Any]]:
+        return {**(self.preset.axes() if self.preset else {}), **self.axes, **arm.axes}
+
     def cells(self) -> list[Cell]:
-        """All runs, one seed after the other and small ones first: what is cut short covers every arm."""
-        found = []
+        """All runs: gates first, then one seed after the other and small ones first, so that what is cut short covers
+        every arm; a length after the run that it branches off."""
+        cells = []
         for arm in self.arms:
-            axes = {**self.axes, **arm.axes}
+            axes = self.axes_of(arm)
             for values in itertools.product(*axes.values()):
                 for seed in self.seeds if arm.seeds is None else arm.seeds:
-                    found.append(Cell(arm.name, tuple(zip(axes, values, strict=True)), seed))
+                    cells.append(Cell(arm.name, tuple(zip(axes, values, strict=True)), seed))
         places = {arm.name: place for place, arm in enumerate(self.arms)}
-        return sorted(found, key=lambda cell: (cell.seed, [str(v).zfill(9) for _, v in cell.point], places[cell.arm]))
+        cells.sort(key=lambda cell: (cell.seed, [_order(value) for _, value in cell.point], places[cell.arm]))
+        lengths = sorted(self.lengths)
+        return [
+            *self.gate_cells(),
+            *(part for cell in cells for part in (cell, *(replace(cell, length=length) for length in lengths))),
+        ]
+
+    def gate_cells(self) -> list[Cell]:
+        cells = []
+        for number in range(len(self.gate.sizes) if self.gate else 0):
+            for arm in self.arms:
+                point = tuple((axis, self.gate.at.get(axis, values[0])) for axis, values in self.axes_of(arm).items())
+                cells.append(Cell(arm.name, point, (arm.seeds or self.seeds)[0], gate=number))
+        return cells
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
+
+    @property
+    def reference(self) -> str:
+        """The arm that others are measured against."""
+        names = [arm.name for arm in self.arms]
+        return self.baseline or ("topk" if "topk" in names else names[0])
 
 
 @dataclass(frozen=True)
@@ -121,18 +181,28 @@ class Cell:
     arm: str
     point: tuple[tuple[str, Any], ...]  # axis and value
     seed: int
+    length: float = 1.0  # share of the study's steps
+    gate: int | None = None  # number of the small run that it is
 
     def folder(self, out: Path) -> Path:
         parts = [f"{axis.rpartition('.')[2]}-{value}" for axis, value in self.point]
-        return out / slug(self.arm) / slug(" ".join(parts) or "run") / f"seed-{self.seed}"
+        run = f"seed-{self.seed}" + (f"-length-{self.length:g}" if self.length != 1 else "")
+        root = out if self.gate is None else out / f"gate-{self.gate + 1}"
+        return root / slug(self.arm) / slug(" ".join(parts) or "run") / run
+
+    @property
+    def whole(self) -> Cell:
+        """The run that it branches off, or itself."""
+        return replace(self, length=1.0)
 
     def __str__(self) -> str:
         point = "".join(f", {axis.rpartition('.')[2]} {value}" for axis, value in self.point)
-        return f"{self.arm}{point}, seed {self.seed}"
+        length = f", length {self.length:g}" if self.length != 1 else ""
+        return f"{self.arm}{point}, seed {self.seed}{length}" + ("" if self.gate is None else f", gate {self.gate + 1}")
 
 
 def load_study(path: str | Path, to_run: bool = True) -> Study:
-    """Read and check a study.
+    """Read and check a study, or a plan of the earlier compare_routers (`dsmoe.lab.study.plan`).
 
     Args:
         to_run: also check the configuration of each of its runs, and whether they can run on this machine.
@@ -140,146 +210,20 @@ def load_study(path: str | Path, to_run: bool = True) -> Study:
     Raises:
         ConfigError: with every mistake of the study, or every mistake of all its runs.
     """
-    try:
-        study = Study.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError([f"cannot read the file: {error.strerror or error}"], str(path)) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in error.errors()]
-        raise ConfigError(problems, str(path)) from error
-    if to_run and (problems := _problems(study) or _cell_problems(study)):
+    from dsmoe.lab.study.check import cell_problems, study_problems
+
+    tree = read_yaml(path)
+    study = validated(study_of_plan(tree, str(path)) if is_plan(tree) else tree, Study, str(path))
+    if to_run and (problems := study_problems(study) or cell_problems(study)):
         raise ConfigError(problems, str(path))
     return study
 
 
-def cell_settings(study: Study, cell: Cell) -> dict[str, Any]:
-    """All dotted keys that a cell sets beyond the study's file, the derived ones included. Raises `ConfigError`."""
-    arm = study.arm(cell.arm)
-    settings = {**ALWAYS, **study.set, **arm.set, **dict(cell.point), "training.seed": cell.seed}
-    parts = settings.pop(GRANULARITY, 1)
-    active = settings.pop(ACTIVE, None if study.compute is None else study.compute.experts)
-    if study.compute is None:
-        return settings
-    experts, width = active * parts, study.compute.width / parts
-    base = _load(study, settings)
-    settings["model.num_experts"] = total = base.model.num_experts * parts
-    option, value = _aim(base.router.name, experts, total)
-    if option is not None:
-        settings.setdefault(f"router.{option}", value)
-    settings["model.moe_ffn_hidden_size"] = round(width)
-    config = _load(study, settings)
-    router, model = get(config.router.name), config.model
-    options = router.Options.model_validate(config.router.options)
-    aim = options.target_experts_per_token(model)
-    if abs(aim - experts) > 1e-6:
-        problem = f"router {config.router.name!r} aims at {aim:g} experts per token, expected {experts}"
-        raise ConfigError([problem], str(cell))
-    if not arm.derive_width:
-        return settings
-    hidden, rank = model.hidden_size, router.latent_rank(options)
-    wanted = total * hidden + experts * 3 * hidden * width
-    scores, each = router.parameter_count(model, options), experts * (2 * hidden + (rank or hidden))
-    fitting = round((wanted - scores) / each)
-    if fitting < 1 or abs(scores + fitting * each - wanted) > TOLERANCE * wanted:
-        problem = (
-            f"active compute of {wanted:,.0f} multiplications per token and layer cannot be met: the router takes "
-            f"{scores:,.0f} of them, which leaves experts of width {(wanted - scores) / each:.1f}"
-        )
-        raise ConfigError([problem], str(cell))
-    return {**settings, "model.moe_ffn_hidden_size": fitting}
+def _order(value: Any) -> tuple:
+    """Numbers by size, before everything else by its text."""
+    return (0, value, "") if isinstance(value, int | float) else (1, 0, str(value))
 
 
-def cell_overrides(study: Study, cell: Cell, out: Path) -> list[str]:
-    """What a cell's run adds to the study's file, as on a command line."""
-    settings = {**cell_settings(study, cell), "logging.run_dir": str(cell.folder(out))}
-    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-
-
-def cell_config(study: Study, cell: Cell, out: Path) -> RunConfig:
-    """A cell's configuration. Raises `ConfigError`."""
-    return load_config(study.config, cell_overrides(study, cell, out), option_classes())
-
-
-def _load(study: Study, settings: dict[str, Any]) -> RunConfig:
-    overrides = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-    return load_config(study.config, overrides, option_classes())
-
-
-def _aim(router: str, experts: int, total: int) -> tuple[str | None, Any]:
-    """The option of a router that says how many experts a token takes, and its value."""
-    fields = get(router).Options.model_fields
-    if "k" in fields:
-        return "k", experts
-    if "target_density" in fields:
-        return "target_density", experts / total
-    if "expected_experts" in fields:
-        return "expected_experts", experts
-    return None, None
-
-
-def _problems(study: Study) -> list[str]:
-    """What does not fit together in the study itself."""
-    found, names = [], [arm.name for arm in study.arms]
-    if len({slug(name) for name in names}) < len(names):
-        found.append(f"arms: found the names {names}, expected each to be different")
-    if len(set(study.seeds)) < len(study.seeds):
-        found.append(f"seeds: found {study.seeds}, expected each to be different")
-    for arm in study.arms:
-        axes = {**study.axes, **arm.axes}
-        found += [f"arms.{arm.name}: axis {axis!r} has no values" for axis, values in axes.items() if not values]
-        if study.x not in (None, MEASURED, *axes):
-            found.append(f"x: found {study.x!r}, expected {MEASURED} or an axis of arm {arm.name}: {sorted(axes)}")
-    if study.probe and find_spec("dsmoe.lab.study.probe") is None:
-        found.append("probe: found true, but this installation has no dsmoe.lab.study.probe; expected false")
-    for limit in study.limits:
-        if limit not in LIMITS:
-            found.append(f"limits: found {limit!r}, expected some of {', '.join(LIMITS)}")
-    for published in study.published:
-        for name in published.values:
-            if name not in names:
-                found.append(f"published: found {name!r}, expected an arm: {', '.join(names)}")
-    return found
-
-
-def _cell_problems(study: Study) -> list[str]:
-    """What is wrong with the runs: each reason once, with the first cell that has it."""
-    found: dict[str, str] = {}
-    for cell in study.cells():
-        if cell.seed != (study.arm(cell.arm).seeds or study.seeds)[0]:
-            continue  # other seeds differ in nothing else
-        try:
-            config = cell_config(study, cell, Path("runs"))
-        except ConfigError as error:
-            for problem in error.problems:
-                found.setdefault(problem, str(cell))
-            continue
-        for problem in _launch_problems(study.ranks, config):
-            found.setdefault(problem, str(cell))
-    return [f"{cell}: {problem}" for problem, cell in found.items()]
-
-
-def _launch_problems(ranks: int, config: RunConfig) -> list[str]:
-    """What only shows when processes start, or when memory is gone."""
-    found, training, parallel = [], config.training, config.parallel
-    if ranks % parallel.expert_parallel:
-        found.append(f"ranks: found {ranks}, expected a multiple of expert_parallel ({parallel.expert_parallel})")
-    if training.global_batch_size % (ranks * training.gradient_accumulation):
-        parts = ranks * training.gradient_accumulation
-        found.append(f"training.global_batch_size: found {training.global_batch_size}, expected a multiple of {parts}")
-    needed, there = memory_needed(config, ranks), memory_there()
-    if needed > there:
-        found.append(f"needs about {needed / 2**30:.0f} GiB of memory, this machine has {there / 2**30:.0f}")
-    return found
-
-
-def memory_needed(config: RunConfig, ranks: int) -> float:
-    """Bytes of all processes for weights, gradients and optimizer state in fp32, at the least, without activations."""
-    copies, states = ranks // config.parallel.expert_parallel, len(optimizer_class(config.training).states)
-    return sized(config).total * (8.0 * copies + 4.0 * states)  # the optimizer's state is split in every ZeRO stage
-
-
-def memory_there() -> float:
-    """Bytes of this machine."""
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def slug(name: str) -> str:
+    """A name as a folder is called."""
+    return "-".join("".join(c if c.isalnum() or c in "._-" else " " for c in name).split())

@@ -25,12 +25,13 @@ def limit_tables(every: list[StudyResults]) -> dict[str, Rows]:
     """Headings and rows for each limit that a study with results speaks to."""
     tables = {}
     for limit, names in SHOWN_BY.items():
-        speaking = [results for results in every if limit in results.study.limits and results.found]
-        shown = [name for name in names if any(name in one.values for results in speaking for one in results.found)]
+        speaking = [results for results in every if limit in results.study.limits and results.full]
+        shown = [name for name in names if any(name in one.values for results in speaking for one in results.full)]
         if not shown:
             continue
         if limit == "latency":
-            tables[limit] = _latency(speaking)
+            if (latency := _latency(speaking))[1]:  # only where the runs are there
+                tables[limit] = latency
             continue
         rows = []
         for results in speaking:
@@ -48,8 +49,8 @@ def _latency(speaking: list[StudyResults]) -> Rows:
     losses, none is shown."""
     rows = []
     for results in speaking:
-        for one in results.found:
-            if "token" not in one.values:
+        for one in results.full:
+            if "token" not in one.values or one.inside is None:
                 continue
             for tried in one.inside.probe["latency"]:
                 loss = f"{tried['loss']:.3f}" if results.study.quality else "not compared"

@@ -1,9 +1,12 @@
-"""What one cell of a scaling study measured, by name. A quantity that a run has not recorded is missing, never 0."""
+"""What one cell of a study measured, by name. A quantity that a run has not recorded is missing, never 0.
+
+Cells come from the folders of their runs, or from the `cells.csv`, `curves.csv` and `about.json` that a report wrote.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -12,9 +15,12 @@ import numpy
 from dsmoe.config import RunConfig
 from dsmoe.lab.study.grid import MEASURED, Cell, Study
 from dsmoe.lab.study.inside import REPLAYED, Inside
-from dsmoe.lab.study.results import END, finished, read_result, run_config, run_lines, sized
+from dsmoe.lab.study.results import END, finished, flops_per_token, read_result, run_config, run_lines, sized
 from dsmoe.lab.study.runner import read_record
 
+SMOOTH = 0.02  # of a run, each way
+POINTS = 60  # of a curve over training that are stored
+CURVE = ("step", "tokens", "flops", "seconds", "loss", "experts_per_token")
 SPIKE_WINDOW, SPIKE_SIZE = 20, 6.0  # steps before, and median absolute deviations above their median
 PAUSE = 5.0  # a step that took this many times its neighbours' median was interrupted
 T_95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t by degrees of freedom
@@ -41,6 +47,8 @@ MEASURES = {
     "experts": Measure("experts per token, held-out", "", ".2f"),
     "mean_experts": Measure("experts per token, whole training", "", ".2f"),
     "parameters": Measure("parameters", "", ",.0f"),
+    "active_parameters": Measure("active parameters", "", ",.0f"),
+    "tokens": Measure("training tokens", "", ".3g"),
     "training_flops": Measure("training compute", "FLOP", ".3g"),
     "step_seconds": Measure("step time", "s", ".3f", True),
     "tokens_per_second": Measure("tokens per second", "1/s", ",.0f", True),
@@ -76,15 +84,17 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A finished cell."""
+    """A finished cell. `inside`, `config` and `lines` are there where its run is."""
 
     cell: Cell
-    inside: Inside
-    config: RunConfig
-    lines: list[dict]
     values: dict[str, float]
-    layers: list[float] | None  # experts per token of each MoE layer, on held-out text
     x: float | None  # its place along the bottom of pictures
+    shape: dict[str, int]  # number and width of experts
+    curve: list[dict[str, float]]  # over training, `CURVE` at most `POINTS` times
+    inside: Inside | None = None
+    config: RunConfig | None = None
+    lines: list[dict] = field(default_factory=list)
+    layers: list[float] | None = None  # experts per token of each MoE layer, on held-out text
 
 
 @dataclass(frozen=True)
@@ -98,15 +108,25 @@ class StudyResults:
     machine: str
     commits: list[str]
 
+    @property
+    def full(self) -> list[Measured]:
+        """Cells of the whole length."""
+        return [one for one in self.found if one.cell.length == 1]
+
+    @property
+    def with_runs(self) -> list[Measured]:
+        """Those of them whose runs are there, and not only their numbers."""
+        return [one for one in self.full if one.lines]
+
     def arms(self) -> list[str]:
         """Those with a result, in the study's order."""
         return [arm.name for arm in self.study.arms if any(m.cell.arm == arm.name for m in self.found)]
 
-    def by_point(self, arm: str) -> dict[tuple, list[Measured]]:
-        """An arm's cells that differ in the seed alone, together; in the order of x."""
+    def by_point(self, arm: str, length: float = 1.0) -> dict[tuple, list[Measured]]:
+        """An arm's cells of a length that differ in the seed alone, together; in the order of x."""
         groups: dict[tuple, list[Measured]] = {}
         for one in self.found:
-            if one.cell.arm == arm:
+            if one.cell.arm == arm and one.cell.length == length:
                 groups.setdefault(one.cell.point, []).append(one)
         return dict(sorted(groups.items(), key=lambda item: mean(one.x or 0.0 for one in item[1])))
 
@@ -115,6 +135,8 @@ def read_results(study: Study, out: Path) -> StudyResults:
     """All cells of a study."""
     found, missing, machines, commits = [], [], [], []
     for cell in study.cells():
+        if cell.gate is not None:
+            continue
         record, folder = read_record(cell, out), cell.folder(out)
         if record is None or record["status"] != "done":
             error = (record or {}).get("error", "").strip().splitlines()
@@ -143,6 +165,8 @@ def measure(study: Study, cell: Cell, folder: Path, record: dict) -> Measured:
         "experts": result.val_experts,
         "mean_experts": result.mean_experts,
         "parameters": sized(config).total,
+        "active_parameters": sized(config).active,
+        "tokens": float(result.tokens),
         "training_flops": flops(config, lines).sum(),
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
@@ -162,26 +186,55 @@ def measure(study: Study, cell: Cell, folder: Path, record: dict) -> Measured:
     values |= inside.values(lines)
     if "joules" in record:
         values["measured_joules"] = 1e3 * record["joules"] / (tokens * len(lines))
-    if not study.timed:
+    if not (study.timed and record.get("alone", True)):
         values = {name: value for name, value in values.items() if not MEASURES[name].timed}
     if not study.quality:
         values = {name: value for name, value in values.items() if name not in ("val_loss", "spikes")}
-    x = result.val_experts if study.x == MEASURED else dict(cell.point).get(study.x)
-    return Measured(cell, inside, config, lines, values, result.val_experts_by_layer, x)
+    shape = {"num_experts": config.model.num_experts, "expert_width": config.model.moe_ffn_hidden_size}
+    curve, x = curve_of(config, lines), x_of(study, cell, result.val_experts)
+    return Measured(cell, values, x, shape, curve, inside, config, lines, result.val_experts_by_layer)
+
+
+def x_of(study: Study, cell: Cell, experts: float | None) -> float | None:
+    return experts if study.x == MEASURED else dict(cell.point).get(study.x)
+
+
+def curve_of(config: RunConfig, lines: list[dict]) -> list[dict[str, float]]:
+    """A run over training: smoothed loss and what it had cost, and each evaluation."""
+    loss, cost, seconds = (
+        smoothed(numpy.array([line["loss"] for line in lines])),
+        numpy.cumsum(flops(config, lines)),
+        wall(lines),
+    )
+    drawn = set(thinned(len(lines)).tolist())
+    curve = []
+    for place, line in enumerate(lines):
+        if place in drawn or "val_loss" in line:
+            values = (line["step"], line["tokens"], cost[place], seconds[place], loss[place], line["experts_per_token"])
+            point = dict(zip(CURVE, map(float, values), strict=True))
+            curve.append(point | ({"val_loss": line["val_loss"]} if "val_loss" in line else {}))
+    return curve
+
+
+def smoothed(values: numpy.ndarray, share: float = SMOOTH) -> numpy.ndarray:
+    """Mean over a window of `share` of the run each way, cut at the ends."""
+    reach = max(1, round(share * len(values)))
+    sums = numpy.concatenate(([0.0], numpy.cumsum(values)))
+    first = numpy.maximum(numpy.arange(len(values)) - reach, 0)
+    last = numpy.minimum(numpy.arange(len(values)) + reach + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def thinned(length: int) -> numpy.ndarray:
+    """int [at most POINTS]: places along a curve that are drawn and stored, both ends among them."""
+    return numpy.unique(numpy.linspace(0, length - 1, POINTS).round().astype(int))
 
 
 def flops(config: RunConfig, lines: list[dict]) -> numpy.ndarray:
-    """Of each step, forward and backward: six for each parameter a token uses, with the experts it really had.
-
-    The products of attention with itself are left out; at these lengths they are a small and constant part.
-    """
-    size, layers = sized(config), sum(config.model.moe_layers())
-    always = size.total - layers * config.model.num_experts * size.expert
-    if config.model.tie_embeddings is False:
-        always -= config.model.vocab_size * config.model.hidden_size  # a look-up multiplies nothing
+    """Training FLOPs of each step, with the experts it really had."""
     experts = numpy.array([line["experts_per_token"] for line in lines])
     tokens = config.training.global_batch_size * config.model.sequence_length
-    return 6.0 * tokens * (always + layers * experts * size.expert)
+    return tokens * flops_per_token(config, experts)
 
 
 def wall(lines: list[dict]) -> numpy.ndarray:

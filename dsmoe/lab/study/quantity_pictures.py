@@ -42,7 +42,7 @@ def became(results: StudyResults) -> Picture | None:
 
 def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) -> Picture | None:
     """A panel for each quantity that any cell has, and that is not 0 in all of them."""
-    names = tuple(name for name in names if any(one.values.get(name) for one in results.found))
+    names = tuple(name for name in names if any(one.values.get(name) for one in results.full))
     if not names:
         return None
     columns, rows = min(COLUMNS, len(names)), []
@@ -61,7 +61,8 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
         lines = [plt.Line2D([], [], color=colors_of(results)[arm], marker="o") for arm in arms]
         figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
     headings = ["quantity", "arm", "x", "seeds", "mean", "half of the 95 % interval"]
-    caption = f"Means over seeds, over {x_title(results.study)}." if has_axis(results) else "Means over seeds."
+    over = f", over {x_title(results.study)}" if has_axis(results) else ""
+    caption = f"Means over seeds{over}." if len({one.cell.seed for one in results.full}) > 1 else f"One seed{over}."
     return Picture(file, title, caption, headings, rows, figure)
 
 
@@ -90,7 +91,7 @@ def _over_x(results: StudyResults, axis, name: str) -> list[list]:
 def _by_arm(results: StudyResults, axis, name: str) -> list[list]:
     colors, arms, rows = colors_of(results), results.arms(), []
     for place, arm in enumerate(arms):
-        values = [one.values[name] for one in results.found if one.cell.arm == arm and name in one.values]
+        values = [one.values[name] for one in results.full if one.cell.arm == arm and name in one.values]
         if values:
             middle, band = centre_and_band(values)
             axis.barh(place, middle, color=colors[arm], height=0.6)
@@ -119,7 +120,7 @@ def _wrapped(text: str, width: int = 38) -> str:
 
 def parts(results: StudyResults) -> Picture | None:
     """Seconds of a step by part, stacked, a panel for each arm."""
-    timed = [one for one in results.found if results.study.timed and parts_of(one.lines)]
+    timed = [one for one in results.with_runs if results.study.timed and parts_of(one.lines)]
     arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in timed)]
     if not arms:
         return None
@@ -177,7 +178,7 @@ def _part_color(part: str) -> str:
 
 def latency(results: StudyResults) -> Picture | None:
     """Seconds of a token at inference: over x, as trained; and over experts per token, at every setting tried."""
-    ones = [one for one in results.found if "token" in one.values]
+    ones = [one for one in results.with_runs if "token" in one.values]
     if not ones:
         return None
     figure, axes = panels(columns=3, height=3.6)

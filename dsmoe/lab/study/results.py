@@ -101,6 +101,21 @@ def moe_compute(config: RunConfig, experts_per_token: float) -> float:
     return layers * (router_parameters(config) + experts_per_token * expert)
 
 
+def flops_per_token(config: RunConfig, experts_per_token):
+    """Training FLOPs for each token: 6 for each parameter that it uses, and attention's own products.
+
+    Attention adds 6 S A for each layer, with S positions and A the width of all heads: 2 products of 2 S/2 A operations
+    (a token sees half of the others on average), times 3 for forward and backward. `experts_per_token` may be an array.
+    """
+    size, model, layers = sized(config), config.model, sum(config.model.moe_layers())
+    always = size.total - layers * model.num_experts * size.expert
+    if not model.tie_embeddings:
+        always -= (model.vocab_size or 0) * model.hidden_size  # a look-up multiplies nothing
+    heads = model.num_attention_heads * (model.kv_channels or model.hidden_size // model.num_attention_heads)
+    attention = 6.0 * model.num_layers * model.sequence_length * heads
+    return 6.0 * (always + layers * experts_per_token * size.expert) + attention
+
+
 def sized(config: RunConfig) -> ModelSize:
     """The model's size, before a run too, when the vocabulary is not settled; then without the embedding's rows."""
     if config.model.vocab_size is None:

@@ -1,9 +1,8 @@
-"""The scheduler of studies: real training runs, several at a time, in a folder that a later call goes on with.
+"""Run a study: its cells as real training runs, several at a time, in a folder that a later call goes on with.
 
 A cell leaves `cell.json` beside its run. One that ended well is never run again; one that failed is kept with its error
-while the others go on; one that was cut off continues from its last checkpoint.
-
-`compare.py` and `scaling.py` say what a cell is; they subclass `Runner`.
+while the others go on; one that was cut off continues from its last checkpoint. The folder holds the study beside its
+runs (`study.yaml`), so that a report needs nothing else.
 """
 
 from __future__ import annotations
@@ -14,30 +13,60 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.config import RunConfig
 from dsmoe.errors import ConfigError, TrainingError
+from dsmoe.lab.children import Child, commit, cores, launcher, machine, start, stop, train_script
 from dsmoe.lab.study.display import Display, Row
 from dsmoe.lab.study.energy import find_meter
-from dsmoe.lab.study.results import finished, run_lines
+from dsmoe.lab.study.gates import reason_to_skip
+from dsmoe.lab.study.grid import Cell, Study, load_study
+from dsmoe.lab.study.results import finished, matching_steps, read_result, run_lines
+from dsmoe.lab.study.settings import cell_config, cell_overrides, config_file
 
-ROOT = Path(__file__).resolve().parents[3]
-RECORD = "cell.json"
-LOG = "log.txt"
+RECORD, LOG, COPY, PROBE = "cell.json", "log.txt", "study.yaml", "probe.json"
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60  # to write a checkpoint in, before a run is killed
 ERROR_LINES = 20  # of a failed run's output that are kept
+
+
+def run_study(
+    study: Study, out: Path, parallel: int, retry: bool = False, console: Console | None = None,
+    before: list[str] | None = None,
+) -> int:  # fmt: skip
+    """Run what is not finished yet.
+
+    Args:
+        parallel: cells at a time; each gets its share of the cores.
+        retry: also run again what failed.
+        before: a command that is run before each cell, which starts when it has ended.
+
+    Returns:
+        How many cells have failed, earlier calls included.
+
+    Raises:
+        ConfigError: `out` holds a cell that was run with another configuration.
+        TrainingError: another study is at work in `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    runner = StudyRunner(study, out, parallel, retry, console, before)
+    write_atomically(out / COPY, yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True).encode())
+    return runner.run()
+
+
+def read_study(out: Path) -> Study:
+    """The study that was run in a folder. Raises `ConfigError`."""
+    return load_study(out / COPY, to_run=False)
 
 
 @dataclass(frozen=True)
@@ -65,9 +94,9 @@ class Launch:
 class Running:
     """A cell at work."""
 
-    cell: Hashable
+    cell: Cell
     launch: Launch
-    process: subprocess.Popen
+    child: Child
     record: dict
     first_step: int
     reading: bool = False  # at `launch.then`
@@ -79,45 +108,73 @@ class Running:
         return self.launch.config.training.steps
 
 
-class Runner(ABC):
-    """Cells start in order; one that needs another's result waits for it.
+class StudyRunner:
+    """Cells start in order; one that needs another's result waits for it."""
 
-    Args:
-        cells: all of them, each with `folder(out)` and a name as its `str`.
-        parallel: cells at a time; each gets its share of the cores.
-        retry: also run again what failed.
-    """
-
-    word = "run"  # what the display calls it
-
-    def __init__(self, cells: list, out: Path, parallel: int, retry: bool = False, console: Console | None = None):
-        self.cells, self.out, self.parallel = cells, out, parallel
+    def __init__(
+        self, study: Study, out: Path, parallel: int, retry: bool = False, console: Console | None = None,
+        before: list[str] | None = None,
+    ):  # fmt: skip
+        self.study, self.cells, self.out, self.parallel = study, study.cells(), out, parallel
         self.console = console or Console(soft_wrap=True)
+        self.before = before
+        self.notes = {"machine": machine(), "commit": commit()}
         self.lock: int | None = None
         self.meter = find_meter() if parallel == 1 else None  # it counts the machine, not a run
         self.running: list[Running] = []
-        self.ended: dict[Hashable, dict] = {}
+        self.ended: dict[Cell, dict] = {}
         for cell in self.cells:
             record = read_record(cell, out)
             if record is not None and not self._to_do(cell, record, retry):
                 self.ended[cell] = record
         self.waiting = [cell for cell in self.cells if cell not in self.ended]
 
-    @abstractmethod
-    def launch(self, cell) -> Launch | str | None:
-        """How to run a cell; a text says why it cannot be run; None: it waits for another cell."""
+    def launch(self, cell: Cell) -> Launch | dict | None:
+        """How to run a cell; the record of one that cannot be run; None: it waits for another cell."""
+        if cell.gate is None and self.study.gate is not None:
+            gates = [one for one in self.study.gate_cells() if one.arm in (cell.arm, self.study.reference)]
+            if not all(gate in self.ended for gate in gates):
+                return None
+            if reason := reason_to_skip(self.study, cell.arm, {gate: self._loss(gate) for gate in gates}):
+                return {"status": "skipped", "error": reason}
+        needed = cell.whole if cell.length != 1 else self._matched(cell)
+        if needed is None:
+            return self._launch(cell, None)
+        if needed not in self.ended:
+            return None
+        if self.ended[needed]["status"] != "done":
+            return {"status": "failed", "error": f"{needed} {self.ended[needed]['status']}, which it needs"}
+        if cell.length != 1:
+            return self._launch(cell, None)
+        target = read_result(needed.folder(self.out))
+        return self._launch(cell, matching_steps(cell_config(self.study, cell, self.out), target))
 
-    @abstractmethod
-    def planned(self, cell, record: dict | None) -> Launch:
+    def planned(self, cell: Cell, record: dict | None) -> Launch:
         """How a cell would be run, or, with its record, how it was; no other cell needs to have ended."""
+        return self._launch(cell, None if record is None else record.get("matched_steps"))
 
-    @abstractmethod
-    def said(self, cell) -> str:
-        """One line about a cell that ended well."""
-
-    def after(self, cell) -> tuple[list[str], str] | None:
+    def after(self, cell: Cell) -> tuple[list[str], str] | None:
         """The command that reads a finished run, and the file it makes."""
-        return None
+        return (["-m", "dsmoe.lab.study.probe", str(cell.folder(self.out))], PROBE) if self.study.probe else None
+
+    def _launch(self, cell: Cell, steps: int | None) -> Launch:
+        overrides = cell_overrides(self.study, cell, self.out, steps)
+        return Launch(
+            [*launcher(self.study.ranks), train_script(), "--config", config_file(self.study, cell), *overrides],
+            cell_config(self.study, cell, self.out, steps),
+            self.study.ranks,
+            *(self.after(cell) or (None, "")),
+            notes={**self.notes, "cores": min(cores(), self.study.ranks), "alone": self.parallel == 1}
+            | ({} if steps is None else {"matched_steps": steps}),
+        )
+
+    def _matched(self, cell: Cell) -> Cell | None:
+        """The cell whose compute this one matches."""
+        name = self.study.arm(cell.arm).match_compute_of
+        return None if name is None or cell.gate is not None else Cell(name, cell.point, cell.seed)
+
+    def _loss(self, cell: Cell) -> float | None:
+        return read_result(cell.folder(self.out)).val_loss if self.ended[cell]["status"] == "done" else None
 
     def run(self) -> int:
         """Run what is not finished yet. Returns how many cells have failed, earlier calls included.
@@ -130,7 +187,7 @@ class Runner(ABC):
         with _only_one(self.out) as self.lock, _sigterm_interrupts():
             self._check_configurations()
             try:
-                with Display(self.console, self.word, len(self.cells)) as display:
+                with Display(self.console, "study", len(self.cells)) as display:
                     while self.waiting or self.running:
                         self._start_what_can()
                         time.sleep(POLL_SECONDS)
@@ -138,10 +195,11 @@ class Runner(ABC):
                         if display.due():
                             display.show(len(self.ended), self._rows(), self._seconds_left())
             finally:
-                self._stop_all()
+                # They write a checkpoint and stop; a later call resumes them.
+                stop([run.child for run in self.running], STOP_SECONDS)
         return sum(record["status"] == "failed" for record in self.ended.values())
 
-    def _to_do(self, cell, record: dict, retry: bool) -> bool:
+    def _to_do(self, cell: Cell, record: dict, retry: bool) -> bool:
         if record["status"] == "failed":
             return retry
         if record["status"] != "done":
@@ -171,9 +229,11 @@ class Runner(ABC):
             if len(self.running) >= self.parallel:
                 return
             launch = self.launch(cell)
-            if isinstance(launch, str):
-                self._end(cell, {"status": "failed", "error": launch})
+            if isinstance(launch, dict):
+                self._end(cell, launch)
             elif launch is not None:
+                if self.before:
+                    subprocess.run(self.before, check=False, stdin=subprocess.DEVNULL)
                 self._start(cell, launch)
 
     def _start(self, cell, launch: Launch) -> None:
@@ -184,8 +244,8 @@ class Runner(ABC):
         lines = run_lines(folder)
         if before is not None and before["status"] == "done":  # all that lacks is what reads it
             before.pop("then_error", None)
-            process = self._process(folder, launch.then, 1)
-            self.running.append(Running(cell, launch, process, before, launch.config.training.steps, reading=True))
+            child = self._process(folder, launch.then, 1)
+            self.running.append(Running(cell, launch, child, before, launch.config.training.steps, reading=True))
             return
         record = {
             "command": launch.command,
@@ -194,38 +254,35 @@ class Runner(ABC):
             **launch.notes,
         }
         _write_record(folder, {"status": "started", **record})
-        process = self._process(folder, launch.command, launch.ranks)
-        self.running.append(Running(cell, launch, process, record, lines[-1]["step"] if lines else 0))
+        child = self._process(folder, launch.command, launch.ranks)
+        self.running.append(Running(cell, launch, child, record, lines[-1]["step"] if lines else 0))
 
-    def _process(self, folder: Path, command: list[str], ranks: int) -> subprocess.Popen:
-        threads = max(1, (os.cpu_count() or 1) // (self.parallel * ranks))
-        with open(folder / LOG, "a") as log:
-            return subprocess.Popen(
-                [sys.executable, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": _python_path()},
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then stops them in order
-                pass_fds=(self.lock,),  # a run that outlives this process keeps the folder locked
-            )
+    def _process(self, folder: Path, command: list[str], ranks: int) -> Child:
+        threads = max(1, cores() // (self.parallel * ranks))
+        # The lock: a run that outlives this process keeps the folder locked.
+        return start(
+            command,
+            folder / LOG,
+            {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))},
+            pass_fds=(self.lock,),
+        )
 
     def _collect(self) -> None:
         joules = self.meter.joules() if self.meter is not None else None
         for run in list(self.running):
-            code, folder = run.process.poll(), run.cell.folder(self.out)
+            code, folder = run.child.process.poll(), run.cell.folder(self.out)
             if joules is not None and not run.reading and run.joules_before is None and run_lines(folder):
                 run.joules_before = joules
             if code is None:
                 continue
             self.running.remove(run)
             if run.reading:
-                error = None if code == 0 and (folder / run.launch.made).exists() else _error(folder, code)
+                error = None if code == 0 and (folder / run.launch.made).exists() else _error(run.child, code)
                 self._end(run.cell, {**run.record, **({} if error is None else {"then_error": error})})
                 continue
             record = {**run.record, "seconds": round(time.monotonic() - run.started, 1)}
             if code != 0 or not finished(run_lines(folder), run.steps):
-                self._end(run.cell, {"status": "failed", **record, "error": _error(folder, code)})
+                self._end(run.cell, {"status": "failed", **record, "error": _error(run.child, code)})
                 continue
             record["seconds_per_step"] = record["seconds"] / max(1, run.steps - run.first_step)
             if run.joules_before is not None and run.first_step == 0:  # a run in two parts was not seen whole
@@ -235,8 +292,8 @@ class Runner(ABC):
                 self._end(run.cell, record)
             else:
                 _write_record(folder, record)
-                process = self._process(folder, run.launch.then, 1)
-                self.running.append(Running(run.cell, run.launch, process, record, run.steps, reading=True))
+                child = self._process(folder, run.launch.then, 1)
+                self.running.append(Running(run.cell, run.launch, child, record, run.steps, reading=True))
 
     def _end(self, cell, record: dict) -> None:
         if cell in self.waiting:
@@ -245,13 +302,14 @@ class Runner(ABC):
         folder = cell.folder(self.out)
         folder.mkdir(parents=True, exist_ok=True)
         _write_record(folder, record)
-        if record["status"] == "failed":
-            said = f"failed: {record['error'].splitlines()[-1]}"
+        if record["status"] != "done":
+            message = f"{record['status']}: {record['error'].splitlines()[-1]}"
         else:
-            said = self.said(cell)
+            result = read_result(folder)
+            message = f"held-out loss {result.val_loss:.4f}, {result.mean_experts:.2f} experts/token"
             if "then_error" in record:
-                said += f"; reading it failed: {record['then_error'].splitlines()[-1]}"
-        self.console.print(f"{cell}: {said}", highlight=False, markup=False)
+                message += f"; reading it failed: {record['then_error'].splitlines()[-1]}"
+        self.console.print(f"{cell}: {message}", highlight=False, markup=False)
 
     def _rows(self) -> list[Row]:
         rows = []
@@ -278,31 +336,25 @@ class Runner(ABC):
         steps = sum(self.planned(cell, None).config.training.steps for cell in self.waiting)
         return (steps * pace + sum(self._left(run) or 0.0 for run in self.running)) / self.parallel
 
-    def _stop_all(self) -> None:
-        """Ask the runs to write a checkpoint and stop; a later call goes on from there."""
-        for run in self.running:
-            _signal(run.process, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
-        for run in self.running:
-            # A launcher dies at once and leaves its ranks, which save: the group is empty when all of them are done.
-            while _signal(run.process, 0) and time.monotonic() < deadline:
-                run.process.poll()
-                time.sleep(0.1)
-            _signal(run.process, signal.SIGKILL)
-            run.process.wait()
-
 
 def same_run(recorded: dict, config: RunConfig) -> bool:
     """Whether a cell's recorded configuration trains what `config` does.
 
     A key that came into dsmoe later counts as its default, so that an upgrade does not end a study. What is logged, and
-    where, makes no other run of it.
+    where, makes no other run of it, nor does the folder that a study has moved to.
     """
     try:
         before = RunConfig.model_validate(recorded)
     except ValidationError:
         return False
-    return before.model_dump(exclude={"logging"}) == config.model_dump(exclude={"logging"})
+    return _essence(before) == _essence(config)
+
+
+def _essence(config: RunConfig) -> dict:
+    tree = config.model_dump(exclude={"logging"})
+    if tree["training"]["decay_from"] is not None:
+        tree["training"]["decay_from"] = Path(tree["training"]["decay_from"]).name
+    return tree
 
 
 def read_record(cell, out: Path) -> dict | None:
@@ -316,33 +368,12 @@ def shown(command: list[str]) -> str:
     return shlex.join(["python", *command])
 
 
-def train_script() -> str:
-    """launch/train.py, as short as the user would type it."""
-    return os.path.relpath(ROOT / "launch" / "train.py")
-
-
-def _signal(process: subprocess.Popen, number: int) -> bool:
-    """Send a signal to a command and all it started; whether there was any of them left."""
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _error(folder: Path, code: int) -> str:
-    output = (folder / LOG).read_text(errors="replace").strip().splitlines()
-    return "\n".join([f"exit code {code}", *output[-ERROR_LINES:]])
+def _error(child: Child, code: int) -> str:
+    return f"exit code {code}\n{child.last_lines(ERROR_LINES)}"
 
 
 def _write_record(folder: Path, record: dict) -> None:
     write_atomically(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-
-
-def _python_path() -> str:
-    """Runs use the package that this process runs, not another one that may be installed."""
-    inherited = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])
 
 
 @contextmanager

@@ -6,11 +6,14 @@ import matplotlib.pyplot as plt
 import numpy
 from matplotlib.ticker import FuncFormatter
 
-from dsmoe.lab.study.drawing import PALETTE, Picture, colors_of, first_seed, label, panels, shade, thinned
+from dsmoe.lab.study.drawing import PALETTE, Picture, colors_of, first_seed, label, panels, shade
 from dsmoe.lab.study.inside import idle, weak
-from dsmoe.lab.study.measures import Measured, StudyResults
+from dsmoe.lab.study.measures import Measured, StudyResults, smoothed, thinned
 from dsmoe.lab.study.probe.routes import KINDS
+from dsmoe.lab.study.results import NEAR_TARGET, target_density
 
+DENSE = 0.95  # of the highest density: the dense stage lasts that long
+ROUNDED = 1e-5  # a router loss below it is what is left of a difference of two losses in fp32
 AT_A_TIME = 5  # lines of experts.jsonl over which an expert without a token counts as idle
 CONSTANT = 1e-9
 
@@ -18,7 +21,7 @@ CONSTANT = 1e-9
 def _changing(results: StudyResults) -> list[Measured]:
     """First seed's cells in which the number of experts per token is not constant, small x first."""
     return [
-        one for one in first_seed(results.found)
+        one for one in first_seed(results.with_runs)
         if numpy.ptp([line["experts_per_token"] for line in one.lines]) > CONSTANT
     ]  # fmt: skip
 
@@ -61,7 +64,7 @@ def density(results: StudyResults) -> Picture | None:
 
 def layers(results: StudyResults) -> Picture | None:
     """Experts per token by layer on held-out text, of cells whose layers differ."""
-    uneven = [one for one in results.found if one.layers and len(set(one.layers)) > 1]
+    uneven = [one for one in results.with_runs if one.layers and len(set(one.layers)) > 1]
     if not uneven:
         return None
     colors, rows, shown = colors_of(results), [], first_seed(uneven)
@@ -141,7 +144,7 @@ def kinds(results: StudyResults) -> Picture | None:
 
 def starving(results: StudyResults) -> Picture | None:
     """Experts without tokens and experts almost without gradient over training, of every cell of the first seed."""
-    ones = [one for one in first_seed(results.found) if len(one.inside.expert_lines) >= AT_A_TIME]
+    ones = [one for one in first_seed(results.with_runs) if len(one.inside.expert_lines) >= AT_A_TIME]
     if not ones or not results.study.quality:
         return None
     figure, axes = panels(columns=2, height=3.8)
@@ -165,6 +168,50 @@ def starving(results: StudyResults) -> Picture | None:
     caption = "First seed; stronger lines are larger x."
     headings = ["cell", "step", "experts without a token", "experts with a weak gradient"]
     return Picture("starving", "Starved experts over training", caption, headings, rows, figure)
+
+
+def stage_bounds(density: numpy.ndarray, target: float) -> tuple[int, int]:
+    """Where sparsifying begins (density was last close to its highest) and where it ends (first at the target)."""
+    begins = int(numpy.flatnonzero(density >= DENSE * density.max())[-1])
+    reached = numpy.flatnonzero(density[begins:] <= target + NEAR_TARGET)
+    return begins, begins + int(reached[0]) if len(reached) else len(density)
+
+
+def stages(results: StudyResults) -> Picture | None:
+    """Density, lambda and penalty of each arm with a lambda controller, its three stages shaded; its largest x."""
+    steered = {one.cell.arm: one for one in first_seed(results.with_runs) if "lambda" in one.lines[-1]}
+    if not steered:
+        return None
+    figure, axes = panels(columns=len(steered), rows=3, height=7.2, sharex="col")
+    rows = []
+    for column, one in enumerate(steered.values()):
+        target = target_density(one.config)
+        names = ("step", "density", "lambda", "router_loss")
+        steps, density, coefficient, weighted = (numpy.array([line[name] for line in one.lines]) for name in names)
+        # A line holds lambda after its step; the step's loss was weighted by the one before.
+        penalty = numpy.where(weighted > ROUNDED, weighted, numpy.nan)[1:] / coefficient[:-1]
+        drawn = thinned(len(steps))
+        rows += [[str(one.cell), steps[i], density[i], coefficient[i]] for i in drawn]
+        for axis, x, values, name, scale in zip(
+            axes[:, column], (steps, steps, steps[1:]), (smoothed(density), coefficient, penalty),
+            ("density", "λ", "penalty"), ("linear", "log", "log"), strict=True,
+        ):  # fmt: skip
+            axis.plot(x, values, color=PALETTE[0], linewidth=1.3)
+            axis.set(ylabel=name if column == 0 else "", yscale=scale)
+        axes[0, column].set(title=_title(one), ylim=(0, 1.02))
+        axes[2, column].set_xlabel("step")
+        if target is not None:
+            axes[0, column].axhspan(target - NEAR_TARGET, target + NEAR_TARGET, color=PALETTE[2], alpha=0.3)
+            first, second = stage_bounds(density, target)
+            for axis in axes[:, column]:
+                axis.axvspan(steps[0], steps[first], color="0.75", alpha=0.5, zorder=0, linewidth=0)
+                axis.axvspan(steps[first], steps[min(second, len(steps) - 1)], color="0.9", zorder=0, linewidth=0)
+    caption = (
+        "First seed, the largest x of each arm. Dark: dense; light: until the density is first within "
+        f"{NEAR_TARGET} of its target (green band)."
+    )
+    headings = ["cell", "step", "density", "lambda"]
+    return Picture("stages", "Stages of a steered density", caption, headings, rows, figure)
 
 
 def _title(one: Measured) -> str:

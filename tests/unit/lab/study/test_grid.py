@@ -8,11 +8,12 @@ import pytest
 from plan_files import edit
 
 from dsmoe.errors import ConfigError
-from dsmoe.lab.study import grid
-from dsmoe.lab.study.grid import LIMITS, cell_config, load_study
+from dsmoe.lab.study import check
+from dsmoe.lab.study.grid import LIMITS, load_study
 from dsmoe.lab.study.limits import SHOWN_BY
 from dsmoe.lab.study.measures import MEASURES
-from dsmoe.lab.study.results import router_parameters, sized
+from dsmoe.lab.study.results import flops_per_token, router_parameters, sized
+from dsmoe.lab.study.settings import TOLERANCE, cell_config
 from dsmoe.routers import get
 
 FOLDER = Path(__file__).parents[4] / "configs" / "studies"
@@ -69,7 +70,7 @@ def test_a_costlier_router_gets_narrower_experts(study_file, experts):
     found = configs(study_file)
     cost = [router_parameters(c) + 2 * sized(c).expert for c in found.values()]
     assert cost[0] == experts * 32 + 2 * 3 * 32 * 64
-    assert cost == pytest.approx([cost[0]] * len(cost), rel=grid.TOLERANCE)
+    assert cost == pytest.approx([cost[0]] * len(cost), rel=TOLERANCE)
     widths = {c.router.name: c.model.moe_ffn_hidden_size for c in found.values()}
     assert widths["topk"] == 64 and widths["aoe"] == round((cost[0] - experts * 4 * 32) / (2 * (64 + 4)))
 
@@ -122,7 +123,7 @@ def test_a_router_that_costs_more_than_there_is_to_spend_is_refused(study_file):
 
 
 def test_a_cell_beyond_this_machines_memory_is_refused(study_file, monkeypatch):
-    monkeypatch.setattr(grid, "memory_there", lambda: 2.0**20)
+    monkeypatch.setattr(check, "memory_of_machine", lambda: 2.0**20)
     assert all("memory" in problem for problem in problems(study_file))
 
 
@@ -136,3 +137,80 @@ def test_shipped_studies_load(monkeypatch):
     for path in FOLDER.glob("*.yaml"):
         if path.stem != "base":
             assert load_study(path).cells()
+
+
+def test_a_dense_arm_beside_many_experts(study_file):
+    def change(tree):
+        tree["compute"] = {"experts": 1, "width": 32}
+        tree["arms"].append({"name": "dense", "set": {"router.name": "topk"}, "axes": {"model.num_experts": [1]}})
+
+    edit(study_file, change)
+    found = configs(study_file)
+    dense = found["dense, num_experts 1, seed 1"]
+    assert (dense.model.num_experts, dense.router.options["k"], dense.model.moe_ffn_hidden_size) == (1, 1, 32)
+
+
+def test_lengths_branch_off_the_checkpoint_where_their_decay_begins(study_file):
+    def change(tree):
+        tree["lengths"] = [0.25, 0.5]
+        tree["set"] |= {"training.schedule": "wsd", "training.steps": 200, "checkpoint.keep_every": 40}
+
+    edit(study_file, change)
+    study = load_study(study_file)
+    cells = [cell for cell in study.cells() if cell.arm == "topk" and dict(cell.point)["model.num_experts"] == 4]
+    assert [cell.length for cell in cells[:3]] == [1.0, 0.25, 0.5]
+    whole, quarter, half = (cell_config(study, cell, Path("runs")).training for cell in cells[:3])
+    assert (whole.steps, quarter.steps, half.steps) == (200, 50, 100)
+    trunk = cells[0].folder(Path("runs"))
+    assert quarter.decay_from == str(trunk / "checkpoints" / "step_00000040")
+    assert half.decay_from == str(trunk / "checkpoints" / "step_00000080")
+    edit(study_file, lambda tree: tree["set"].update({"checkpoint.keep_every": 30}))
+    assert any("keep_every: found 30, expected a divisor of 40" in problem for problem in problems(study_file))
+    edit(study_file, lambda tree: tree["set"].pop("training.schedule"))
+    assert any("training.decay_from" in problem for problem in problems(study_file))
+
+
+def test_isoflop_spends_the_same_compute_at_every_size(study_file):
+    def change(tree):
+        tree["preset"] = {"kind": "isoflop", "sizes": [16, 32, 64], "budgets": [1e9, 4e9]}
+        tree["set"] |= {"training.lr": 1e-3, "training.warmup_steps": 4}
+        tree.update(x="size", axes={"model.num_experts": [4]}, published=[])
+
+    edit(study_file, change)
+    found = [config for name, config in configs(study_file).items() if name.startswith("topk") and "seed 1" in name]
+    assert len(found) == 6
+    spent = [
+        flops_per_token(config, 2) * config.training.steps * config.training.global_batch_size * 16 for config in found
+    ]
+    assert sorted(spent)[:3] == pytest.approx([1e9] * 3, rel=0.05)
+    assert sorted(spent)[3:] == pytest.approx([4e9] * 3, rel=0.05)
+    small = next(config for config in found if config.model.hidden_size == 16)
+    large = next(config for config in found if config.model.hidden_size == 64)
+    assert (small.model.num_layers, large.model.num_layers) == (1, 4)
+    assert (small.model.moe_ffn_hidden_size, large.model.moe_ffn_hidden_size) == (8, 32)
+    assert (small.training.lr, large.training.lr) == pytest.approx((2e-3, 5e-4))
+
+
+def test_a_ladder_keeps_tokens_for_each_active_parameter(study_file):
+    def change(tree):
+        tree["preset"] = {"kind": "ladder", "sizes": [16, 32], "tokens_per_parameter": 5}
+        tree.update(x="size", axes={"model.num_experts": [4]}, published=[])
+
+    edit(study_file, change)
+    for config in configs(study_file).values():
+        tokens = config.training.steps * config.training.global_batch_size * config.model.sequence_length
+        assert tokens / sized(config).active == pytest.approx(5, rel=0.02)
+
+
+def test_mistakes_in_a_study_name_the_nearest_key(study_file):
+    def spoil(tree):
+        tree["arms"][0]["sett"] = {}
+        tree["seed"] = tree.pop("seeds")
+        tree["compute"]["width"] = "wide"
+        tree["preset"] = {"kind": "ladder", "sizes": [16, 32], "budgets": [1.0]}
+
+    edit(study_file, spoil)
+    assert {problem.partition(": ")[0]: problem for problem in problems(study_file)}.keys() == {
+        "arms.0.sett", "seed", "seeds", "compute.width", "preset"
+    }  # fmt: skip
+    assert any("arms.0.sett: unknown key (did you mean 'set'?)" in problem for problem in problems(study_file))

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 
 from dsmoe.config import load_config
-from dsmoe.lab.study.plan import load_plan
 from dsmoe.model.size import model_size
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 
 FOLDER = Path(__file__).parents[4] / "configs" / "recipes"
-SMALL = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith(("_paper", "_plan")))
+SMALL = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_paper"))
 PAPER = sorted(path.stem for path in FOLDER.glob("*_paper.yaml"))
 
 
@@ -43,12 +42,6 @@ def test_small_recipes_cost_the_same_for_each_token(name):
     options = router.Options.model_validate(config.router.options)
     layer = router.parameter_count(config.model, options) + options.target_experts_per_token(config.model) * size.expert
     assert layer == pytest.approx(99_328, rel=0.005)
-
-
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*_plan.yaml")), ids=lambda path: path.stem)
-def test_plans_load(path, monkeypatch):
-    monkeypatch.chdir(FOLDER.parents[1])  # a plan names its files as seen from there
-    assert load_plan(path).cells()
 
 
 UNUSED_GATES = 12 * 12 * 512 * 128  # of Routing-Free's released code, which its 95.32M include

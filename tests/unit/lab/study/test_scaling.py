@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 
 import numpy
 import pytest
@@ -12,12 +13,14 @@ from plan_files import edit
 from rich.console import Console
 
 from dsmoe.errors import ConfigError
+from dsmoe.lab.study.gates import reason_to_skip
 from dsmoe.lab.study.grid import load_study
-from dsmoe.lab.study.measures import centre_and_band, flops, read_results, spikes, wall
+from dsmoe.lab.study.measures import centre_and_band, flops, read_results, smoothed, spikes, wall
+from dsmoe.lab.study.report import rebuild, write_report
 from dsmoe.lab.study.results import run_config, run_lines
-from dsmoe.lab.study.runner import read_record
-from dsmoe.lab.study.scaling import read_study, run_study
-from dsmoe.lab.study.scaling_report import write_report
+from dsmoe.lab.study.runner import read_record, read_study, run_study
+from dsmoe.lab.study.speedup import law_of, worth
+from dsmoe.lab.study.training_pictures import stage_bounds
 
 QUIET = Console(quiet=True)
 
@@ -75,12 +78,19 @@ def test_report(finished, tmp_path):
 def test_a_study_of_cost_alone_shows_no_losses(study_file, tmp_path):
     edit(study_file, lambda tree: tree.update(seeds=[1], quality=False, timed=True, law=False))
     out = tmp_path / "cost"
-    run_study(load_study(study_file), out, 4, console=QUIET)
+    run_study(load_study(study_file), out, 1, console=QUIET)
     written = {path.name for path in write_report([out], tmp_path / "report")}
     assert "costs.svg" in written and not any(name.startswith(("loss", "published")) for name in written)
     assert {row["quantity"] for row in rows_of(tmp_path / "report" / "cost" / "costs.csv")} >= {"step_seconds"}
     header = (tmp_path / "report" / "report.md").read_text()
     assert "held-out loss" not in header and "step time" in header
+
+
+def test_seconds_of_cells_that_shared_the_cores_are_not_shown(study_file, tmp_path):
+    edit(study_file, lambda tree: tree.update(seeds=[1], timed=True))
+    study, out = load_study(study_file), tmp_path / "shared"
+    run_study(study, out, 4, console=QUIET)
+    assert not any("step_seconds" in one.values for one in read_results(study, out).found)
 
 
 def test_a_report_says_what_is_missing(study_file, tmp_path):
@@ -111,7 +121,7 @@ def test_the_page_of_limits_gets_its_tables(finished, tmp_path):
 def test_a_report_needs_nothing_that_a_run_needs(finished, tmp_path, monkeypatch):
     _, out = finished
     (tmp_path / "base.yaml").unlink()
-    monkeypatch.setattr("dsmoe.lab.study.grid.memory_there", lambda: 0.0)
+    monkeypatch.setattr("dsmoe.lab.study.check.memory_of_machine", lambda: 0.0)
     assert write_report([out], tmp_path / "report")
 
 
@@ -133,7 +143,7 @@ def test_a_finished_cell_that_was_not_read_is_read_and_not_trained_again(finishe
     steps = {cell: len(run_lines(cell.folder(out))) for cell in study.cells()}
     script = "import pathlib, sys; pathlib.Path(sys.argv[1], 'probe.json').write_text('{}')"
     monkeypatch.setattr(
-        "dsmoe.lab.study.scaling.ScalingStudy.after",
+        "dsmoe.lab.study.runner.StudyRunner.after",
         lambda self, cell: (["-c", script, str(cell.folder(self.out))], "probe.json"),
     )
     assert run_study(study, out, 4, console=QUIET) == 0
@@ -156,3 +166,119 @@ def test_spikes_and_interrupted_steps():
 def test_an_interval_of_two_runs_is_wide():
     assert centre_and_band([3.0]) == (3.0, None)
     assert centre_and_band([3.8, 3.9]) == pytest.approx((3.85, 12.706 * 0.05), rel=1e-3)
+
+
+def test_a_report_is_rebuilt_from_its_csv_alone(finished, tmp_path):
+    _, out = finished
+    write_report([out], tmp_path / "report")
+    first = (tmp_path / "report" / "more" / "cells.csv").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    shutil.rmtree(out)
+    written = {path.name for path in rebuild(tmp_path / "report")}
+    assert {"loss.svg", "published.svg", "cells.csv"} <= written and "index.html" not in written
+    assert (tmp_path / "report" / "more" / "cells.csv").read_text() == first
+    again = (tmp_path / "report" / "report.md").read_text()
+    table = text[text.index("### All cells") : text.index("### Held-out loss against topk")]
+    assert table in again and "16 of 16 runs finished" in again
+
+
+def test_cells_of_an_earlier_report_stay(finished, study_file, tmp_path):
+    study, out = finished
+    write_report([out], tmp_path / "report")
+    for cell in study.cells():
+        if cell.seed == 2:
+            shutil.rmtree(cell.folder(out))
+    write_report([out], tmp_path / "report")
+    rows = rows_of(tmp_path / "report" / "more" / "cells.csv")
+    assert len(rows) == 16 and "16 of 16 runs finished" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_rows_beyond_equal_compute_are_marked_and_speedups_counted(study_file, tmp_path):
+    def change(tree):
+        tree["lengths"] = [0.5]
+        tree["set"] |= {
+            "training.schedule": "wsd",
+            "training.steps": 20,
+            "training.warmup_steps": 0,
+            "checkpoint.keep_every": 4,
+        }
+        tree["arms"].append({"name": "dense", "set": {"router.name": "topk", "router.k": 1, "active_experts": 1},
+                             "derive_width": False, "axes": {"model.num_experts": [1]}})  # fmt: skip
+
+    edit(study_file, change)
+    out = tmp_path / "speed"
+    assert run_study(load_study(study_file), out, 4, console=QUIET) == 0
+    results = read_results(read_study(out), out)
+    by = {(w.one.cell.arm, w.one.x, w.one.cell.length, w.one.cell.seed): w for w in worth(results)}
+    relu, topk = by["relu", 4, 1.0, 1], by["topk", 4, 1.0, 1]
+    assert relu.beyond_equal_compute and not topk.beyond_equal_compute  # 3 experts on average, against 2
+    assert relu.compute_ratio == pytest.approx(relu.one.values["training_flops"] / topk.one.values["training_flops"])
+    law = law_of([one for one in results.found if one.cell.arm == "topk" and one.x == 4])
+    needed = law.compute_at(relu.one.values["val_loss"])
+    assert relu.over_baseline == pytest.approx(needed / relu.one.values["training_flops"])
+    dense = law_of([one for one in results.found if one.cell.arm == "dense"])
+    assert topk.over_dense == pytest.approx(
+        dense.compute_at(topk.one.values["val_loss"]) / topk.one.values["training_flops"]
+    )
+    assert topk.over_dense_in_time is None  # not timed
+    write_report([out], tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "### Effective speedup" in text and "\u2020: more than 2% above topk's compute" in text
+    assert "num_experts 4, length 0.5" in text and "### Held-out loss over compute" in text
+    assert "### Joint law" in text
+
+
+def test_an_arm_that_fails_the_gate_is_not_trained(study_file, tmp_path):
+    def change(tree):
+        tree["gate"] = {"sizes": [{"training.steps": 4}, {"training.steps": 8}]}
+        tree["arms"].append({"name": "worse", "set": {"router.name": "topk", "training.lr": 0.1}})
+        tree["seeds"] = [1]
+
+    edit(study_file, change)
+    study, out = load_study(study_file), tmp_path / "gated"
+    gates = study.gate_cells()
+    assert study.cells()[: len(gates)] == gates and len(gates) == 6
+    losses = {cell: 4.0 + 0.1 * (cell.arm == "worse") * cell.gate for cell in gates}
+    assert reason_to_skip(study, "relu", losses) is None and reason_to_skip(study, "topk", losses) is None
+    assert "gate 2: held-out loss 4.1000, expected at most topk's 4.0000 + 0" in reason_to_skip(study, "worse", losses)
+    edit(study_file, lambda tree: tree["gate"].update(margin=0.2))
+    assert reason_to_skip(load_study(study_file), "worse", losses) is None
+    # The invented losses favour relu; topk, the baseline, goes on whatever it does.
+    study = study.model_copy(update={"baseline": "relu"})
+    assert run_study(study, out, 4, console=QUIET) == 0
+    status = {(cell.arm, cell.gate): read_record(cell, out)["status"] for cell in study.cells()}
+    assert status["relu", None] == "done" and status["topk", None] == "skipped" and status["topk", 0] == "done"
+    write_report([out], tmp_path / "report")
+    assert "skipped: gate 1: held-out loss" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_differences_to_the_baseline_are_of_the_same_seed(finished, tmp_path):
+    _, out = finished
+    write_report([out], tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    # By seed relu is 0.06 and 0.07 better.
+    assert "| relu | num_experts 8 | 2 | -0.0650 ± 0.0635 |" in text
+    assert "| relu | num_experts 4 | 1 | 0.5 | 0.5000 | 100% |" in text  # its density reached the target
+
+
+def test_stages_of_a_density():
+    density = numpy.array([0.5, 0.7, 0.9, 0.6, 0.4, 0.255, 0.24, 0.25])
+    assert stage_bounds(density, 0.25) == (2, 5)
+    assert stage_bounds(density[:4], 0.25) == (2, 4)
+
+
+def test_smoothing_keeps_level_and_length():
+    values = numpy.linspace(1.0, 2.0, 50)
+    assert smoothed(values).shape == values.shape
+    assert smoothed(numpy.ones(50)) == pytest.approx(numpy.ones(50))
+    assert smoothed(values, 0.04)[25] == pytest.approx(values[25])
+
+
+def test_a_page_without_a_place_for_a_table_is_left_alone(finished, tmp_path):
+    _, out = finished
+    page = tmp_path / "page.md"
+    page.write_text("<!-- end of table -->\n<!-- memory -->\n")
+    with pytest.raises(ConfigError, match="no place for a table, expected a line '<!-- memory -->' or"):
+        write_report([out], tmp_path / "report", page)
+    assert page.read_text() == "<!-- end of table -->\n<!-- memory -->\n"
+    assert not (tmp_path / "report").exists()

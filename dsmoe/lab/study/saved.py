@@ -1,0 +1,118 @@
+"""The numbers of a study as files, which a report can be made from when its runs are gone.
+
+study.yaml    what was run
+cells.csv     a line for each finished cell: arm, seed, length, axes, shape, and every quantity of `MEASURES`
+curves.csv    loss, evaluations and cost over training, at most `POINTS` steps of each cell and its evaluations
+about.json    machine, commits, and the cells without a result with the reason
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsmoe.checkpoint.files import write_atomically
+from dsmoe.errors import ConfigError
+from dsmoe.lab.study.grid import Cell, Study, load_study
+from dsmoe.lab.study.measures import CURVE, MEASURES, Measured, StudyResults, x_of
+
+STUDY, CELLS, CURVES, ABOUT = "study.yaml", "cells.csv", "curves.csv", "about.json"
+
+
+def save_results(results: StudyResults, folder: Path) -> list[Path]:
+    """Write the four files into a folder; return them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    study = yaml.safe_dump(results.study.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    missing = [[cell.arm, [list(axis) for axis in cell.point], cell.seed, cell.length, why]
+               for cell, why in results.missing]  # fmt: skip
+    about = {"machine": results.machine, "commits": results.commits, "missing": missing}
+    write_atomically(folder / STUDY, study.encode())
+    write_atomically(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    axes = list(dict.fromkeys(axis for one in results.found for axis, _ in one.cell.point))
+    names = [name for name in MEASURES if any(name in one.values for one in results.found)]
+    identity = ["arm", "seed", "length", *axes]
+
+    def of(cell: Cell) -> list:
+        return [cell.arm, cell.seed, cell.length, *(dict(cell.point).get(axis, "") for axis in axes)]
+
+    shapes = ["num_experts", "expert_width"]
+    write_csv(
+        folder / CELLS,
+        [*identity, *shapes, *names],
+        [[*of(one.cell), *(one.shape.get(name, "") for name in shapes), *(one.values.get(name, "") for name in names)]
+         for one in results.found],
+    )  # fmt: skip
+    columns = [*CURVE, "val_loss"]
+    rows = [[*of(one.cell), *(point.get(name, "") for name in columns)] for one in results.found for point in one.curve]
+    write_csv(folder / CURVES, [*identity, *columns], rows)
+    return [folder / name for name in (STUDY, CELLS, CURVES, ABOUT)]
+
+
+def read_saved(folder: Path) -> StudyResults:
+    """Raises `ConfigError` where the folder does not hold a study's files, or a file is damaged."""
+    for name in (STUDY, CELLS):
+        if not (folder / name).exists():
+            raise ConfigError([f"{folder}: found no {name}, expected a folder that a report wrote"], "report")
+    study = load_study(folder / STUDY, to_run=False)
+    about = json.loads((folder / ABOUT).read_text()) if (folder / ABOUT).exists() else {}
+    curves: dict[Cell, list[dict[str, float]]] = {}
+    if (folder / CURVES).exists():
+        for row in read_csv(folder / CURVES):
+            names = (*CURVE, "val_loss")
+            curves.setdefault(_cell(study, row, folder), []).append(
+                {name: float(row[name]) for name in names if row.get(name)}
+            )
+    found = []
+    for row in read_csv(folder / CELLS):
+        cell = _cell(study, row, folder)
+        values = {name: float(row[name]) for name in MEASURES if row.get(name)}
+        shape = {name: int(row[name]) for name in ("num_experts", "expert_width") if row.get(name)}
+        x = x_of(study, cell, values.get("experts"))
+        found.append(Measured(cell, values, x, shape, curves.get(cell, [])))
+    missing = [(Cell(arm, tuple((axis, value) for axis, value in point), seed, length), why)
+               for arm, point, seed, length, why in about.get("missing", [])]  # fmt: skip
+    return StudyResults(study, folder, found, missing, about.get("machine", ""), about.get("commits", []))
+
+
+def _cell(study: Study, row: dict[str, str], folder: Path) -> Cell:
+    names = {arm.name for arm in study.arms}
+    if row["arm"] not in names:
+        known = ", ".join(sorted(names))
+        raise ConfigError([f"arm: found {row['arm']!r}, expected one of {known}"], str(folder / CELLS))
+    point = tuple((axis, yaml.safe_load(row[axis])) for axis in study.axes_of(study.arm(row["arm"])) if row.get(axis))
+    return Cell(row["arm"], point, int(row["seed"]), float(row.get("length") or 1.0))
+
+
+def merged(first: StudyResults, second: StudyResults) -> StudyResults:
+    """The cells of both, the second's where both have one: a study that was run in two places."""
+    cells = {one.cell: one for one in (*first.found, *second.found)}
+    missing = [(cell, why) for cell, why in second.missing if cell not in cells]
+    commits = list(dict.fromkeys([*first.commits, *second.commits]))
+    machine = first.machine or second.machine
+    return replace(second, found=list(cells.values()), missing=missing, commits=commits, machine=machine)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, headings: list[str], rows: list[list[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(headings)
+    writer.writerows([_short(value) for value in row] for row in rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def _short(value: Any) -> Any:
+    """Six digits of a number, and all of a whole one."""
+    if not isinstance(value, float):
+        return value
+    return int(value) if value.is_integer() and abs(value) < 1e15 else f"{value:.6g}"

@@ -1,0 +1,110 @@
+"""What each cell is worth in compute: the ratio between what a reference would need for its loss and what it took.
+
+    effective speedup   compute that the reference's law needs for the cell's loss, over the compute it really took
+    in wall time        that, times the cell's FLOP/s over the dense arm's; only from cells that were timed on a quiet
+                        machine
+    efficiency leverage the effective speedup against the dense law (Ling, arXiv 2507.17702)
+
+A reference's law is a power law through its lengths (`fit_power`), the baseline's at the same place on the x axis.
+Cells are ranked by their speedup at the compute that they realised, not by their loss: a router that let its tokens
+take more experts has paid for them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy
+
+from dsmoe.lab.study.law import Power, fit_power
+from dsmoe.lab.study.measures import Measured, StudyResults
+
+DENSE = "dense"  # an arm of this name, or whose models have one expert, is the dense reference
+BEYOND = 0.02  # of the baseline's compute: more is no equal compute
+
+
+@dataclass(frozen=True)
+class Worth:
+    """One cell beside the references."""
+
+    one: Measured
+    compute_ratio: float | None  # to the baseline's at the same place, length and seed
+    over_baseline: float | None  # effective speedup
+    over_dense: float | None
+    extrapolated: bool  # the dense law was asked beyond its lengths
+    throughput_ratio: float | None  # FLOP/s over the dense arm's
+
+    @property
+    def beyond_equal_compute(self) -> bool:
+        return self.compute_ratio is not None and self.compute_ratio > 1 + BEYOND
+
+    @property
+    def over_dense_in_time(self) -> float | None:
+        """Speedup in wall time."""
+        if self.over_dense is None or self.throughput_ratio is None:
+            return None
+        return self.over_dense * self.throughput_ratio
+
+
+def dense_arm(results: StudyResults) -> str | None:
+    """The arm without a choice of experts, or None."""
+    for arm in results.arms():
+        shapes = {one.shape.get("num_experts") for one in results.found if one.cell.arm == arm}
+        if arm == DENSE or shapes == {1}:
+            return arm
+    return None
+
+
+def worth(results: StudyResults) -> list[Worth]:
+    """Every cell with a loss and a compute, in the study's order."""
+    cells = [one for one in results.found if {"val_loss", "training_flops"} <= one.values.keys()]
+    reference, dense = results.study.reference, dense_arm(results)
+    laws = {x: law_of(ones) for x, ones in _by_x(cells, reference).items()}
+    dense_law = law_of([one for one in cells if one.cell.arm == dense])
+    baseline = {_place(one): one.values["training_flops"] for one in cells if one.cell.arm == reference}
+    speeds = [speed for one in cells if one.cell.arm == dense and (speed := _flop_per_second(one))]
+    found = []
+    for one in cells:
+        compute = one.values["training_flops"]
+        at_equal = baseline.get(_place(one))
+        law = laws.get(one.x)
+        dense_compute = dense_law.compute_at(one.values["val_loss"]) if dense_law else None
+        own_speed = _flop_per_second(one)
+        found.append(
+            Worth(
+                one,
+                compute / at_equal if at_equal and one.cell.arm != reference else None,
+                law.compute_at(one.values["val_loss"]) / compute if law and one.cell.arm != reference else None,
+                dense_compute / compute if dense_law and one.cell.arm != dense else None,
+                bool(dense_law) and not dense_law.holds(dense_compute),
+                own_speed / mean(speeds) if own_speed and speeds else None,
+            )
+        )
+    return found
+
+
+def law_of(ones: list[Measured]) -> Power | None:
+    """Of an arm at one place, through its lengths and seeds."""
+    compute = numpy.array([one.values["training_flops"] for one in ones], float)
+    return fit_power(compute, numpy.array([one.values["val_loss"] for one in ones], float))
+
+
+def _by_x(cells: list[Measured], arm: str) -> dict[float | None, list[Measured]]:
+    groups = defaultdict(list)
+    for one in cells:
+        if one.cell.arm == arm:
+            groups[one.x].append(one)
+    return groups
+
+
+def _place(one: Measured) -> tuple:
+    return one.x, one.cell.length, one.cell.seed
+
+
+def _flop_per_second(one: Measured) -> float | None:
+    values = one.values
+    if not {"tokens_per_second", "tokens"} <= values.keys():
+        return None
+    return values["tokens_per_second"] * values["training_flops"] / values["tokens"]

@@ -1,0 +1,235 @@
+"""The tables of a study's report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy
+
+from dsmoe.lab.study.drawing import x_title
+from dsmoe.lab.study.law import Interval, fit_joint, fit_law
+from dsmoe.lab.study.limits import at
+from dsmoe.lab.study.measures import MEASURES, StudyResults, centre_and_band
+from dsmoe.lab.study.results import NEAR_TARGET, target_density
+from dsmoe.lab.study.speedup import BEYOND, Worth, dense_arm, worth
+
+MARK = "†"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        lines = [self.headings, ["---"] * len(self.headings), *self.rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (f"\n{self.note}\n" if self.note else "")
+
+
+def counts(results: StudyResults) -> str:
+    return f"{len(results.found)} of {len(results.found) + len(results.missing)} runs finished"
+
+
+def tables_of(results: StudyResults) -> list[Table]:
+    """Those that have rows."""
+    tables = (
+        _ranking(results),
+        _summary(results, "All cells, means over seeds", inside=False),
+        _against_baseline(results),
+        _summary(results, "What the experts became, means over seeds", inside=True),
+        _laws(results),
+        _joint_laws(results),
+        *_beside(results),
+        _densities(results),
+        _missing(results),
+    )
+    return [table for table in tables if table.rows]
+
+
+def _ranking(results: StudyResults) -> Table:
+    """Cells by their speedup at the compute that they realised, longest runs first."""
+    every = [one for one in worth(results) if one.over_dense is not None or one.over_baseline is not None]
+    if not results.study.quality or not every:
+        return Table("", [], [])
+    dense, reference = dense_arm(results), results.study.reference
+
+    def order(one: Worth) -> tuple:
+        return -one.one.cell.length, -(one.over_dense or one.over_baseline or 0.0)
+
+    def row(one: Worth) -> list[str]:
+        values, cell = one.one.values, one.one.cell
+        compute = "" if one.compute_ratio is None else f"{one.compute_ratio:.2f}"
+        return [
+            cell.arm, at(cell.point), str(cell.seed), f"{values.get('tokens', 0) / 1e6:.2f} M",
+            f"{values['val_loss']:.4f}", compute + (f" {MARK}" if one.beyond_equal_compute else ""),
+            _number(one.over_baseline), _number(one.over_dense) + (" *" if one.extrapolated and one.over_dense else ""),
+            _number(one.over_dense_in_time),
+        ]  # fmt: skip
+
+    headings = ["arm", "at", "seed", "tokens", "held-out loss", f"compute over {reference}'s",
+                f"effective speedup over {reference}", f"over {dense or 'dense'}", "in wall time"]  # fmt: skip
+    note = f"Ranked at the compute that each run realised. {MARK}: more than {BEYOND:.0%} above {reference}'s compute."
+    if any(one.extrapolated for one in every):
+        note += " *: the dense law is extrapolated beyond the lengths that were trained."
+    if not any(one.over_dense_in_time for one in every):
+        note += " No wall time: these cells were not timed on a quiet machine."
+    return Table("Effective speedup", headings, [row(one) for one in sorted(every, key=order)], note)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _summary(results: StudyResults, title: str, inside: bool) -> Table:
+    """A row for each arm, point and length: means over seeds, the loss with its interval. Quantities of the run, or of
+    its experts."""
+    names = [
+        name
+        for name, measure in MEASURES.items()
+        if measure.inside == inside and any(name in one.values for one in results.found)
+    ]
+    rows = []
+    if not names:
+        return Table(title, [], [])
+    lengths = sorted({one.cell.length for one in results.found}, reverse=True)
+    for arm in results.arms():
+        for length in lengths:
+            for point, group in results.by_point(arm, length).items():
+                means = (spread([one.values[name] for one in group if name in one.values], name) for name in names)
+                where = at(point) + ("" if length == 1 else f", length {length:g}")
+                rows.append([arm, where, str(len(group)), *means])
+    headings = ["arm", "at", "seeds", *(MEASURES[name].heading for name in names)]
+    return Table(title, headings, rows)
+
+
+def spread(values: list[float], name: str) -> str:
+    """A mean, for the loss with half of its 95 % interval."""
+    if not values:
+        return ""
+    form, (middle, band) = MEASURES[name].form, centre_and_band(values)
+    return f"{middle:{form}}" + (f" ± {band:{form}}" if name == "val_loss" and band is not None else "")
+
+
+def _against_baseline(results: StudyResults) -> Table:
+    """The difference to the baseline's run of the same place, length and seed: same data in the same order, so it is
+    sharper than a difference of means."""
+    reference = results.study.reference
+    title, rows = f"Held-out loss against {reference}, by seed", []
+    losses = {one.cell: one.values["val_loss"] for one in results.found if "val_loss" in one.values}
+    base = {(cell.point, cell.length, cell.seed): loss for cell, loss in losses.items() if cell.arm == reference}
+    lengths = sorted({cell.length for cell in losses}, reverse=True)
+    for arm in results.arms():
+        for length in lengths if arm != reference else []:
+            for point, group in results.by_point(arm, length).items():
+                gaps = [losses[one.cell] - base[key] for one in group
+                        if one.cell in losses and (key := (one.cell.point, length, one.cell.seed)) in base]  # fmt: skip
+                if gaps:
+                    middle, band = centre_and_band(gaps)
+                    where = at(point) + ("" if length == 1 else f", length {length:g}")
+                    rows.append([arm, where, str(len(gaps)),
+                                 f"{middle:+.4f}" + (f" ± {band:.4f}" if band is not None else "")])  # fmt: skip
+    return Table(title, ["arm", "at", "seeds", "difference (nats/token)"], rows)
+
+
+def _laws(results: StudyResults) -> Table:
+    rows = []
+    for arm in results.arms() if results.study.law and results.study.x else []:
+        ones = [one for one in results.full if one.cell.arm == arm and "val_loss" in one.values]
+        x, loss = (numpy.array(v, float) for v in ([o.x for o in ones], [o.values["val_loss"] for o in ones]))
+        law = fit_law(x, loss)
+        if law is not None:
+            settled = "yes" if law.settled else "no: its interval reaches the end of what was searched"
+            rows.append([arm, str(len(ones)), *(_interval(value) for value in (law.a, law.b, law.c)), settled])
+    headings = ["arm", "runs", "a", "b", "c", "do the runs settle c?"]
+    return Table("Law: loss = a + b x^-c, with 95 % intervals", headings, rows)
+
+
+def _joint_laws(results: StudyResults) -> Table:
+    rows = []
+    for arm in results.arms() if results.study.law else []:
+        ones = [one for one in results.found if one.cell.arm == arm and one.shape.get("num_experts")
+                and {"val_loss", "training_flops"} <= one.values.keys()]  # fmt: skip
+        columns = ([one.values["training_flops"] for one in ones], [one.shape["num_experts"] for one in ones],
+                   [one.values["val_loss"] for one in ones])  # fmt: skip
+        law = fit_joint(*(numpy.array(column, float) for column in columns))
+        if law is not None:
+            pays = "" if law.pays_from is None else "{:.2g} ({:.2g} to {:.2g})".format(*law.pays_from)
+            largest = max(numpy.abs(law.residuals))
+            intervals = (_interval(value) for value in (law.b, law.c, law.d))
+            residuals = f"{law.residual:.2%} (largest {largest:.2%})"
+            rows.append([arm, str(len(ones)), *intervals, residuals, "yes" if law.settled else "no", pays])
+    headings = [
+        "arm",
+        "runs",
+        "b",
+        "c",
+        "d",
+        "residuals, root mean square",
+        "is d's sign settled?",
+        "experts pay from (FLOP)",
+    ]
+    note = (
+        "Clark et al., arXiv 2202.01169, with realised training compute C in the place of parameters. Intervals: "
+        "bootstrap of residuals; with one seed they do not hold what another seed would change."
+    )
+    return Table("Joint law: ln loss = p + b ln C + c ln E + d ln C ln E, with 95 % intervals", headings, rows, note)
+
+
+def _interval(value: Interval) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*value)
+
+
+def _beside(results: StudyResults) -> list[Table]:
+    """Published values, with ours next to them."""
+    tables = []
+    for published in results.study.published if results.study.quality else ():
+        arms = list(published.values)
+        ours = {
+            arm: {mean(o.x for o in group): mean(o.values["val_loss"] for o in group) for group in groups.values()}
+            for arm in arms
+            for groups in [results.by_point(arm)]
+        }
+        places = sorted({float(x) for curve in published.values.values() for x in curve})
+        rows = []
+        for x in places:
+            theirs = [published.values[arm].get(x) for arm in arms]
+            here = [ours[arm].get(x) for arm in arms]
+            rows.append([f"{x:g}", *("" if value is None else f"{value:g}" for value in theirs),
+                         *("" if value is None else f"{value:.4f}" for value in here)])  # fmt: skip
+        headings = [x_title(results.study), *(f"{arm}: paper" for arm in arms), *(f"{arm}: here" for arm in arms)]
+        if not any(value for row in rows for value in row[1 + len(arms) :]):  # our x is measured, and never theirs
+            headings, rows = headings[: 1 + len(arms)], [row[: 1 + len(arms)] for row in rows]
+        title = f"{published.quantity[0].upper()}{published.quantity[1:]} in {published.source}"
+        tables.append(Table(title, headings, rows))
+    return tables
+
+
+def _densities(results: StudyResults) -> Table:
+    """How near a steered density came to its target."""
+    rows = []
+    for one in results.with_runs:
+        target = target_density(one.config)
+        if target is not None:
+            third = [line["density"] for line in one.lines[-max(1, len(one.lines) // 3) :]]
+            near = mean(abs(density - target) <= NEAR_TARGET for density in third)
+            rows.append([one.cell.arm, at(one.cell.point), str(one.cell.seed), f"{target:g}", f"{mean(third):.4f}",
+                         f"{near:.0%}"])  # fmt: skip
+    headings = ["arm", "at", "seed", "target density", "last third of training", f"of its steps within {NEAR_TARGET}"]
+    return Table("Steered densities", headings, rows)
+
+
+def _missing(results: StudyResults) -> Table:
+    """Cells of an arm and seed that lack for the same reason are one row."""
+    alike: dict[tuple[str, int, str], list] = {}
+    for cell, why in results.missing:
+        alike.setdefault((cell.arm, cell.seed, why), []).append(cell)
+    rows = [
+        [str(cells[0]) if len(cells) == 1 else f"{arm}, seed {seed}: {len(cells)} cells", why]
+        for (arm, seed, why), cells in alike.items()
+    ]
+    return Table("Not in the tables", ["cell", "why"], rows)
