@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DsmoeError(Exception):
     """Base of all errors that are the user's to fix; launch files print the message without a stack trace.
@@ -55,3 +58,9 @@ class TrainingError(DsmoeError):
     """Training cannot go on (for example a loss that is not finite)."""
 
     exit_code = 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for a name that looks like a known one, else nothing: to be added to a message."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,52 +1,8 @@
-"""Evaluate a run, a checkpoint or a Hugging Face model on held-out text.
+#!/usr/bin/env python
+"""`dsmoe evaluate` as a file."""
 
-python launch/evaluate.py runs/first
-deepspeed --num_gpus 2 launch/evaluate.py runs/first --sequences 500
-python launch/evaluate.py exported/first --data data/stdlib
-python launch/evaluate.py exported/first --tasks my_task --task-dir tasks
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
-
-from dsmoe.runtime.command_line import quiet_libraries, run
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a run folder, one of its checkpoints, or a folder of a Hugging Face model")
-    parser.add_argument("--data", metavar="PATH", help="dataset to read the held-out split of (default: the run's)")
-    parser.add_argument("--sequences", type=int, metavar="N", help="at most (default: the run's, else 64)")
-    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens (default: as the model was trained)")
-    parser.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="sequences per process (default: %(default)s)"
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="to compute in (default: as trained or exported)")
-    parser.add_argument("--json", metavar="FILE", help="write the result there, too")
-    parser.add_argument("--tasks", metavar="NAME,...", help="of the Language Model Evaluation Harness (lm-eval)")
-    parser.add_argument(
-        "--task-dir",
-        metavar="FOLDER",
-        help="with YAML files of your own tasks, and their data; nothing is downloaded then, unless HF_HUB_OFFLINE=0",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task (default: all)")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run code of the model's folder that is not dsmoe's own"
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = vars(parser.parse_args())
-    quiet_libraries()
-    if arguments["task_dir"]:  # read when the libraries are imported; without it they knock at the Hub for minutes
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from dsmoe.inference.evaluate import EvaluationOptions, evaluate, report
-
-    model, target, tasks, _ = (arguments.pop(name) for name in ("model", "json", "tasks", "local_rank"))
-    found = evaluate(model, EvaluationOptions(**arguments, tasks=tuple(filter(None, (tasks or "").split(",")))))
-    report(found, target)
-    return 0
-
+from dsmoe.cli.evaluate import main
+from dsmoe.runtime.command_line import run
 
 if __name__ == "__main__":
     run(main)

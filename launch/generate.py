@@ -1,35 +1,8 @@
-"""Generate: `python launch/generate.py runs/quickstart --prompt "def main(" [--tokens 200]`."""
+#!/usr/bin/env python
+"""`dsmoe generate` as a file."""
 
-from __future__ import annotations
-
-import argparse
-import sys
-
-from dsmoe.runtime.command_line import quiet_libraries, run
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run folder, or one of its checkpoints")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: a new document)")
-    parser.add_argument("--tokens", type=int, default=128, help="how many to write at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="mass to sample from (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    quiet_libraries()
-    from dsmoe.inference.generate import Generator, Sampling
-
-    sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_p, arguments.seed)
-    sampling.check()
-    generator = Generator.load(arguments.run)
-    sys.stdout.write(arguments.prompt)
-    for text in generator.stream(arguments.prompt, sampling):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return 0
-
+from dsmoe.cli.generate import main
+from dsmoe.runtime.command_line import run
 
 if __name__ == "__main__":
     run(main)

@@ -118,9 +118,12 @@ class VariableMoELayer(MoELayer):
     def _run_local_experts(self, rows_RH: Tensor, probs_R: Tensor, counts_e: Tensor, expert_kwargs: dict) -> Tensor:
         return self.experts(rows_RH, counts_e, probs_R, **expert_kwargs)[0]
 
-    @step_timer.timed("shared experts")
     def _run_shared_experts(self, hidden_states: Tensor) -> Tensor | None:
-        return self.shared_experts_compute(hidden_states) if self.use_shared_expert else None
+        return self._shared_experts(hidden_states) if self.use_shared_expert else None
+
+    @step_timer.timed("shared experts")
+    def _shared_experts(self, hidden_states: Tensor) -> Tensor:
+        return self.shared_experts_compute(hidden_states)
 
 
 def prefetch_one(items: Iterable) -> Iterator:

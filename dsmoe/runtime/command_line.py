@@ -15,9 +15,7 @@ import dsmoe.runtime.signals  # noqa: F401  (notes the launcher before anything 
 from dsmoe.errors import DsmoeError
 from dsmoe.runtime import supervision
 from dsmoe.runtime.device import prefer_growing_segments
-from dsmoe.runtime.exit_codes import FAILED, INTERRUPTED, REFUSED
-
-USER_ERROR = REFUSED
+from dsmoe.runtime.exit_codes import FAILED, FINISHED, INTERRUPTED
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -29,6 +27,9 @@ def run(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except KeyboardInterrupt:
         _leave(INTERRUPTED)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(FINISHED)
     except Exception as error:
         _leave(_explain(error))
     _leave(code, together=True)

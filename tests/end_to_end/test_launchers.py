@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import yaml
-from commands import TRAIN, beside_python, deepspeed, forked, metrics, python, run
+from commands import TRAIN, beside_python, deepspeed, forked, metrics, python, run, torchrun
 
 from dsmoe.training.metrics import read_lines
 from dsmoe.training.trace import path_of, read_trace
@@ -33,11 +33,15 @@ def test_the_screen_of_a_plain_run(alone):
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step_00000003", "step_00000006", "latest"}
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed 2", "deepspeed 1", "mpirun 2"])
+@pytest.mark.parametrize("launcher", ["deepspeed 2", "deepspeed 1", "mpirun 2", "torchrun module", "deepspeed module"])
 def test_launcher(launcher, place, config, alone):
     run_dir = place / "runs" / launcher
     command = [TRAIN, "--config", str(config), f"logging.run_dir={run_dir}", "training.stop_at=3"]
-    if launcher == "deepspeed 2":
+    if launcher == "torchrun module":
+        command = torchrun(2, "-m", "dsmoe", "train", *command[1:], *BOTH)
+    elif launcher == "deepspeed module":
+        command = deepspeed(2, "--module", "dsmoe", "train", *command[1:], *BOTH)
+    elif launcher == "deepspeed 2":
         command = deepspeed(2, *command, *BOTH)
     elif launcher == "deepspeed 1":
         command = deepspeed(None, *command)

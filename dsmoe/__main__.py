@@ -1,0 +1,7 @@
+"""`python -m dsmoe COMMAND ...`, which launchers can start too."""
+
+from dsmoe.cli import main
+from dsmoe.runtime.command_line import run
+
+if __name__ == "__main__":
+    run(main)

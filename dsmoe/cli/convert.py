@@ -1,0 +1,105 @@
+"""Carry a run's weights elsewhere: to Hugging Face, from there, and the proof that nothing was lost.
+
+    python tools/convert_checkpoint.py export runs/first exported/first
+    python tools/convert_checkpoint.py import downloads/OLMoE-1B-7B runs/olmoe
+    python tools/convert_checkpoint.py verify runs/first --all
+
+What an export holds and how it is checked: docs/huggingface.md. What a checkpoint holds: docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dsmoe.runtime.command_line import quiet_libraries
+from dsmoe.runtime.exit_codes import REFUSED
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (_add_export, _add_import, _add_verify):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    return arguments.act(arguments)
+
+
+def _add_export(commands) -> None:
+    command = commands.add_parser("export", help="write a run as a Hugging Face model")
+    command.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints")
+    command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist")
+    command.add_argument("--format", choices=("dsmoe", "auto", "qwen3_moe", "mixtral", "olmoe"), default="dsmoe",
+                         help="dsmoe: any router, with code of its own; others: an architecture of transformers, where "
+                              "one holds the model exactly (default: %(default)s)")  # fmt: skip
+    command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
+    command.add_argument("--data", metavar="DATASET", help="prepared held-out text for the checks (default: the run's)")
+    command.add_argument("--license", metavar="ID", help="of the model, for its card: an identifier of the Hub")
+    command.add_argument("--language", metavar="CODE", help="of the model, for its card, such as en or code")
+    command.set_defaults(act=_export)
+
+
+def _export(arguments) -> int:
+    from dsmoe.hf.export import ExportOptions, export, summary
+
+    names = ("format", "dtype", "max_shard_size", "data", "license", "language")
+    options = ExportOptions(**{name: getattr(arguments, name) for name in names})
+    print(f"{arguments.out}: {summary(export(arguments.run, arguments.out, options))}")
+    return 0
+
+
+def _add_import(commands) -> None:
+    command = commands.add_parser("import", help="make a run of a Hugging Face model, or an MoE of a dense one")
+    command.add_argument("folder", type=Path, metavar="HF_DIR", help="Mixtral, OLMoE, Qwen3-MoE, or an export of "
+                         "dsmoe; LLaMA or Qwen3 to be upcycled")  # fmt: skip
+    command.add_argument("run", type=Path, metavar="RUN", help="the run folder to make; it must not exist")
+    command.add_argument("--router", metavar="NAME", help="upcycling: any router (default: topk, k 2, gates sum to 1)")
+    command.add_argument("--experts", type=int, metavar="E", help="upcycling: experts of a layer (default: 8)")
+    command.add_argument("--granularity", type=int, metavar="G", help="upcycling: cut each MLP into G (default: 1)")
+    command.add_argument("--noise", type=float, metavar="X", help="upcycling: added to experts, in units of each "
+                         "matrix's standard deviation (default: 0)")  # fmt: skip
+    command.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="overrides",
+                         help="of the run's configuration, for example router.k=2; may be given again")  # fmt: skip
+    command.add_argument("--skip-check", action="store_true", help="do not hold the run to transformers' model, where "
+                         "one whole model has no room in memory")  # fmt: skip
+    command.set_defaults(act=_import)
+
+
+def _import(arguments) -> int:
+    from dsmoe.hf.importing import ImportOptions, import_model, summary
+    from dsmoe.hf.upcycle import UpcyclingOptions
+
+    names = {"num_experts": arguments.experts, "granularity": arguments.granularity, "noise": arguments.noise}
+    given = {name: value for name, value in names.items() if value is not None}
+    options = ImportOptions(
+        router=arguments.router, upcycling=UpcyclingOptions(**given) if given else None,
+        overrides=tuple(arguments.overrides), check=not arguments.skip_check,
+    )  # fmt: skip
+    print(summary(arguments.run, import_model(arguments.folder, arguments.run, options)))
+    return 0
+
+
+def _add_verify(commands) -> None:
+    command = commands.add_parser("verify", help="prove that a checkpoint is whole, tensor by tensor")
+    command.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    command.add_argument("--all", action="store_true", help="every checkpoint of the run, not only the newest")
+    command.set_defaults(act=_verify)
+
+
+def _verify(arguments) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dsmoe.checkpoint.verify import checkpoints_of, verify_checkpoint
+
+    console, damaged = Console(), 0
+    for folder in checkpoints_of(arguments.path, arguments.all):
+        columns = (TextColumn(folder.name), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(folder.name, total=None)
+            found = verify_checkpoint(folder, lambda done, total: progress.update(task, completed=done, total=total))  # noqa: B023
+        console.print(found.report())
+        damaged += bool(found.problems)
+    return REFUSED if damaged else 0

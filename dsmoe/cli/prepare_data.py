@@ -1,0 +1,87 @@
+"""Turn text into a dataset folder for training.
+
+python tools/prepare_data.py stdlib --output data/stdlib
+python tools/prepare_data.py 'corpus/*.jsonl.zst' notes/ --output data/mine --vocab-size 32000
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="text or JSON-lines file (plain, .gz or .zst), folder, quoted glob, or 'stdlib': the sources of this "
+        "Python's standard library",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="dataset folder to make")
+    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer (default: 4096)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="use this one instead of training one: a SentencePiece model, a tokenizer.json, or the folder of a run or "
+        "of a Hugging Face model",
+    )
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.02, metavar="X", help="of the documents, held out (default: 0.02)"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: one a core)")
+    parser.add_argument("--field", default="text", metavar="KEY", help="of the text in JSON lines (default: text)")
+    parser.add_argument("--limit-mb", type=float, metavar="X", help="use the first X MB of text")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of held-out documents")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    # Imported here: --help and a mistyped option answer at once.
+    from rich.console import Console
+    from rich.table import Table
+
+    from dsmoe.data.prepare import prepare
+    from dsmoe.errors import DsmoeError
+
+    console = Console()
+    try:
+        dataset = prepare(
+            arguments.sources,
+            arguments.output,
+            vocab_size=arguments.vocab_size,
+            tokenizer=arguments.tokenizer,
+            valid_fraction=arguments.valid_fraction,
+            workers=arguments.workers,
+            field=arguments.field,
+            seed=arguments.seed,
+            limit_bytes=None if arguments.limit_mb is None else int(arguments.limit_mb * 1e6),
+            overwrite=arguments.overwrite,
+            console=console,
+        )
+    except DsmoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+    title = f"{arguments.output}: vocabulary of {dataset.tokenizer.vocab_size:,}"
+    table = Table("split", title=title, title_justify="left", title_style="bold")
+    for heading in ("documents", "tokens", "bytes", "bytes per token"):
+        table.add_column(heading, justify="right")
+    for name, split in dataset.splits.items():
+        table.add_row(
+            name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{split.bytes_per_token:.2f}"
+        )
+    console.print(table)
+    console.print("Train on it:", highlight=False)
+    path = shlex.quote(Path(arguments.output).as_posix())
+    command = f"  deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml data.path={path}"
+    console.print(command, highlight=False, markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,66 @@
+"""Train a run, or resume it: the same command again.
+
+    dsmoe train --config configs/quickstart.yaml data.path=data/stdlib            one process
+    deepspeed --num_gpus 2 --module dsmoe train --config FILE section.key=value   two; also on several hosts
+    torchrun --nproc-per-node 2 -m dsmoe train --config FILE
+    mpirun -n 2 python -m dsmoe train --config FILE
+
+In a checkout, launch/train.py is the same. Exit codes: 0 finished, 1 failed, 2 refused, 75 stopped by a signal with a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+
+from dsmoe.runtime.command_line import quiet_libraries
+from dsmoe.runtime.exit_codes import FINISHED, STOPPED
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="YAML file (default: %(default)s)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("--help-config", nargs="?", const="all", metavar="SECTION", help="list the keys of a "
+                        "configuration, or of one of its sections, and exit")  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the file")
+    parser.add_argument("--check", action="store_true", help="only look whether all ranks could start, and say why not")
+    parser.add_argument(
+        "--fit", action="store_true", help="fit expert parallel and accumulation to the processes there are"
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    quiet_libraries()
+    if arguments.help_config:
+        return _show_keys(arguments.help_config)
+    from dsmoe.parallel.preflight import meet
+
+    def read():  # whatever goes wrong in here on one rank, all hear of it
+        from dsmoe.config import load_config
+        from dsmoe.config.shipped import find_config
+        from dsmoe.optim import registry as optimizers
+        from dsmoe.routers import registry as routers
+        from dsmoe.training.start import Start
+
+        options = routers.option_classes(), optimizers.option_classes()
+        return Start.read(load_config(find_config(arguments.config), arguments.overrides, *options), arguments.fit)
+
+    place, start = meet(read)
+    start.agree(place, arguments.check)
+    if arguments.check:
+        return FINISHED
+    from dsmoe.training.run import train
+
+    return STOPPED if train(start.config).stopped else FINISHED
+
+
+def _show_keys(section: str) -> int:
+    from dsmoe.config.describe import keys_text
+
+    routers = {}
+    if section in ("all", "router"):
+        from dsmoe.routers.registry import option_classes
+
+        routers = dict(option_classes())
+    print(keys_text(section, routers, min(100, shutil.get_terminal_size().columns)))
+    return 0

@@ -1,0 +1,73 @@
+"""Every key of the configuration can be looked up, with its type, its default and what the schema says of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel, Field
+
+from dsmoe.config.describe import keys_text, type_name
+from dsmoe.config.schema import SECTIONS
+from dsmoe.config.shipped import configs_folder, find_config
+from dsmoe.errors import ConfigError
+from dsmoe.routers.registry import option_classes
+
+
+class Options(BaseModel):
+    plain: int = 3
+    bounded: float = Field(1.5, gt=0, le=2)  # of something, in ms
+    missing: int | None = Field(None, ge=1)
+    choice: Literal["a", "b"] = "b"
+    flags: list[Literal[0, 1]] = [1]
+    truth: bool = True  # fmt: skip
+    needed: str
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("plain", "integer"),
+        ("bounded", "number > 0 and <= 2"),
+        ("missing", "integer >= 1 or null"),
+        ("choice", "a | b"),
+        ("flags", "list of 0 | 1"),
+        ("truth", "true or false"),
+        ("needed", "text"),
+    ],
+)
+def test_types_in_words(key, expected):
+    assert type_name(Options.model_fields[key]) == expected
+
+
+def test_a_section_of_its_own():
+    text = keys_text("router", {"mine": Options}, width=80)
+    assert "with router.name=mine:" in text
+    assert "  router.bounded  (number > 0 and <= 2; default 1.5)\n      of something, in ms\n" in text
+    assert "  router.plain  (integer; default 3)" in text and "  router.needed  (text; required)" in text
+    assert "default true" in text and "default null" in text and "default [1]" in text
+
+
+def test_all_keys_are_there():
+    text = keys_text("all", option_classes())
+    for name, section in SECTIONS.items():
+        assert all(f"  {name}.{key}  (" in text or f"  {name}.{key}." in text for key in section.model_fields)
+    assert "  training.timeout.start  (" in text
+    for router, options in option_classes().items():
+        assert f"with router.name={router}:" in text
+        assert all(f"  router.{key}  (" in text for key in options.model_fields)
+    assert "optimizer steps of the whole run, resumed parts included" in text
+
+
+def test_a_mistyped_section_gets_the_nearest_name():
+    with pytest.raises(ConfigError, match="found 'trainig', expected one of model.*did you mean 'training'"):
+        keys_text("trainig", {})
+
+
+def test_configurations_that_come_with_dsmoe_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart.yaml", "configs/quickstart.yaml", "configs/recipes/relu.yaml"):
+        assert find_config(name).is_file() and find_config(name).is_relative_to(configs_folder())
+    (tmp_path / "quickstart.yaml").write_text("")
+    assert str(find_config("quickstart.yaml")) == "quickstart.yaml"  # the user's own comes first
+    assert str(find_config("nothing.yaml")) == "nothing.yaml"
