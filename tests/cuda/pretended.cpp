@@ -287,7 +287,18 @@ IValue each_tensor(const IValue& value, F&& change) {
 const std::set<std::string> WAITS{
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
     "bincount", "is_nonzero", "repeat_interleave", "argwhere", "linalg_lstsq", "histc"};
+// They make memory or look at it in another way, and launch nothing.
+const std::set<std::string> NO_KERNEL{
+    "empty", "empty_strided", "as_strided", "view", "_reshape_alias", "unfold", "resize_", "alias", "set_", "_indices",
+    "_values", "_coalesced_", "_sparse_coo_tensor_with_dims_and_tensors", "_nnz", "is_coalesced", "sparse_dim",
+    "dense_dim", "view_as_real", "view_as_complex", "detach"};
 const std::set<std::string> TAKES_HOST_INDEX{"index", "index_put", "index_put_", "_index_put_impl_"};
+
+void launch(const std::string& name, DeviceIndex index) {
+  std::lock_guard<std::mutex> guard(lock);
+  ++counts[name];
+  if (!streams[index]) ++launched;
+}
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -318,11 +329,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       if (argument.isDevice() && argument.toDevice().is_cuda()) index = argument.toDevice().index();
     if (index < 0) index = current;
   }
-  {
-    std::lock_guard<std::mutex> guard(lock);
-    ++counts[name];
-  }
-  if (!streams[index]) ++launched;
+  if (!NO_KERNEL.count(name)) launch(name, index);
   bool waits = WAITS.count(name);
   if (name == "repeat_interleave") waits = arguments.back().isNone();
   if (TAKES_HOST_INDEX.count(name)) {
@@ -352,12 +359,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   Call call;
-  const Tensor& there = self.is_cuda() ? self : source;
-  if (!streams[there.get_device()]) ++launched;
-  {
-    std::lock_guard<std::mutex> guard(lock);
-    ++counts["copy_"];
-  }
+  launch("copy_", (self.is_cuda() ? self : source).get_device());
   auto to = call.host(self), from = call.host(source);
   if (self.is_cuda() || !source.is_cuda()) {
     if (!source.is_cuda() && source.dim() && !(non_blocking && is_pinned(source.const_data_ptr()))) tell("h2d", "copy_");
@@ -405,11 +407,7 @@ Tensor grouped_mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
     TORCH_CHECK((sizes > 0).all().item<bool>() && (ends % 8 == 0).all().item<bool>(),
                 "grouped_mm: a weight gradient in a layout that asserts on the device for these group sizes");
   }
-  {
-    std::lock_guard<std::mutex> guard(lock);
-    ++counts["_grouped_mm"];
-  }
-  if (!streams[a.get_device()]) ++launched;
+  launch("_grouped_mm", a.get_device());
   Call call;
   auto ends = offs ? std::optional<Tensor>(call.host(*offs)) : std::nullopt;
   return call.device(at::_grouped_mm(call.host(a), call.host(b), ends, bias, out_dtype), a.get_device());
@@ -495,7 +493,16 @@ void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t returned = schema.returns().size();
   if (!returned) return;
   pending->inner = stack->back().toCustomClass<c10d::Work>();
-  // Not of a send from here, and not what is only written to the one rank that gathers: NCCL writes nothing there either.
+  // In place, a rank's own part of what it receives is what it sends: NCCL allows that.
+  auto overlaps = [&](const std::pair<Tensor, Tensor>& sent) {
+    auto* begin = static_cast<const char*>(sent.first.const_data_ptr());
+    for (auto& [real, hidden] : pending->received) {
+      auto* other = static_cast<const char*>(real.const_data_ptr());
+      if (begin < other + real.nbytes() && other < begin + sent.first.nbytes()) return true;
+    }
+    return false;
+  };
+  pending->sent.erase(std::remove_if(pending->sent.begin(), pending->sent.end(), overlaps), pending->sent.end());
   for (auto& [real, hidden] : pending->received)
     if (real.nbytes()) memset(real.mutable_data_ptr(), 0xFF, real.nbytes());
   stack->back() = IValue(c10::static_intrusive_pointer_cast<c10d::Work>(pending));
