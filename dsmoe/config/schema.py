@@ -39,10 +39,19 @@ class ModelConfig(Section):
     token_dispatcher: str = "auto"  # how tokens reach their experts' ranks, dsmoe/moe/dispatch.py: a registered name
     moe_exchange_dtype: Literal["model", "bf16"] = "model"  # of rows between ranks; bf16 halves an fp32 model's traffic
     experts_implementation: Literal["auto", "grouped_mm", "native", "blocked", "loop"] = "auto"  # dsmoe/moe/experts.py
+    fused_kernels: Literal["auto", True, False] = "auto"  # Triton's; auto: on GPUs in dsmoe/triton/verdicts.json
 
     # Keys that say how the model is computed or first made, not what it computes: a run may resume with others.
     RUNTIME_ONLY: ClassVar[frozenset[str]] = frozenset(
-        {"experts_implementation", "init_std", "moe_chunks", "moe_exchange_dtype", "recompute", "token_dispatcher"}
+        [
+            "experts_implementation",
+            "fused_kernels",
+            "init_std",
+            "moe_chunks",
+            "moe_exchange_dtype",
+            "recompute",
+            "token_dispatcher",
+        ]
     )
 
     def moe_layers(self) -> list[bool]:

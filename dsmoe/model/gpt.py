@@ -34,6 +34,7 @@ from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.recorder import RoutingRecorder
 from dsmoe.runtime.accelerations import rms_norm_class
+from dsmoe.triton import use_fused
 
 EXCHANGE_DTYPES = {"model": None, "bf16": torch.bfloat16}
 
@@ -190,7 +191,8 @@ def _layer_spec(
 def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
     router_class, options = router
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = ModuleSpec(module=GroupedExperts, params={"implementation": model.experts_implementation})
+    fused = use_fused(model.fused_kernels)
+    experts = ModuleSpec(module=GroupedExperts, params={"implementation": model.experts_implementation, "fused": fused})
     if rank := router_class.latent_rank(options):
         experts = ModuleSpec(module=LowRankExperts, params={**experts.params, "rank": rank})
     return ModuleSpec(
@@ -201,7 +203,7 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
             "recompute": model.recompute != "none",
             "chunks": model.moe_chunks,
             "token_dispatcher": build_dispatcher(
-                model.token_dispatcher, groups, model.num_experts, EXCHANGE_DTYPES[model.moe_exchange_dtype]
+                model.token_dispatcher, groups, model.num_experts, EXCHANGE_DTYPES[model.moe_exchange_dtype], fused
             ),
         },
         submodules=MoESubmodules(

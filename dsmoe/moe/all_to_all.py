@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsmoe.moe.dispatch import CombineHandle, DispatchHandle, ExpertInputs, TokenDispatcher, register
-from dsmoe.moe.exchange import AsyncAllToAll, Reorder, sum_rows
+from dsmoe.moe.exchange import AsyncAllToAll, Reorder, sum_rows, take_rows
 from dsmoe.moe.plan import ExchangePlan, PendingPlan
 from dsmoe.runtime.step_timer import step_timer
 
@@ -33,18 +33,18 @@ class AllToAllDispatcher(TokenDispatcher):
     ) -> DispatchHandle:
         group = self.groups.ep
         exchanges = [
-            AsyncAllToAll(plan.rows, group, "dispatch", plan.token_M, self.exchange_dtype),
+            AsyncAllToAll(plan.rows, group, "dispatch", plan.token_M, self.exchange_dtype, self.fused),
             AsyncAllToAll(plan.routes, group, "dispatch"),
         ]
         sources = [hidden_TH, probs_N]
         if latents_TEr is not None:
             exchanges.append(AsyncAllToAll(plan.routes, group, "dispatch", plan.flat_N))
             sources.append(latents_TEr.flatten(0, 1))
-        return AllToAllDispatchHandle(plan, exchanges, sources)
+        return AllToAllDispatchHandle(plan, exchanges, sources, self.fused)
 
     @step_timer.timed("combine")
     def reduce(self, out_RH: Tensor, plan: ExchangePlan) -> Tensor:
-        return sum_rows(out_RH, plan.row_R, plan.received)
+        return sum_rows(out_RH, plan.row_R, plan.received, self.fused)
 
     def combine(self, rows: Tensor, plan: ExchangePlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
         exchange = AsyncAllToAll(plan.rows.reversed(), self.groups.ep, "combine", dtype=self.exchange_dtype)
@@ -52,7 +52,7 @@ class AllToAllDispatcher(TokenDispatcher):
 
         def gather() -> Tensor:
             rows_MH = exchange.wait(placeholder, None if recomputed is None else recomputed.relaunch)
-            return sum_rows(rows_MH, plan.token_M, plan.tokens)
+            return sum_rows(rows_MH, plan.token_M, plan.tokens, self.fused)
 
         return CombineHandle(gather)
 
@@ -63,10 +63,11 @@ class AllToAllDispatchHandle(DispatchHandle):
     Args:
         exchanges: of rows, of weights and, if there are any, of latents.
         sources: what each of them sends.
+        fused: as of the dispatcher.
     """
 
-    def __init__(self, plan: ExchangePlan, exchanges: list[AsyncAllToAll], sources: list[Tensor]):
-        self.plan, self.exchanges, self.sources = plan, exchanges, sources
+    def __init__(self, plan: ExchangePlan, exchanges: list[AsyncAllToAll], sources: list[Tensor], fused: bool = False):
+        self.plan, self.exchanges, self.sources, self.fused = plan, exchanges, sources, fused
         self.placeholders = [exchange.launch(source) for exchange, source in zip(exchanges, sources, strict=True)]
 
     def relaunch(self) -> None:
@@ -82,4 +83,4 @@ class AllToAllDispatchHandle(DispatchHandle):
             self.sources, self.placeholders = [], []
         plan = self.plan
         ordered = (Reorder.apply(values, plan.expert_order_R, plan.source_order_R) for values in per_route)
-        return ExpertInputs(rows_PH.index_select(0, plan.row_R), *ordered)
+        return ExpertInputs(take_rows(rows_PH, plan.row_R, self.fused), *ordered)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dsmoe.config.plugins import token_dispatchers
-from dsmoe.moe.exchange import sum_rows
+from dsmoe.moe.exchange import sum_rows, take_rows
 from dsmoe.moe.plan import DispatchPlan, LocalPlan, start_local_plan
 from dsmoe.runtime.step_timer import step_timer
 
@@ -108,12 +108,15 @@ class TokenDispatcher(ABC):
         num_experts: E.
         exchange_dtype: of rows and their gradients while they are exchanged; None: as they are. Weights and latents
             stay as they are.
+        fused: whether rows are summed by Triton's kernels: in fp32, in a fixed order.
     """
 
     name = "unnamed"
 
-    def __init__(self, groups: ParallelGroups, num_experts: int, exchange_dtype: torch.dtype | None = None):
-        self.groups, self.num_experts, self.exchange_dtype = groups, num_experts, exchange_dtype
+    def __init__(
+        self, groups: ParallelGroups, num_experts: int, exchange_dtype: torch.dtype | None = None, fused: bool = False
+    ):
+        self.groups, self.num_experts, self.exchange_dtype, self.fused = groups, num_experts, exchange_dtype, fused
 
     @abstractmethod
     def start_plan(self, map_TE: Tensor) -> Callable[[], DispatchPlan]:
@@ -163,20 +166,20 @@ class LocalDispatcher(TokenDispatcher):
     ) -> DispatchHandle:
         def gather() -> ExpertInputs:
             latents_Rr = None if latents_TEr is None else latents_TEr.flatten(0, 1).index_select(0, plan.flat_N)
-            return ExpertInputs(hidden_TH.index_select(0, plan.token_N), probs_N, latents_Rr)
+            return ExpertInputs(take_rows(hidden_TH, plan.token_N, self.fused), probs_N, latents_Rr)
 
         return DeferredDispatch(plan, gather)
 
     @step_timer.timed("combine")
     def reduce(self, out_RH: Tensor, plan: LocalPlan) -> Tensor:
-        return sum_rows(out_RH, plan.token_N, plan.tokens)
+        return sum_rows(out_RH, plan.token_N, plan.tokens, self.fused)
 
     def combine(self, rows: Tensor, plan: LocalPlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
         return CombineHandle(lambda: rows)
 
 
 def build_dispatcher(
-    name: str, groups: ParallelGroups, num_experts: int, exchange_dtype: torch.dtype | None = None
+    name: str, groups: ParallelGroups, num_experts: int, exchange_dtype: torch.dtype | None = None, fused: bool = False
 ) -> TokenDispatcher:
     """The dispatcher of a model.
 
@@ -188,4 +191,4 @@ def build_dispatcher(
     """
     if name == "auto":
         name = "local" if groups.ep_size == 1 else "all_to_all"
-    return token_dispatchers.get(name)(groups, num_experts, exchange_dtype)
+    return token_dispatchers.get(name)(groups, num_experts, exchange_dtype, fused)

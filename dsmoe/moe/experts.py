@@ -106,6 +106,8 @@ class GroupedExperts(ExpertModule):
         implementation: "grouped_mm"; "native" and "blocked" (CPU only); "loop"; or "auto": grouped_mm, on a CPU native,
             or blocked where there is no compiler. Native takes widths in eights in fp32, in sixteens in bf16; others go
             blocked.
+        fused: whether an accelerator computes SwiGLU, and products whose weights' gradients several parts of a pass
+            add to, by Triton's kernels.
 
     Raises:
         ConfigError: widths that `grouped_mm` cannot take, or native where it cannot be built.
@@ -114,12 +116,14 @@ class GroupedExperts(ExpertModule):
     rank = 0  # of latents, in a subclass that has them
 
     def __init__(
-        self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="auto", **kwargs
-    ):
+        self, num_local_experts: int, config, submodules=None, pg_collection=None, implementation="auto", fused=False,
+        **kwargs,
+    ):  # fmt: skip
         super().__init__()
         self.num_experts = config.num_moe_experts
         self.num_local_experts = num_local_experts
         self.implementation = _implementation(implementation, config, self.rank)
+        self.fused = fused
         self.linear = loop_linear if self.implementation == "loop" else grouped_linear
         self._create_weights(num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
         for parameter in self.parameters():
@@ -139,8 +143,9 @@ class GroupedExperts(ExpertModule):
         if self.implementation in ON_CPU:
             return self._on_cpu([(rows_RH, self.gate_up_proj)], routes_per_expert_e, probs_R, sums), None
         ends = routes_per_expert_e.cumsum(0).to(torch.int32)
-        gate, up = self.linear(rows_RH, self.gate_up_proj, ends).chunk(2, dim=-1)
-        return self._down(gate, up, probs_R, ends), None
+        linear, (gate_up, down) = self._shared(sums, self.gate_up_proj, self.down_proj)
+        gate, up = linear(rows_RH, gate_up, ends).chunk(2, dim=-1)
+        return linear(self._inner(gate, up, probs_R), down, ends), None
 
     def _on_cpu(
         self,
@@ -160,9 +165,21 @@ class GroupedExperts(ExpertModule):
         *weights, down = sums.shared(*weights, self.down_proj)
         return way(list(zip(rows, weights, strict=True)), down, probs_R, counts, sums.sums)
 
-    def _down(self, gate_RF: Tensor, up_RF: Tensor, probs_R: Tensor, ends_e: Tensor) -> Tensor:
-        inner = F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(gate_RF.dtype)
-        return self.linear(inner, self.down_proj, ends_e)
+    def _shared(self, sums: ChunkedGradAccumulator | None, *weights: Tensor):
+        """The product of a part of a pass, and its weights; gradients of all parts add up in place if `fused`."""
+        if not self.fused or sums is None or is_partitioned(self.down_proj):
+            return self.linear, weights
+        from dsmoe.triton.grouped import grouped_linear as accumulating
+
+        return partial(accumulating, sums=sums.sums), sums.shared(*weights)
+
+    def _inner(self, gate_RF: Tensor, up_RF: Tensor, probs_R: Tensor) -> Tensor:
+        """Weighted activations [R, F]."""
+        if self.fused:
+            from dsmoe.triton.swiglu import swiglu
+
+            return swiglu(gate_RF, up_RF, probs_R)
+        return F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(gate_RF.dtype)
 
 
 class LowRankExperts(GroupedExperts):
@@ -194,5 +211,6 @@ class LowRankExperts(GroupedExperts):
         if self.implementation in ON_CPU:
             projections = [(latents_Rr, self.gate_proj), (rows_RH, self.up_proj)]
             return self._on_cpu(projections, routes_per_expert_e, probs_R, sums), None
-        gate = self.linear(latents_Rr, self.gate_proj, ends)
-        return self._down(gate, self.linear(rows_RH, self.up_proj, ends), probs_R, ends), None
+        linear, (gate_proj, up_proj, down) = self._shared(sums, self.gate_proj, self.up_proj, self.down_proj)
+        inner = self._inner(linear(latents_Rr, gate_proj, ends), linear(rows_RH, up_proj, ends), probs_R)
+        return linear(inner, down, ends), None
