@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmoe import native
+from dsmoe.native.ways import multiplies_bf16
 from dsmoe.runtime.buffers import buffer_pool
 
 ROW_MULTIPLE, MAX_ROWS = (
@@ -81,7 +82,7 @@ def loss_and_gradients(
     for low in range(0, tokens, rows):
         here = min(rows, tokens - low)
         arguments = _Loss(
-            stored_bf16=bf16, computed_bf16=bf16 and native.multiplies_bf16(), rows=here, hidden=hidden,
+            stored_bf16=bf16, computed_bf16=bf16 and multiplies_bf16(), rows=here, hidden=hidden,
             vocabulary=vocabulary, item_rows=item_rows, strip=STRIP, x=hidden_TH[low:].data_ptr(),
             w=weight_VH.data_ptr(), labels=labels_T[low:].data_ptr(), weights=weights_T[low:].data_ptr(),
             logits=logits.data_ptr(), losses=losses_T[low:].data_ptr(), add=low > 0,

@@ -2,8 +2,9 @@
 
 Shapes: e experts on this rank, R rows ordered by expert, H hidden, F expert width, r latent width.
 
-Three implementations: `grouped_linear`, one `torch.nn.functional.grouped_mm` for gate and up and one for down, for
-accelerators; `dsmoe.moe.blocked`, for CPUs; and `loop_linear`, the plain reference both are tested against.
+Implementations (`model.experts_implementation`): "grouped_mm", one `torch.nn.functional.grouped_mm` for gate and up and
+one for down; "loop", one expert after another, the plain reference; on a CPU also "native" and "blocked"
+(`dsmoe.moe.cpu`). "auto" is grouped_mm on an accelerator, and on a CPU whichever is fastest there.
 """
 
 from __future__ import annotations
@@ -15,70 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe.errors import ConfigError
-from dsmoe.moe import blocked, native
+from dsmoe.moe import cpu
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
-from dsmoe.native import multiplies_bf16, supports, unavailable
+from dsmoe.moe.linear import grouped_linear, loop_linear
+from dsmoe.native import unavailable
 from dsmoe.optim.deepspeed import ExpertModule, is_partitioned, mark_expert_parameter
 from dsmoe.runtime.device import on_gpu
 
-ON_CPU = ("native", "blocked")
-MAX_GROUPS = 1023  # of one call of torch's grouped_mm on CUDA
-
-
-def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
-    """Each expert's rows times its transposed weight, in one grouped GEMM.
-
-    Args:
-        rows_RK: rows ordered by expert.
-        weight_eNK: one [N, K] matrix per expert.
-        ends_e: int32, where each expert's rows end.
-
-    CUDA's kernel takes operands that lie on 16 bytes and fewer than 1024 groups. A weight that does not, as a view into
-    ZeRO-3's flat memory may not, is copied; experts beyond `MAX_GROUPS` cost a second call, and the host a wait.
-    """
-    if rows_RK.size(1) * rows_RK.element_size() % 16 or weight_eNK.size(1) * weight_eNK.element_size() % 16:
-        return loop_linear(rows_RK, weight_eNK, ends_e)  # of a latent on a CPU; elsewhere such widths are refused
-    if len(weight_eNK) > MAX_GROUPS:
-        first = int(ends_e[MAX_GROUPS - 1])
-        return torch.cat(
-            (
-                grouped_linear(rows_RK[:first], weight_eNK[:MAX_GROUPS], ends_e[:MAX_GROUPS]),
-                grouped_linear(rows_RK[first:], weight_eNK[MAX_GROUPS:], ends_e[MAX_GROUPS:] - first),
-            )
-        )
-    rows_RK, weight_eNK = _on_16_bytes(rows_RK), _on_16_bytes(weight_eNK)
-    if rows_RK.size(0) == 0:
-        # grouped_mm cannot differentiate 0 rows whatever their gradient looks like in memory. A row of zeros joined to
-        # them keeps both weights and rows in the graph: the rows' backward holds all-to-alls that others wait in.
-        one_row = torch.cat((rows_RK, rows_RK.new_zeros(1, rows_RK.size(1))))
-        return F.grouped_mm(one_row, weight_eNK.transpose(-2, -1), offs=torch.ones_like(ends_e))[:0]
-    return F.grouped_mm(rows_RK, weight_eNK.transpose(-2, -1), offs=ends_e)
-
-
-def _on_16_bytes(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
-def loop_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
-    """The same as `grouped_linear`, one expert after another. Synchronises with the host."""
-    counts = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
-    blocks = rows_RK.split(counts)
-    return torch.cat([F.linear(block, weight) for block, weight in zip(blocks, weight_eNK.unbind(0), strict=True)])
+ON_CPU = ("auto", "native", "blocked")
 
 
 def _implementation(asked: str, config, rank: int) -> str:
     """What "auto" means here. Raises `ConfigError` for what was asked for and cannot be."""
-    chosen = asked
-    if asked == "auto" and on_gpu():
-        chosen = "grouped_mm"
-    elif asked in ("auto", "native"):
-        reason = unavailable()
-        if reason and asked == "native":
-            raise ConfigError(
-                [f"model.experts_implementation: found native, but {reason}; expected auto or blocked"],
-                "the configuration",
-            )
-        chosen = "blocked" if reason else "native"
+    chosen = "grouped_mm" if asked == "auto" and on_gpu() else asked
+    if asked == "native" and (reason := unavailable()):
+        raise ConfigError(
+            [f"model.experts_implementation: found native, but {reason}; expected auto, grouped_mm or loop"],
+            "the configuration",
+        )
     widths = {
         "model.hidden_size": config.hidden_size, "model.moe_ffn_hidden_size": config.moe_ffn_hidden_size,
         "router.rank": rank,
@@ -103,9 +58,8 @@ class GroupedExperts(ExpertModule):
         num_local_experts: e; expert-parallel rank r holds the experts r * e ... (r + 1) * e - 1.
         config: Megatron's TransformerConfig, for E, H and F.
         pg_collection: its `ep` is the expert-parallel group.
-        implementation: "grouped_mm"; "native" and "blocked" (CPU only); "loop"; or "auto": grouped_mm, on a CPU native,
-            or blocked where there is no compiler. Native takes widths in eights in fp32, in sixteens in bf16; others go
-            blocked.
+        implementation: "grouped_mm", "loop"; on a CPU also "native", which needs a compiler and widths in steps of 32
+            bytes, and "blocked"; or "auto".
         fused: whether an accelerator computes SwiGLU, and products whose weights' gradients several parts of a pass
             add to, by Triton's kernels.
 
@@ -154,16 +108,10 @@ class GroupedExperts(ExpertModule):
         probs_R: Tensor,
         sums: ChunkedGradAccumulator | None,
     ) -> Tensor:
-        rows, weights = zip(*projections, strict=True)
-        fits = self.implementation == "native" and supports(*rows, *weights, self.down_proj, dtypes=native.DTYPES)
+        if is_partitioned(self.down_proj):  # ZeRO 3 gathers a parameter, and would keep its views
+            sums = None
         counts = counts_e.tolist()  # on a CPU nothing waits
-        way = blocked.swiglu_experts
-        if fits:
-            way = partial(native.swiglu_experts, computes_bf16=multiplies_bf16())
-        if sums is None or is_partitioned(self.down_proj):  # ZeRO 3 gathers a parameter, and would keep its views
-            return way(projections, self.down_proj, probs_R, counts)
-        *weights, down = sums.shared(*weights, self.down_proj)
-        return way(list(zip(rows, weights, strict=True)), down, probs_R, counts, sums.sums)
+        return cpu.swiglu_experts(self.implementation, projections, self.down_proj, probs_R, counts, sums)
 
     def _shared(self, sums: ChunkedGradAccumulator | None, *weights: Tensor):
         """The product of a part of a pass, and its weights; gradients of all parts add up in place if `fused`."""

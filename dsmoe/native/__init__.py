@@ -2,7 +2,8 @@
 `dsmoe.routers.logits`, `loss.cpp`, `attention.cpp` and `norm.cpp` for `dsmoe.model`.
 
 Their matrix products are torch's micro-kernels (`brgemm.h`); `kernels.h` has what else they share, `share.cpp` a
-thread's part in them. `build.py` compiles them at first use.
+thread's part in them, `products.cpp` a measure. `build.py` compiles them at first use, `ways.py`
+chooses by measurement.
 """
 
 from __future__ import annotations
@@ -52,12 +53,6 @@ def supports(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,
     return dtype in dtypes and all(
         t.dtype == dtype and t.device.type == "cpu" and t.size(-1) % multiple == 0 for t in tensors
     )
-
-
-@lru_cache(maxsize=1)
-def multiplies_bf16() -> bool:
-    """Whether bf16 numbers are multiplied as such, and not in fp32 copies: with AMX that is several times faster."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def require(condition: bool, message: str) -> None:

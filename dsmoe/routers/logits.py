@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.native import LANES, multiplies_bf16, require, run, supports, unavailable
+from dsmoe.native import LANES, require, run, supports, unavailable
+from dsmoe.native.ways import multiplies_bf16
 
 GROUP = 64  # tokens that a thread takes at a time (logits.cpp)
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from forked import call_each
 
 from dsmoe import native
 from dsmoe.errors import ConfigError
+from dsmoe.moe import cpu
 from dsmoe.moe.experts import GroupedExperts
 from dsmoe.native import build
 
@@ -133,8 +135,13 @@ def test_where_there_is_no_library_torch_does_the_work(small_sources, monkeypatc
         (small_sources / "share.cpp").write_text(source)
         expected = "does not export its brgemm micro-kernels"
     assert expected in native.unavailable()
-    assert build_experts("auto").implementation != "native"
-    with pytest.raises(ConfigError, match="experts_implementation: found native, but .*expected auto or"):
+    experts = build_experts("auto")
+    tensors = [torch.ones(2, 16), experts.gate_up_proj, experts.down_proj]
+    assert set(cpu.available([tuple(tensors[:2])], tensors[2])) == {"blocked", "loop", "grouped_mm"}
+    experts(tensors[0], torch.tensor([1, 1]), torch.ones(2))
+    with pytest.raises(
+        ConfigError, match="experts_implementation: found native, but .*expected auto, grouped_mm or loop"
+    ):
         build_experts("native")
 
 

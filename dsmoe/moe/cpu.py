@@ -1,0 +1,122 @@
+"""SwiGLU experts on a CPU, by whichever way is fastest there.
+
+native      C++ around torch's micro-kernels (`dsmoe.moe.native`)
+blocked     torch's products, a block of rows through all projections (`dsmoe.moe.blocked`)
+grouped_mm  torch's grouped GEMM, all rows through one projection after another
+loop        one expert after another: the reference
+
+Shapes: R rows ordered by expert, e experts, H hidden, F expert width, K width of a source's rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsmoe.moe import blocked, native
+from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
+from dsmoe.moe.linear import grouped_linear, loop_linear
+from dsmoe.native import supports, unavailable
+from dsmoe.native.ways import fastest, multiplies_bf16
+
+Projections = list[tuple[Tensor, Tensor]]  # rows [R, K] and weight [e, 2F, K], or one pair for gate and one for up
+PROBE_EXPERTS, PROBE_NUMBERS = 16, 1 << 24  # of the problem that ways are compared on, at most
+MAX_PROBE_ROWS = 512  # of an expert
+
+
+def swiglu_experts(
+    implementation: str, projections: Projections, down_eHF: Tensor, probs_R: Tensor, counts: list[int],
+    sums: ChunkedGradAccumulator | None = None,
+) -> Tensor:  # fmt: skip
+    """Weighted expert outputs [R, H].
+
+    Args:
+        implementation: a way, or "auto". Native goes blocked where it does not support the tensors.
+        counts: rows of each expert.
+        sums: of the weights' gradients, shared with other parts of the pass; native and blocked add to them.
+    """
+    ways = available(projections, down_eHF)
+    name = implementation
+    if name == "auto":
+        name = _fastest(ways, projections, down_eHF, counts)
+    elif name not in ways:
+        name = "blocked"
+    if sums is None or name not in ("native", "blocked"):
+        return ways[name](projections, down_eHF, probs_R, counts)
+    rows, weights = zip(*projections, strict=True)
+    *weights, down_eHF = sums.shared(*weights, down_eHF)
+    return ways[name](list(zip(rows, weights, strict=True)), down_eHF, probs_R, counts, sums.sums)
+
+
+def available(projections: Projections, down_eHF: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """The ways that can work with such tensors here, by name."""
+    rows, weights = zip(*projections, strict=True)
+    weights = (*weights, down_eHF)
+    row_bytes = [size * down_eHF.element_size() for weight in weights for size in weight.shape[1:]]
+    ways = {"blocked": blocked.swiglu_experts, "loop": partial(by_projection, loop_linear)}
+    if hasattr(F, "grouped_mm") and all(size % 16 == 0 for size in row_bytes):
+        ways["grouped_mm"] = partial(by_projection, grouped_linear)
+    fits = supports(*rows, *weights, dtypes=native.DTYPES) and row_bytes[-2] % 32 == 0
+    if fits and not unavailable():
+        computes_bf16 = down_eHF.dtype == torch.bfloat16 and multiplies_bf16()
+        ways["native"] = partial(native.swiglu_experts, computes_bf16=computes_bf16)
+    return ways
+
+
+def by_projection(
+    linear: Callable[[Tensor, Tensor, Tensor], Tensor], projections: Projections, down_eHF: Tensor, probs_R: Tensor,
+    counts: list[int],
+) -> Tensor:  # fmt: skip
+    """All rows through one projection after another, each by `linear(rows, weight, ends)`."""
+    ends_e = torch.tensor(counts).cumsum(0).to(torch.int32)
+    parts = [linear(rows, weight, ends_e) for rows, weight in projections]
+    h_RF = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    gate_RF, up_RF = h_RF.chunk(2, dim=1)
+    out_RH = linear(F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(h_RF.dtype), down_eHF, ends_e)
+    if out_RH.requires_grad:
+        out_RH.register_hook(Tensor.contiguous)  # grouped_mm refuses an expanded gradient, as that of a sum is
+    return out_RH
+
+
+def _fastest(
+    ways: dict[str, Callable[..., Tensor]], projections: Projections, down_eHF: Tensor, counts: list[int]
+) -> str:
+    """Measured forward and backward on random tensors of the same widths, with as many rows for each of a few experts
+    as these have on average, to a power of two."""
+    mean = max(1, round(sum(counts) / max(1, len(counts))))
+    rows = min(MAX_PROBE_ROWS, 1 << round(math.log2(mean)))
+    weight_numbers = sum(t[0].numel() for t in (down_eHF, *(weight for _, weight in projections)))
+    experts = max(1, min(len(counts), PROBE_EXPERTS, PROBE_NUMBERS // weight_numbers))
+    widths = [source.size(1) for source, _ in projections]
+    dtype = str(down_eHF.dtype).removeprefix("torch.")
+    shape = f"{dtype}, H={down_eHF.size(1)}, F={down_eHF.size(2)}, K={widths}, {experts} experts of {rows} rows"
+    problem: list = []
+
+    def work(way: Callable[..., Tensor]) -> None:
+        if not problem:
+            problem.extend(_probe(projections, down_eHF, experts, rows))
+        pairs, down, probs, probe_counts, grad = problem
+        leaves = [*(tensor for pair in pairs for tensor in pair), down, probs]
+        with torch.enable_grad():
+            torch.autograd.grad(way(pairs, down, probs, probe_counts), leaves, grad)
+
+    return fastest("experts", shape, {name: partial(work, way) for name, way in ways.items()})
+
+
+def _probe(projections: Projections, down_eHF: Tensor, experts: int, rows: int) -> tuple:
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        drawn = torch.empty(shape).normal_(0, 0.1, generator=random)
+        return drawn.to(down_eHF.dtype).requires_grad_()
+
+    count = experts * rows
+    pairs = [(draw(count, source.size(1)), draw(experts, *weight.shape[1:])) for source, weight in projections]
+    probs = torch.rand(count, generator=random).requires_grad_()
+    grad = draw(count, down_eHF.size(1)).detach()
+    return pairs, draw(experts, *down_eHF.shape[1:]), probs, [rows] * experts, grad
