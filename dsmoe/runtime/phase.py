@@ -38,13 +38,14 @@ class Phase:
 
     @contextmanager
     def within(self, name: str, in_layer: bool = False) -> Iterator[None]:
-        """`name` inside, what it was before outside; `in_layer`: it is a part of the layer at work."""
+        """`name` inside, what it was before outside; `in_layer`: it is a part of the layer at work.
+
+        After an exception it stays `name`: that is where this process was when a collective broke.
+        """
         before, layer = self.name, self.layer
         self.enter(name, layer if in_layer else None)
-        try:
-            yield
-        finally:
-            self.enter(before, layer)
+        yield
+        self.enter(before, layer)
 
     def follow_layers(self, model) -> None:
         """From here on a forward pass of the model tells which layer is at work."""
