@@ -15,7 +15,7 @@ VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart study-data lint test test-fast gpu-test benchmark gpu-benchmark clean
+.PHONY: help setup quickstart study-data lint test test-fast gpu-test soak benchmark gpu-benchmark clean
 
 help: ## say what can be made
 	@echo 'make TARGET, where TARGET is one of'
@@ -44,6 +44,9 @@ gpu-test: setup ## run only the tests that need a GPU
 
 study-data: setup ## make data/study, 100 million tokens and more of what this machine has installed
 	$(VENV_PYTHON) tools/scaling_study.py corpus $(ARGS)
+
+soak: setup ## random faults over two hosts under the supervisor for an hour (needs root; ARGS='--minutes 10')
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/nodes/soak.py $(ARGS)
 
 benchmark: setup ## measure an MoE layer and whole training steps on this machine (an hour or two; ARGS=--quick: minutes)
 	$(VENV_PYTHON) tools/benchmark_moe.py --json runs/benchmark/layer.json $(ARGS)

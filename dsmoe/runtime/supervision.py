@@ -46,6 +46,8 @@ PR_SET_PDEATHSIG = 1
 WATCH = f"""
 import ctypes, os, signal, sys, time
 ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGKILL)
+for number in (signal.SIGTERM, signal.SIGINT):  # for its parent, who sees to the rest
+    signal.signal(number, signal.SIG_IGN)
 pid, limit, name = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 stopped, last = 0.0, time.monotonic()
 while os.getppid() == pid:

@@ -27,10 +27,13 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(place) -> Path:
-    """A folder with the pair text.bin, text.idx in Megatron's format: 40 documents of 200 tokens, each a walk in steps
-    of its own."""
-    folder = place / "data"
-    folder.mkdir()
+    """A folder with the pair text.bin, text.idx."""
+    return write_data(place / "data")
+
+
+def write_data(folder: Path) -> Path:
+    """Make `folder` with a pair in Megatron's format: 40 documents of 200 tokens, each a walk in steps of its own."""
+    folder.mkdir(parents=True)
     numbers = numpy.random.default_rng(1234)
     ids = [(numpy.arange(200) * numbers.integers(1, 4) + numbers.integers(64)) % 64 for _ in range(40)]
     numpy.concatenate(ids).astype("<u2").tofile(folder / "text.bin")
@@ -42,10 +45,9 @@ def data(place) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def train(place, data):
-    """Command line of a small training run: train(name, overrides) gives (its run folder, the arguments)."""
-    tree = {
+def small_run(data: Path) -> dict:
+    """The configuration of a run of seconds."""
+    return {
         "model": {
             "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "sequence_length": 32, "num_experts": 4,
             "moe_ffn_hidden_size": 16, "vocab_size": 64,
@@ -57,8 +59,13 @@ def train(place, data):
         "checkpoint": {"interval": 3},
         "logging": {"tensorboard": False},
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train(place, data):
+    """Command line of a small training run: train(name, overrides) gives (its run folder, the arguments)."""
     path = place / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(small_run(data)))
 
     def arguments(name: str, *overrides: str, script: str = TRAIN) -> tuple[Path, list[str]]:
         run_dir = place / "runs" / name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -44,11 +46,14 @@ def run_ranks(action: str, world: int = 3, step_limit: float = 60.0, present: in
     def start(rank: int, port: str) -> subprocess.Popen:
         program = RANK + ENDINGS[action]
         arguments = [sys.executable, "-c", program, str(rank), str(world), port, str(step_limit), action]
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(arguments, start_new_session=True, **pipes)
 
     first = start(0, "-")
     port = first.stdout.readline().strip()
     processes = [first, *(start(rank, port) for rank in range(1, present or world))]
+    if action == "stop":  # what torchrun does to the group of a rank that must end
+        threading.Timer(4.0, os.killpg, (processes[1].pid, signal.SIGTERM)).start()
     ended, until = [], time.monotonic() + 40
     for process in processes:
         try:
@@ -86,7 +91,7 @@ def test_a_rank_that_dies_is_named_on_every_survivor():
 
 
 def test_a_stopped_rank_is_silent_and_named_after_the_limit():
-    """And ended, since nothing else on its host would."""
+    """And ended, since nothing else on its host would, also after its launcher has asked it to end."""
     ended = run_ranks("stop", step_limit=3.0)
     assert ended[1][0] == -signal.SIGKILL and "rank 1 on hostB has been stopped for" in ended[1][1]
     for rank in (0, 2):
