@@ -37,6 +37,7 @@ BEAT = 1.0  # seconds between heartbeats
 WARN = 10.0  # seconds of silence before a rank is named
 TOGETHER = 0.3  # seconds in which ranks that die together are named together
 ANSWER = 5.0  # seconds that a rank waits to hear why a collective broke
+LINGER = 30.0  # seconds that rank 0 waits for ranks that have not come yet, to tell them why there is no run
 
 MIN_STEP_LIMIT = 60.0
 PR_SET_PDEATHSIG = 1
@@ -179,11 +180,11 @@ class Supervision:
         """End all ranks, this one too, with this text and exit code. Returns only if nobody answers."""
         self._own_failure = text
         self._report(text, code)
-        time.sleep(ANSWER)
+        time.sleep(LINGER + ANSWER)
 
     def broken_collective(self) -> None:
         """Wait to hear which rank has gone; that ends this process. Returns if none has."""
-        raise NotImplementedError
+        time.sleep(ANSWER)
 
     def close(self) -> None:
         """This rank leaves because the job is done."""
@@ -193,9 +194,13 @@ class Supervision:
         raise NotImplementedError
 
     def _end(self, text: str, code: int, culprit: int | None, host: str | None) -> None:
-        """Print why, and leave. A rank that failed itself prints its own words, once a host where all met the same."""
-        if self._closing.is_set():
-            return
+        """Print why, and leave."""
+        if not self._closing.is_set():
+            self._print(text, culprit, host)
+            os._exit(code)
+
+    def _print(self, text: str, culprit: int | None, host: str | None) -> None:
+        """A rank that failed itself prints its own words, once a host where all met the same."""
         if culprit == self.rank:
             line = self._own_failure or text
         elif self._own_failure is not None and self._own_failure in text:
@@ -205,7 +210,6 @@ class Supervision:
         if line:
             print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(code)
 
     def _paused(self, now: float) -> float:
         """Seconds in which this process itself was stopped (Ctrl-Z, a suspended machine): nobody was silent then."""
@@ -225,6 +229,9 @@ class Server(Supervision):
         self._changed = threading.Condition()
         self._gone: list[Rank] = []
         self._gone_since = 0.0
+        self._began = time.monotonic()
+        self._final: list[Any] | None = None  # what ended the job: text, exit code, rank, its host
+        self._leave_at = 0.0
         self._listener = _listen()
         self.port = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
@@ -250,9 +257,6 @@ class Server(Supervision):
         """When the values of the last `consult` came, by rank: `time.time()` of this host."""
         return self._arrivals
 
-    def broken_collective(self) -> None:
-        time.sleep(ANSWER)
-
     def close(self) -> None:
         super().close()
         self._broadcast(done=True)
@@ -265,9 +269,15 @@ class Server(Supervision):
         self._verdict(f"{self._ranks[0]}: {text}", code, self._ranks[0])
 
     def _verdict(self, text: str, code: int, culprit: Rank | None = None) -> None:
-        about = (culprit.rank, culprit.host) if culprit else (None, None)
-        self._broadcast(end=[text, code, *about])
-        self._end(text, code, *about)
+        """The first one counts. The serving thread leaves once all ranks have it, or had time to come for it."""
+        with self._changed:
+            if self._final is not None or self._closing.is_set():
+                return
+            about = [culprit.rank, culprit.host] if culprit else [None, None]
+            self._final = [text, code, *about]
+        self._leave_at = min(time.monotonic() + LINGER, self._began + self.limits.start)
+        self._broadcast(end=self._final)
+        self._print(text, *about)
 
     def _broadcast(self, **message: Any) -> None:
         for rank in list(self._ranks.values()):
@@ -277,12 +287,16 @@ class Server(Supervision):
     def _serve(self) -> None:
         beat = time.monotonic()
         while True:
-            for key, _ in self._selector.select(0.1 if self._gone else BEAT / 2):
+            for key, _ in self._selector.select(0.1):
                 if key.data is None:
                     self._accept()
                 else:
                     self._read(*key.data)
             now = time.monotonic()
+            if self._final is not None:
+                if len(self._ranks) == self.world or now >= self._leave_at:
+                    os._exit(self._final[1])
+                continue
             if now - beat >= BEAT:
                 beat = now
                 self._broadcast(beat={"doing": str(phase), "changes": phase.changes})
@@ -316,6 +330,8 @@ class Server(Supervision):
             return
         owner.append(Rank(rank, hello["host"], hello["pid"], connection))
         self._ranks[rank] = owner[0]
+        if self._final is not None:
+            connection.send(end=self._final)
 
     def _hear(self, rank: Rank, message: dict[str, Any]) -> None:
         rank.heard = time.monotonic()
@@ -401,7 +417,7 @@ class Client(Supervision):
 
     def broken_collective(self) -> None:
         self._connection.send(bereaved=True)
-        time.sleep(ANSWER)
+        super().broken_collective()
 
     def close(self) -> None:
         super().close()

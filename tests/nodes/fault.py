@@ -1,8 +1,9 @@
 """launch/train.py with a fault, in a process of its own.
 
 FAULT="SIGKILL 1 5 all-to-all" sends this process a signal when rank 1 enters that phase of step 5; the names of phases
-are those of `dsmoe.runtime.phase`. FAULT_LOG gets a line with the time when it happens; with a line in it, nothing
-happens again. SLOW_SAVE is how many seconds a rank's files take to write, PAUSE how many come before each step.
+are those of `dsmoe.runtime.phase`; several faults are separated by semicolons. Each happens once: FAULT_LOG gets the
+time, for the second fault FAULT_LOG1, and so on. SLOW_SAVE is how many seconds a rank's files take to write, PAUSE how
+many come before each step.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def pause(seconds: float) -> None:
 if __name__ == "__main__":
     if seconds := os.environ.get("PAUSE"):
         pause(float(seconds))
-    if fault := os.environ.get("FAULT"):
-        inject(*fault.split(maxsplit=3), Path(os.environ["FAULT_LOG"]))
+    if faults := os.environ.get("FAULT"):
+        for number, text in enumerate(faults.split(";")):
+            inject(*text.split(maxsplit=3), Path(os.environ["FAULT_LOG"] + (str(number) if number else "")))
     if seconds := os.environ.get("SLOW_SAVE"):
         slow_down(float(seconds))
     sys.argv[0] = str(TRAIN)

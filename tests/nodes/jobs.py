@@ -76,32 +76,41 @@ def on_one_host(hosts: Hosts, slots: int, arguments: list[str]) -> Job:
     return Job(hosts, "nodeA", command)
 
 
-def pdsh(hosts: Hosts, slots: int, arguments: list[str], **environment: str) -> Job:
+def pdsh(hosts: Hosts, slots: int, arguments: list[str]) -> list[Job]:
     """The deepspeed command on nodeA, which starts both hosts by ssh and hands on what its environment file says."""
     hostfile = hosts.folder / f"hostfile.{slots}"
     hostfile.write_text("".join(f"{name} slots={slots}\n" for name in NAMES))
     (hosts.folder / "deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     command = [str(BIN / "deepspeed"), "--hostfile", str(hostfile), "--launcher", "pdsh", "--master_port"]
     command += [str(free_port()), *arguments]
-    return Job(hosts, "nodeA", command, DS_ENV_FILE=str(hosts.folder / "deepspeed_env"), **environment)
+    return [Job(hosts, "nodeA", command, DS_ENV_FILE=str(hosts.folder / "deepspeed_env"))]
 
 
-def mpirun(hosts: Hosts, slots: int, arguments: list[str]) -> Job:
+def mpirun(hosts: Hosts, slots: int, arguments: list[str]) -> list[Job]:
     command = [str(BIN / "mpirun"), "--allow-run-as-root", "--prefix", str(BIN.parent), "-n", str(2 * slots)]
     command += ["--host", ",".join(f"{name}:{slots}" for name in NAMES)]
     for name in ("OMP_NUM_THREADS", "PYTHONPATH", "PATH"):
         command += ["-x", name]
-    return Job(hosts, "nodeA", [*command, "-x", f"MASTER_PORT={free_port()}", sys.executable, *arguments])
+    return [Job(hosts, "nodeA", [*command, "-x", f"MASTER_PORT={free_port()}", sys.executable, *arguments])]
 
 
-def sbatch(hosts: Hosts, arguments: list[str], **environment: str) -> Job:
+def sbatch(hosts: Hosts, slots: int, arguments: list[str]) -> list[Job]:
     """The batch script, as Slurm starts it on the first host. tests/nodes/slurm has stand-ins for scontrol and srun."""
     slurm = {
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "node[A-B]", "SLURM_NNODES": "2",
-        "SLURM_JOB_ID": str(free_port()), "STAND_INS": str(hosts.folder),
-        "PATH": f"{HERE / 'slurm'}:{BIN}:{os.environ['PATH']}", **environment,
+        "SLURM_JOB_ID": str(free_port()), "SLURM_GPUS_PER_NODE": f"h100:{slots}", "STAND_INS": str(hosts.folder),
+        "PATH": f"{HERE / 'slurm'}:{BIN}:{os.environ['PATH']}",
     }  # fmt: skip
-    return Job(hosts, "nodeA", ["bash", "launch/slurm/train.sbatch", *arguments[1:]], **slurm)
+    return [Job(hosts, "nodeA", ["bash", "launch/slurm/train.sbatch", *arguments[1:]], **slurm)]
+
+
+def srun(hosts: Hosts, slots: int, arguments: list[str]) -> list[Job]:
+    """The tasks of one srun, which know of each other only what Slurm tells them; one a host."""
+    common = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "node[A-B]"}
+    return [
+        Job(hosts, host, [sys.executable, *arguments], SLURM_PROCID=str(rank), SLURM_LOCALID="0", **common)
+        for rank, host in enumerate(NAMES)
+    ]
 
 
 def finish_all(jobs: list[Job], deadline: float = DEADLINE) -> list[Ended]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from hosts import ADDRESSES, HOSTS_FILE
-from jobs import Ended, Job, finish_all, free_port, losses, on_one_host, torchrun
+from jobs import Ended, finish_all, torchrun
 
 SOON = 60.0  # seconds, on a machine that is busy; the default timeout is 300
 
@@ -22,7 +20,7 @@ def refused(hosts, train, *overrides: str) -> list[Ended]:
 def test_a_name_that_means_the_loopback_is_refused_with_the_cure(hosts, train):
     """Debian's /etc/hosts: nodeB would tell nodeA to find it at 127.0.1.1, and nodeA would wait for ever."""
     with hosts.hosts_file("nodeB", HOSTS_FILE.replace(f"{ADDRESSES['nodeB']} nodeB", "127.0.1.1 nodeB")):
-        ended = refused(hosts, train)
+        ended = refused(hosts, train, "--check")
     for end in ended:
         assert "the run cannot start" in end.output
     for text in ("nodeB would tell the other hosts the address 127.0.1.1", "/etc/hosts", "GLOO_SOCKET_IFNAME=eth0"):
@@ -43,26 +41,3 @@ def test_a_run_folder_that_is_not_shared_is_refused(hosts, train, place):
     for end in ended:
         assert "the run cannot start" in end.output
     assert "rank 1 on nodeB cannot see what rank 0 on nodeA writes" in ended[0].output
-
-
-def test_tasks_of_srun_join_and_check_alone_starts_nothing(hosts, train):
-    """`srun python launch/train.py`, without a rendezvous: one run of two ranks, not two runs."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "node[A-B]"}
-    run_dir, arguments = train("srun")
-
-    def tasks(*more: str) -> list[Ended]:
-        jobs = [
-            Job(hosts, host, [sys.executable, *arguments, *more], SLURM_PROCID=str(rank), SLURM_LOCALID="0", **slurm)
-            for rank, host in enumerate(("nodeA", "nodeB"))
-        ]
-        ended = finish_all(jobs, SOON)
-        assert all(end.code == 0 for end in ended), ended[0].output + ended[1].output
-        return ended
-
-    checked = tasks("--check")
-    assert "ready: 2 ranks" in checked[0].output and "10.77.7.2 (eth0)" in checked[0].output
-    assert not (run_dir / "metrics.jsonl").exists()
-    tasks()
-    one_dir, arguments_of_one = train("srun on one host")
-    assert on_one_host(hosts, 2, arguments_of_one).finish().code == 0
-    assert losses(run_dir) == losses(one_dir) and len(losses(run_dir)) == 6

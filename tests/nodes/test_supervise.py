@@ -27,15 +27,16 @@ def undisturbed(hosts, train) -> list[float]:
     return losses(run_dir)
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL 1 8 all-to-all", "SIGSTOP 0 8 forward pass"])
-def test_a_rank_that_is_gone_costs_a_restart(fault, hosts, train, place, undisturbed):
-    """From the checkpoint of step 6, with the losses of a run that nothing happened to."""
-    name = f"supervised {fault}"
-    run_dir, arguments = train(name, "training.steps=12", "training.timeout.step=6", script=FAULT)
-    jobs = supervise(hosts, arguments, "--nnodes", "2", FAULT=fault, FAULT_LOG=str(place / f"{name}.log"))
+def test_ranks_that_are_gone_cost_a_restart_each(hosts, train, place, undisturbed):
+    """One is killed, one is stopped; the losses are those of a run that nothing happened to."""
+    faults = "SIGKILL 1 5 forward pass;SIGSTOP 0 8 all-to-all"
+    run_dir, arguments = train("supervised", "training.steps=12", "training.timeout.step=6", script=FAULT)
+    jobs = supervise(hosts, arguments, "--nnodes", "2", FAULT=faults, FAULT_LOG=str(place / "faults"))
     ended = finish_all(jobs)
     assert all(end.code == 0 for end in ended), ended[0].output
-    assert "supervisor: attempt 1 ended with 1 after" in ended[0].output and "(step 6)" in ended[0].output
+    for attempt, step in ((1, 3), (2, 6)):
+        assert f"supervisor: attempt {attempt} ended with 1 after" in ended[0].output
+        assert f"(step {step})" in ended[0].output
     assert losses(run_dir) == undisturbed
 
 

@@ -20,6 +20,8 @@ from dsmoe.runtime import supervision
 from dsmoe.runtime.phase import phase
 from dsmoe.runtime.supervision import Client, Limits, Server
 
+if sys.argv[5] == "fail early" and sys.argv[1] == "2":
+    time.sleep(3)
 rank, world, port, step_limit, action = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5]
 limits = Limits(start=8, step=step_limit)
 limits.note_step(0.1)
@@ -32,6 +34,7 @@ else:
 ENDINGS = {
     "consult": "print(channel.consult(rank * 10, sum, 8)); time.sleep(0.3); channel.close()",
     "fail": "phase.begin_step(5)\nif rank == 1: channel.fail('DataError: no data', 2)\ntime.sleep(60)",
+    "fail early": "if rank == 1: channel.fail('DataError: no data', 2)\ntime.sleep(60)",
     "die": "phase.begin_step(5)\nwith phase.within('all-to-all'):\n    time.sleep(1.5)\n    rank == 1 and os._exit(0)\n"
     "    time.sleep(60)",
     "stop": "phase.begin_step(5)\ntime.sleep(1.5)\nif rank == 1: os.kill(os.getpid(), 19)\ntime.sleep(60)",
@@ -80,6 +83,12 @@ def test_an_error_of_one_rank_ends_all_with_its_words_and_its_exit_code():
     assert [code for code, _ in ended] == [2, 2, 2]
     assert ended[0][1] == "[rank 0] rank 1 on hostB: DataError: no data"
     assert ended[1][1] == "DataError: no data"
+    assert ended[2][1] == "[rank 2] rank 1 on hostB: DataError: no data"
+
+
+def test_a_rank_that_comes_late_hears_why_there_is_no_run():
+    ended = run_ranks("fail early")
+    assert [code for code, _ in ended] == [2, 2, 2]
     assert ended[2][1] == "[rank 2] rank 1 on hostB: DataError: no data"
 
 
