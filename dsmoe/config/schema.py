@@ -110,7 +110,7 @@ class TimeoutConfig(Section):
 
     start: float = Field(300.0, ge=0)  # from the command to the first step: imports, data, model, checkpoint
     step: float | None = Field(None, ge=0)  # of a step's phase; None: 10 times the median step, at least 60
-    save: float = Field(1800.0, ge=0)  # of a save: a slow disk is no fault
+    save: float = Field(1800.0, ge=0)  # while a checkpoint is written or read: a slow disk is no fault
 
 
 class TrainingConfig(Section):

@@ -17,6 +17,7 @@ import contextlib
 import hmac
 import json
 import os
+import resource
 import selectors
 import socket
 import statistics
@@ -37,6 +38,7 @@ BEAT = 1.0  # seconds between heartbeats
 WARN = 10.0  # seconds of silence before a rank is named
 TOGETHER = 0.3  # seconds in which ranks that die together are named together
 ANSWER = 5.0  # seconds that a rank waits to hear why a collective broke
+LONGEST = 1 << 24  # bytes of a message
 LINGER = 30.0  # seconds that rank 0 waits for ranks that have not come yet, to tell them why there is no run
 
 MIN_STEP_LIMIT = 60.0
@@ -62,6 +64,7 @@ while os.getppid() == pid:
         os.kill(pid, signal.SIGKILL)
 """
 STEP_FACTOR = 10.0
+ON_DISK = ("save", "load")  # phases whose length the disk decides
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Limits:
     Attributes:
         start: until the first step is done: imports, data, building the model, loading a checkpoint.
         step: None for 10 times the median step, at least 60 s.
-        save: of a save or an evaluation.
+        save: while a checkpoint is written or read.
     """
 
     start: float = 300.0
@@ -84,13 +87,21 @@ class Limits:
 
     def now(self) -> float:
         """Of the phase this process is in."""
-        if phase.name == "save":
-            return self.save
+        return self._now()[1]
+
+    @property
+    def key(self) -> str:
+        """The key that sets it."""
+        return f"training.timeout.{self._now()[0]}"
+
+    def _now(self) -> tuple[str, float]:
+        if phase.name in ON_DISK:
+            return "save", self.save
         if not self._steps:
-            return self.start
+            return "start", self.start
         if self.step is not None:
-            return self.step
-        return max(MIN_STEP_LIMIT, STEP_FACTOR * statistics.median(self._steps))
+            return "step", self.step
+        return "step", max(MIN_STEP_LIMIT, STEP_FACTOR * statistics.median(self._steps))
 
 
 @dataclass
@@ -140,10 +151,13 @@ class Connection:
             return []
         except OSError:
             return None
-        if not data:
-            return None
         *lines, self._buffer = (self._buffer + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        if not data or len(self._buffer) > LONGEST:
+            return None
+        try:
+            return [dict(json.loads(line)) for line in lines]
+        except (ValueError, TypeError):  # none of ours
+            return None
 
 
 class Supervision:
@@ -232,6 +246,9 @@ class Server(Supervision):
         self._began = time.monotonic()
         self._final: list[Any] | None = None  # what ended the job: text, exit code, rank, its host
         self._leave_at = 0.0
+        if self.world > 500:  # a connection from each rank
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._listener = _listen()
         self.port = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
@@ -311,20 +328,22 @@ class Server(Supervision):
     def _read(self, connection: Connection, owner: list[Rank]) -> None:
         messages = connection.receive()
         for message in messages or ():
-            if "hello" in message:
+            if "hello" in message and not owner and isinstance(message["hello"], dict):
                 self._greet(connection, owner, message["hello"])
             elif owner:
                 self._hear(owner[0], message)
         if messages is None:
             self._selector.unregister(connection.sock)
+            connection.sock.close()
             if owner and not owner[0].leaving and not self._closing.is_set():
                 self._gone = self._gone or []
                 self._gone.append(owner[0])
                 self._gone_since = time.monotonic()
 
     def _greet(self, connection: Connection, owner: list[Rank], hello: dict[str, Any]) -> None:
-        rank = hello["rank"]
-        if not hmac.compare_digest(hello["token"], self._token) or rank in self._ranks or not 0 < rank < self.world:
+        rank = hello.get("rank")
+        known = hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode())
+        if not known or rank in self._ranks or rank not in range(1, self.world):
             text = f"ParallelError: rank {rank} of {self.world} is here already: does another job use this port?"
             connection.send(end=[text, REFUSED, rank, None])
             return
@@ -375,7 +394,7 @@ class Server(Supervision):
                 print(f"{rank} is heard of again", file=sys.stderr, flush=True)
             rank.warned = silence > WARN
         if now - max(rank.moved for rank in ranks) > limit:
-            self._verdict(f"no progress for {limit:.0f} s: {self._blame(now, limit)}", FAILED)
+            self._verdict(f"no progress for {limit:.0f} s ({self.limits.key}): {self._blame(now, limit)}", FAILED)
 
     def _blame(self, now: float, limit: float) -> str:
         ranks = list(self._ranks.values())
@@ -456,7 +475,7 @@ class Client(Supervision):
             # Later than rank 0 would: it judges first where it can.
             if limit and still > limit + ANSWER and silence > _missed(limit) + ANSWER:
                 why = f"silent for {silence:.0f} s (stopped, or cut off), last heard of in {self._first.doing}"
-                self._end(f"no progress for {limit:.0f} s: {self._first} {why}", FAILED, 0, None)
+                self._end(f"no progress for {limit:.0f} s ({self.limits.key}): {self._first} {why}", FAILED, 0, None)
 
 
 def _missed(limit: float) -> float:

@@ -67,7 +67,8 @@ def train(config: RunConfig) -> RunSummary:
         groups = create_groups(config.parallel.expert_parallel)
         engine = build_engine(config, groups)
         if checkpoint is not None:
-            load_checkpoint(engine, config, checkpoint)
+            with phase.within("load"):
+                load_checkpoint(engine, config, checkpoint)
         if groups.dp_rank == 0:
             _open_run_folder(run_dir, config, corpus)
         dist.barrier()

@@ -39,7 +39,7 @@ def test_the_end_of_rank_0_is_told_by_the_others(hosts, train, place):
 
 def test_a_stopped_rank_is_named_after_the_limit_and_ended(hosts, train, place):
     ended, seconds = fail(hosts, train, place, "SIGSTOP 1 4 all-to-all")
-    assert "[rank 0] no progress for 6 s: rank 1 on nodeB silent for " in ended[0].output
+    assert "[rank 0] no progress for 6 s (training.timeout.step): rank 1 on nodeB silent for " in ended[0].output
     assert "last heard of in the all-to-all of step 4" in ended[0].output
     assert seconds < LIMIT + SOON
 

@@ -490,3 +490,27 @@ def test_a_key_given_twice_is_refused(tmp_path):
     path.write_text("training:\n  steps: 5\n  lr: 0.1\n  steps: 6\n")
     with pytest.raises(ConfigError, match="'steps' is given twice"):
         load_config(path)
+
+
+# --- sections inside sections ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("timeout", "line"),
+    [
+        ({"stap": 5.0}, "training.timeout.stap: unknown key (did you mean 'step'?)"),
+        ({"step": -1.0}, "training.timeout.step: found -1.0, expected greater than or equal to 0"),
+        (
+            5.0,
+            "training.timeout: found 5.0, expected a mapping: training.timeout.start, training.timeout.step, "
+            "training.timeout.save",
+        ),
+    ],
+)
+def test_a_mistake_in_a_section_of_a_section_names_its_field(timeout, line):
+    assert mistakes({"training": {"timeout": timeout}}) == [line]
+
+
+def test_a_section_of_a_section_can_be_overridden(tmp_path):
+    config = load_config(write(tmp_path, {}), ["training.timeout.step=12.5"])
+    assert (config.training.timeout.step, config.training.timeout.start) == (12.5, 300.0)

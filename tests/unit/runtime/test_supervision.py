@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +15,7 @@ import time
 import pytest
 
 from dsmoe.runtime.phase import Phase
-from dsmoe.runtime.supervision import Limits, lost_peer
+from dsmoe.runtime.supervision import Limits, Server, lost_peer
 
 RANK = """
 import os, sys, time
@@ -105,7 +108,7 @@ def test_a_stopped_rank_is_silent_and_named_after_the_limit():
     assert ended[1][0] == -signal.SIGKILL and "rank 1 on hostB has been stopped for" in ended[1][1]
     for rank in (0, 2):
         assert ended[rank][0] == 1
-        assert "no progress for 3 s: rank 1 on hostB silent for " in ended[rank][1]
+        assert "no progress for 3 s (training.timeout.step): rank 1 on hostB silent for " in ended[rank][1]
         assert "last heard of in the forward pass of step 5" in ended[rank][1]
 
 
@@ -113,11 +116,29 @@ def test_a_rank_that_lives_and_does_not_move_is_named():
     ended = run_ranks("behind", step_limit=3.0)
     for code, output in ended:
         assert code == 1
-        assert "no progress for 3 s: the others wait for rank 1 on hostB, in the forward pass of step 5" in output
+        assert "no progress for 3 s (training.timeout.step): the others wait for rank 1 on hostB" in output
+        assert "in the forward pass of step 5" in output
 
 
 def test_ranks_that_leave_one_after_another_are_no_failure():
     assert run_ranks("leave") == [(0, "")] * 3
+
+
+def test_strangers_change_nothing():
+    """Whoever connects without the job's token, or speaks something else, is not heard."""
+    server = Server(0, 2, 0, "hostA", Limits(step=0.0), token="secret")
+    hello = {"rank": 1, "host": "hostB", "pid": 1, "token": "secret"}
+    for line in (b"GET / HTTP/1.1", b"[1, 2]", b'{"hello": 3}', b'{"failed": "x", "code": 1}', b'{"hello": {}}',
+                 json.dumps({"hello": {**hello, "token": "guess"}}).encode()):  # fmt: skip
+        with socket.create_connection(("127.0.0.1", server.port)) as stranger:
+            stranger.sendall(line + b"\n")
+            stranger.settimeout(1.0)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                assert b"secret" not in stranger.recv(1000)
+    with socket.create_connection(("127.0.0.1", server.port)) as rank:
+        rank.sendall(json.dumps({"hello": hello}).encode() + b"\n" + json.dumps({"value": 2}).encode() + b"\n")
+        assert server.consult(1, sum, 10) == 3
+        server.close()
 
 
 def test_the_limit_follows_the_steps():
@@ -129,6 +150,7 @@ def test_the_limit_follows_the_steps():
     for _ in range(9):
         limits.note_step(0.1)
     assert limits.now() == 60.0
+    assert limits.key == "training.timeout.step"
     limits.step = 0.0
     assert limits.now() == 0.0
 
