@@ -23,7 +23,8 @@ from dsmoe.parallel.place import Place, find_place
 from dsmoe.runtime import supervision
 from dsmoe.runtime.device import accelerator, on_gpu
 from dsmoe.runtime.host import memory_free, peer_address, routable_interface
-from dsmoe.runtime.supervision import Client, Limits, Server
+from dsmoe.runtime.limits import Limits
+from dsmoe.runtime.supervision import Client, Server
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "dsmoe")
 CLOCK_TOLERANCE = 2.0  # seconds

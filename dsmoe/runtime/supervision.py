@@ -13,95 +13,30 @@ training thread waits in a collective that will not return. That is also why the
 
 from __future__ import annotations
 
-import contextlib
 import hmac
-import json
+import math
 import os
 import resource
 import selectors
 import socket
-import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dsmoe.errors import ParallelError
+from dsmoe.runtime.connection import Connection, listen
 from dsmoe.runtime.exit_codes import FAILED, REFUSED
+from dsmoe.runtime.limits import MIN_STEP_LIMIT, Limits, watch_this_process
 from dsmoe.runtime.phase import phase
 
 BEAT = 1.0  # seconds between heartbeats
 WARN = 10.0  # seconds of silence before a rank is named
 TOGETHER = 0.3  # seconds in which ranks that die together are named together
 ANSWER = 5.0  # seconds that a rank waits to hear why a collective broke
-LONGEST = 1 << 24  # bytes of a message
 LINGER = 30.0  # seconds that rank 0 waits for ranks that have not come yet, to tell them why there is no run
-
-MIN_STEP_LIMIT = 60.0
-PR_SET_PDEATHSIG = 1
-
-# A process that is stopped (SIGSTOP) cannot even end: its launcher may wait for it for ever. This child, which Ctrl-Z
-# stops together with its parent, ends it.
-WATCH = f"""
-import ctypes, os, signal, sys, time
-ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGKILL)
-for number in (signal.SIGTERM, signal.SIGINT):  # for its parent, who sees to the rest
-    signal.signal(number, signal.SIG_IGN)
-pid, limit, name = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-stopped, last = 0.0, time.monotonic()
-while os.getppid() == pid:
-    time.sleep(1)
-    gap, last = time.monotonic() - last, time.monotonic()
-    with open(f"/proc/{{pid}}/stat") as stat:
-        state = stat.read().rpartition(")")[2].split()[0]
-    stopped = stopped + gap if state == "T" and gap < 5 else 0.0
-    if stopped > limit:
-        print(f"{{name}} has been stopped for {{stopped:.0f}} s: killed", file=sys.stderr, flush=True)
-        os.kill(pid, signal.SIGKILL)
-"""
-STEP_FACTOR = 10.0
-ON_DISK = ("save", "load")  # phases whose length the disk decides
-
-
-@dataclass
-class Limits:
-    """How long (seconds) a job may make no progress; 0 is for ever.
-
-    Attributes:
-        start: until the first step is done: imports, data, building the model, loading a checkpoint.
-        step: None for 10 times the median step, at least 60 s.
-        save: while a checkpoint is written or read.
-    """
-
-    start: float = 300.0
-    step: float | None = None
-    save: float = 1800.0
-    _steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
-
-    def note_step(self, seconds: float) -> None:
-        self._steps.append(seconds)
-
-    def now(self) -> float:
-        """Of the phase this process is in."""
-        return self._now()[1]
-
-    @property
-    def key(self) -> str:
-        """The key that sets it."""
-        return f"training.timeout.{self._now()[0]}"
-
-    def _now(self) -> tuple[str, float]:
-        if phase.name in ON_DISK:
-            return "save", self.save
-        if not self._steps:
-            return "start", self.start
-        if self.step is not None:
-            return "step", self.step
-        return "step", max(MIN_STEP_LIMIT, STEP_FACTOR * statistics.median(self._steps))
 
 
 @dataclass
@@ -129,37 +64,6 @@ class Rank:
             self.changes, self.moved = beat["changes"], self.heard
 
 
-class Connection:
-    """Lines of JSON over a socket."""
-
-    def __init__(self, sock: socket.socket):
-        self.sock, self._buffer, self._lock = sock, b"", threading.Lock()
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(2.0)
-
-    def send(self, **message: Any) -> None:
-        """What cannot be sent is lost: whoever does not read is noticed by its silence."""
-        with self._lock:
-            with contextlib.suppress(OSError):
-                self.sock.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None at the end of the connection."""
-        try:
-            data = self.sock.recv(1 << 16)
-        except TimeoutError:
-            return []
-        except OSError:
-            return None
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        if not data or len(self._buffer) > LONGEST:
-            return None
-        try:
-            return [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError):  # none of ours
-            return None
-
-
 class Supervision:
     """A rank's end of the channel; `Server` on rank 0, `Client` on the others.
 
@@ -173,10 +77,9 @@ class Supervision:
         self._own_failure: str | None = None
         self._closing = threading.Event()
         self._checked = time.monotonic()
-        if sys.platform.startswith("linux") and limits.step != 0:
+        if limits.step != 0:
             limit = (limits.step or MIN_STEP_LIMIT) + 2 * ANSWER  # the other ranks have ended before
-            command = [sys.executable, "-S", "-c", WATCH, str(os.getpid()), str(limit), f"rank {rank} on {host}"]
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            watch_this_process(limit, f"rank {rank} on {host}")
 
     def consult(self, value: Any, judge: Callable[[list], Any], timeout: float) -> Any:
         """Give a value (as JSON has them) to rank 0, and get what it makes of all values; collective.
@@ -245,11 +148,11 @@ class Server(Supervision):
         self._gone_since = 0.0
         self._began = time.monotonic()
         self._final: list[Any] | None = None  # what ended the job: text, exit code, rank, its host
-        self._leave_at = 0.0
+        self._leave_at = math.inf  # until it is printed
         if self.world > 500:  # a connection from each rank
             _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        self._listener = _listen()
+        self._listener = listen()
         self.port = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
@@ -292,9 +195,10 @@ class Server(Supervision):
                 return
             about = [culprit.rank, culprit.host] if culprit else [None, None]
             self._final = [text, code, *about]
-        self._leave_at = min(time.monotonic() + LINGER, self._began + self.limits.start)
         self._broadcast(end=self._final)
         self._print(text, *about)
+        complete = len(self._ranks) == self.world
+        self._leave_at = 0.0 if complete else min(time.monotonic() + LINGER, self._began + self.limits.start)
 
     def _broadcast(self, **message: Any) -> None:
         for rank in list(self._ranks.values()):
@@ -311,7 +215,7 @@ class Server(Supervision):
                     self._read(*key.data)
             now = time.monotonic()
             if self._final is not None:
-                if len(self._ranks) == self.world or now >= self._leave_at:
+                if now >= self._leave_at or (len(self._ranks) == self.world and self._leave_at < math.inf):
                     os._exit(self._final[1])
                 continue
             if now - beat >= BEAT:
@@ -481,16 +385,6 @@ class Client(Supervision):
 def _missed(limit: float) -> float:
     """Seconds after which a heartbeat is missing, and not only late."""
     return min(WARN, limit / 2)
-
-
-def _listen() -> socket.socket:
-    """On all addresses of this host, of both families."""
-    if socket.has_dualstack_ipv6():
-        try:
-            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-        except OSError:  # IPv6 compiled in and switched off
-            pass
-    return socket.create_server(("", 0), backlog=1024)
 
 
 current: Supervision | None = None  # of this process; None for a job of one

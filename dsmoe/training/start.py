@@ -22,7 +22,7 @@ from dsmoe.parallel.groups import check_world
 from dsmoe.parallel.place import Place, find_place
 from dsmoe.parallel.preflight import Verdict, agree, find_report
 from dsmoe.runtime.device import use_local_device
-from dsmoe.runtime.supervision import Limits
+from dsmoe.runtime.limits import Limits
 from dsmoe.training.run import with_precision, with_vocabulary
 
 BYTES_SAVED = 12  # of a parameter in a checkpoint: weight and both moments in fp32

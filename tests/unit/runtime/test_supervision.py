@@ -14,14 +14,16 @@ import time
 
 import pytest
 
+from dsmoe.runtime.limits import Limits
 from dsmoe.runtime.phase import Phase
-from dsmoe.runtime.supervision import Limits, Server, lost_peer
+from dsmoe.runtime.supervision import Server, lost_peer
 
 RANK = """
 import os, sys, time
 from dsmoe.runtime import supervision
 from dsmoe.runtime.phase import phase
-from dsmoe.runtime.supervision import Client, Limits, Server
+from dsmoe.runtime.limits import Limits
+from dsmoe.runtime.supervision import Client, Server
 
 if sys.argv[5] == "fail early" and sys.argv[1] == "2":
     time.sleep(3)
