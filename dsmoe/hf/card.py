@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dsmoe.config import RunConfig
-
-# What a router does, in a sentence, and where it was published; a router of another package has its name only.
-ROUTERS = {
-    "topk": ("softmax top-k: every token uses exactly k experts", "2101.03961"),
-    "topk_bias": ("top-k with a balancing bias instead of a loss: every token uses exactly k experts", "2412.19437"),
-    "top_p": ("top-p: a token uses the fewest experts that hold the mass p", "2403.07652"),
-    "dtop_p": ("top-p whose p a controller found: the number of experts varies from token to token", "2512.13996"),
-    "relu": ("ReLU gates: a token uses every expert whose gate is positive, which may be none", "2412.14711"),
-    "expert_threshold": ("each expert takes the tokens above its cutoff; a token may get none", "2603.11535"),
-    "aoe": ("Autonomy-of-Experts: the k experts with the largest norm of their own latent", "2501.13074"),
-    "routing_free": ("each expert decides alone whether it is active, from none to all", "2604.00801"),
-}
+from dsmoe.routers import get
 
 
 def write_card(
@@ -57,9 +45,6 @@ def write_card(
 
 def _model(config: RunConfig, report: dict[str, Any]) -> str:
     model, held_out, size = config.model, report["held_out"], report["parameters"]
-    what, paper = ROUTERS.get(config.router.name, ("a router of its own", None))
-    cited = f" ([{paper}](https://arxiv.org/abs/{paper}))" if paper else ""
-    options = ", ".join(f"`{key}` {json.dumps(value)}" for key, value in config.router.options.items())
     layers = sum(model.moe_layers())
     shared = model.moe_shared_expert_intermediate_size
     rows = {
@@ -80,9 +65,7 @@ def _model(config: RunConfig, report: dict[str, Any]) -> str:
     return (
         "A decoder-only language model with a mixture of experts, trained with dsmoe "
         f"{report['versions']['dsmoe']}.\n\n"
-        f"Router `{config.router.name}`: {what}{cited}."
-        + (f" Options: {options}." if options else "")
-        + f"\n\n| | |\n|---|---|\n{table}"
+        f"{get(config.router.name).card_section(config.router.options)}\n\n| | |\n|---|---|\n{table}"
     )
 
 

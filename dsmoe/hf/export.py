@@ -30,7 +30,6 @@ from dsmoe.errors import CheckpointError, ConversionError, DataError
 from dsmoe.hf.card import write_card
 from dsmoe.hf.native import native_config, native_host
 from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared, tokens_compared
-from dsmoe.hf.remote.routing_dsmoe import ROUTINGS
 from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, track
 from dsmoe.hf.table import PACKED, TABLES, Link, check_tensors, links, routing_name
 from dsmoe.hf.tokenizer import check_tokenizer, encode_alike, write_tokenizer
@@ -187,17 +186,16 @@ class Target:
 
 def routing_file(router: type[Router]) -> Path:
     """The stand-alone file with which a router decides in an export. Raises `ConversionError` if it has none."""
-    if router.inference_file is not None:
-        if not Path(router.inference_file).is_file():
-            raise ConversionError(f"router {router.name!r}: its inference_file {router.inference_file} is not there")
-        return Path(router.inference_file)
-    if router.__module__.startswith("dsmoe.") and router.name in ROUTINGS:
-        return REMOTE / ROUTING_FILE
-    raise ConversionError(
-        f"router {router.name!r} ({router.__module__}) cannot be exported: it has no stand-alone file that routes "
-        "without dsmoe. Give its class an attribute `inference_file` with the path of a file that defines "
-        "build_routing(config); docs/routers.md says what that returns"
-    )
+    file = vars(router).get("inference_file")  # not an inherited one: a subclass may route differently
+    if file is None:
+        raise ConversionError(
+            f"router {router.name!r} ({router.__module__}) cannot be exported: it has no stand-alone file that routes "
+            "without dsmoe. Give its class an attribute `inference_file` with the path of a file that defines "
+            "build_routing(config); docs/routers.md says what that returns"
+        )
+    if not Path(file).is_file():
+        raise ConversionError(f"router {router.name!r}: its inference_file {file} does not exist")
+    return Path(file)
 
 
 def remote_config(config: RunConfig, router: type[Router], options) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from dsmoe.errors import ConversionError
 from dsmoe.hf.remote.configuration_dsmoe import DsmoeConfig
 from dsmoe.hf.table import PACKED, TABLES, Row
+from dsmoe.routers.topk import TopKRouter
 
 MOE = ("mixtral", "olmoe", "qwen3_moe")
 DENSE = ("llama", "qwen3")
@@ -127,7 +128,7 @@ def _translate(architecture: str, config: PreTrainedConfig) -> tuple[dict[str, A
     # One loss over the routes of all layers together there, a sum over layers and a mean over k here.
     balance = float(config.router_aux_loss_coef) * config.num_experts_per_tok / max(1, sum(moe_layers))
     router = {
-        "name": "topk",
+        "name": TopKRouter.name,
         "k": config.num_experts_per_tok,
         "softmax": "after" if renormalised else "before",
         "balance_coefficient": balance,

@@ -15,7 +15,8 @@ from typing import Any
 
 from dsmoe.config import ModelConfig, RouterConfig, RunConfig
 from dsmoe.errors import ConversionError
-from dsmoe.routers.topk import TopKOptions
+from dsmoe.routers import get
+from dsmoe.routers.base import SoftmaxTopK
 
 ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
 HOSTS = tuple(ARCHITECTURES)
@@ -44,9 +45,10 @@ def native_host(config: RunConfig, wanted: str) -> str:
 def reasons_against(host: str, model: ModelConfig, router: RouterConfig) -> list[str]:
     """Why `host` cannot hold this model; empty if it can."""
     found = []
-    if router.name != "topk":
+    top_k = _softmax_top_k(router)
+    if top_k is None:
         found.append(f"router.name is {router.name}, it has softmax top-k")
-    elif host == "mixtral" and not _renormalised(router):
+    elif host == "mixtral" and not top_k.renormalize:
         found.append("gates are not renormalised (router.renormalize, router.softmax), it always renormalises")
     if model.qk_layernorm != _QK_NORM[host]:
         found.append(f"model.qk_layernorm is {model.qk_layernorm}, it has {_QK_NORM_IN_WORDS[_QK_NORM[host]]}")
@@ -60,15 +62,15 @@ def reasons_against(host: str, model: ModelConfig, router: RouterConfig) -> list
     return found
 
 
-def _renormalised(router: RouterConfig) -> bool:
-    options = TopKOptions.model_validate(router.options)
-    return options.renormalize or options.softmax == "after"
+def _softmax_top_k(router: RouterConfig) -> SoftmaxTopK | None:
+    router_class = get(router.name)
+    return router_class.softmax_top_k(router_class.Options.model_validate(router.options))
 
 
 def native_config(host: str, config: RunConfig) -> dict[str, Any]:
     """The content of config.json for a host, every flag that changes a number written out; without the weights' dtype,
     the version of transformers and the ids of special tokens, which the caller knows."""
-    model, options = config.model, TopKOptions.model_validate(config.router.options)
+    model, top_k = config.model, _softmax_top_k(config.router)
     content: dict[str, Any] = {
         "architectures": [ARCHITECTURES[host]],
         "model_type": host,
@@ -85,10 +87,10 @@ def native_config(host: str, config: RunConfig) -> dict[str, Any]:
         "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
         "rope_theta": model.rotary_base,  # for readers before transformers 5
         "attention_dropout": 0.0,
-        "num_experts_per_tok": options.k,
+        "num_experts_per_tok": top_k.k,
         "output_router_logits": False,
         # One loss over the routes of all layers together there, a sum over layers and a mean over k here.
-        "router_aux_loss_coef": options.balance_coefficient * sum(model.moe_layers()) / options.k,
+        "router_aux_loss_coef": top_k.balance_coefficient * sum(model.moe_layers()) / top_k.k,
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
     }
@@ -100,7 +102,7 @@ def native_config(host: str, config: RunConfig) -> dict[str, Any]:
             "sliding_window": None,
         }
     else:
-        content |= {"num_experts": model.num_experts, "norm_topk_prob": _renormalised(config.router)}
+        content |= {"num_experts": model.num_experts, "norm_topk_prob": top_k.renormalize}
         content |= {"attention_bias": False}
     if host == "olmoe":
         content |= {"intermediate_size": model.moe_ffn_hidden_size, "clip_qkv": None}

@@ -28,10 +28,15 @@ from dsmoe.hf.table import LAYER
 from dsmoe.model.initialize import generator_of
 from dsmoe.model.skeleton import initial_router
 from dsmoe.routers import get
+from dsmoe.routers.topk import TopKRouter
 
 _MLP = re.compile(r"gpt\.decoder\.layers\.(\d+)\.mlp\.linear_fc([12])\.weight")
 NUM_EXPERTS = 8
-ROUTER = {"name": "topk", "k": 2, "softmax": "after"}  # gates sum to 1: the upcycled model begins as the dense one
+ROUTER = {
+    "name": TopKRouter.name,
+    "k": 2,
+    "softmax": "after",
+}  # gates sum to 1: the model starts as the dense one
 
 
 @dataclass(frozen=True)
@@ -100,15 +105,8 @@ class Upcycler:
     @property
     def keeps_the_function(self) -> bool:
         """Whether the MoE computes what the dense model does: whole copies, and gates that sum to 1 for every token."""
-        return self.options.granularity == 1 and not self.options.noise and not self._rank and self._gates_sum_to_one()
-
-    def _gates_sum_to_one(self) -> bool:
-        name, options = self.config.router.name, self._options
-        if name == "topk":
-            return options.softmax == "after" or options.renormalize
-        if name == "topk_bias":
-            return options.renormalize and options.route_scale == 1
-        return name == "dtop_p" or (name == "top_p" and getattr(options, "renormalize", False))
+        whole_copies = self.options.granularity == 1 and not self.options.noise and not self._rank
+        return whole_copies and self._options.gates_sum_to_one()
 
     def routers(self) -> Iterator[tuple[str, Tensor]]:
         """The new routers' tensors of all MoE layers."""

@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from dsmoe.routers.base import BalanceScope, Routing
+from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Routing
 from dsmoe.routers.losses import balance_product
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
@@ -41,10 +41,16 @@ class AoEOptions(LowRankOptions):
     def target_experts_per_token(self, model):
         return self.k
 
+    def fixed_experts_per_token(self):
+        return self.k
+
 
 @register("aoe")
 class AutonomyOfExperts(LowRankRouter):
     Options = AoEOptions
+    summary = "Autonomy-of-Experts: the k experts with the largest norm of their own latent"
+    paper = "2501.13074"
+    inference_file = INFERENCE_FILE
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         score_TE, latents = self.score(hidden_TH)

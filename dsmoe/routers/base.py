@@ -9,10 +9,13 @@ Shapes: T tokens of this rank, E experts, H hidden.
 
 from __future__ import annotations
 
+import json
+import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from megatron.core.transformer.moe import router as megatron_router
@@ -22,7 +25,7 @@ from torch import Tensor
 from dsmoe.config import ModelConfig, Section
 from dsmoe.errors import RouterError
 from dsmoe.routers.controllers import Controller
-from dsmoe.routers.logits import fp32_logits
+from dsmoe.routers.logits import fp32_logits, recomputes_logits
 from dsmoe.routers.recorder import Load, RoutingRecorder
 from dsmoe.routers.renamed import OPTION_METHODS, refuse_old_methods
 from dsmoe.routers.routing import Routing, RoutingResult
@@ -32,6 +35,8 @@ from dsmoe.routers.scores import Scores
 # Whose tokens a balance loss counts: those of all ranks in a micro-step (then the layout does not change the loss), of
 # each rank alone (as Megatron and ReMoE's code do), or of all ranks in the optimizer step so far (arXiv 2501.11873).
 BalanceScope = Literal["micro_batch", "rank", "global_batch"]
+
+INFERENCE_FILE = Path(__file__).with_name("routing_dsmoe.py")  # of dsmoe's own routers
 
 
 class RouterOptions(Section):
@@ -60,20 +65,74 @@ class RouterOptions(Section):
         """Mean experts per token in the first steps, for planning memory: a controller may lower it later."""
         return self.target_experts_per_token(model)
 
+    def fixed_experts_per_token(self) -> int | None:
+        """k if every token uses exactly k experts; None if the number varies from token to token."""
+        return None
+
+    def gates_sum_to_one(self) -> bool:
+        """Whether the weights of every token sum to 1, so that an upcycled model starts as the dense one."""
+        return False
+
+    @classmethod
+    def aim_at(cls, experts_per_token: float, num_experts: int) -> dict[str, Any]:
+        """Options with which training aims at that mean number of experts, for studies at equal compute. By default the
+        option `k`, if there is one."""
+        return {"k": experts_per_token} if "k" in cls.model_fields else {}
+
+    def inference_settings(self, num_experts: int) -> list[dict[str, Any]]:
+        """Changes of options with which a trained model uses fewer or more experts per token, for studies of inference.
+        By default half and twice the k of a router with a fixed number."""
+        k = self.fixed_experts_per_token()
+        if k is None or "k" not in type(self).model_fields:
+            return []
+        return [{"k": other} for other in (max(1, k // 2), 2 * k) if other != k and other <= num_experts]
+
+    @property
+    def sends_latents(self) -> bool:
+        """Whether the latents of all (token, expert) pairs are stored and those of routes are sent to the experts."""
+        return False
+
+    @property
+    def shards_latents(self) -> bool:
+        """Whether each rank scores the tokens of its whole expert-parallel group for its own experts."""
+        return False
+
+
+def scaled_settings(option: str, value: float, maximum: float = math.inf) -> list[dict[str, float]]:
+    """For `inference_settings`: a float option at 3/4 and 5/4 of its value."""
+    return [{option: value * factor} for factor in (0.75, 1.25) if value * factor <= maximum]
+
+
+@dataclass(frozen=True)
+class SoftmaxTopK:
+    """Options of a softmax top-k router, in the terms of transformers' own MoE architectures."""
+
+    k: int
+    renormalize: bool  # gates of a token sum to 1
+    balance_coefficient: float
+
 
 class Router(megatron_router.Router):
     """Base of all routers. Megatron's constructor creates the gate's weight [E, H], unless `has_gate` is False.
 
+    Everything else in dsmoe knows a router only by this class: export, upcycling, benchmark, studies, planner and dead
+    expert reset call the methods below, whose defaults suit a router with a gate.
+
     Attributes:
-        inference_file: for a router outside dsmoe, the stand-alone Python file that an export to Hugging Face contains
-            as routing_dsmoe.py. It defines `build_routing(config)` (see dsmoe/hf/remote/routing_dsmoe.py for what that
-            returns) and imports nothing but torch. Without it such a router cannot be exported.
+        summary, paper: for model cards, how tokens get experts, in a clause, and the arXiv identifier.
+        inference_file: the stand-alone Python file that an export to Hugging Face contains as routing_dsmoe.py. It
+            defines `build_routing(config)` (see dsmoe/routers/routing_dsmoe.py for what that returns) and imports
+            nothing but torch. Not inherited. Without it a router cannot be exported.
+        routes_in_blocks: whether `route` uses `dsmoe.routers.scores.in_blocks`, which stores less for backward passes.
     """
 
     name = "unnamed"
     Options: type[RouterOptions] = RouterOptions
     has_gate = True
+    summary = "a router without a description"
+    paper: str | None = None
     inference_file: Path | None = None
+    routes_in_blocks = False
 
     def __init__(self, config, pg_collection=None, options: RouterOptions | None = None, **kwargs):
         super().__init__(config, pg_collection)
@@ -139,6 +198,53 @@ class Router(megatron_router.Router):
     def parameter_count(cls, model: ModelConfig, options: RouterOptions) -> int:
         """Parameters of one layer's router."""
         return model.num_experts * model.hidden_size
+
+    @classmethod
+    def retained_bytes_per_pair(cls, model: ModelConfig, options: RouterOptions, element: int) -> float:
+        """Bytes per (token, expert) pair that one layer's routing stores for the backward pass: map and fp32 scores.
+
+        Args:
+            element: bytes of an activation in the model's dtype.
+        """
+        low_precision = element < 4
+        if cls.routes_in_blocks and recomputes_logits(low_precision, model.num_experts, model.hidden_size):
+            return 1.0
+        return 1.0 + 4.0
+
+    @classmethod
+    def softmax_top_k(cls, options: RouterOptions) -> SoftmaxTopK | None:
+        """These options as softmax top-k, which architectures of transformers have; None for any other method."""
+        return None
+
+    @classmethod
+    def card_section(cls, options: dict[str, Any]) -> str:
+        """Paragraph of the model card of an export, in Markdown."""
+        cited = f" ([{cls.paper}](https://arxiv.org/abs/{cls.paper}))" if cls.paper else ""
+        listed = ", ".join(f"`{key}` {json.dumps(value)}" for key, value in options.items())
+        return f"Router `{cls.name}`: {cls.summary}{cited}." + (f" Options: {listed}." if listed else "")
+
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float) -> dict[str, Any]:
+        """Options for the layer benchmark, whose tokens have logits of 5 for k experts on average and at most -15 for
+        all others.
+
+        Args:
+            latent_norm: norm of the latents of these k experts, if experts score themselves; those of others are small.
+        """
+        return cls.Options.aim_at(k, num_experts)
+
+    @classmethod
+    def benchmark_variants(cls, ranks: int) -> dict[str, dict[str, Any]]:
+        """Further options that the layer benchmark measures on that many ranks, by a name for its tables."""
+        return {}
+
+    def calibrate(self, hidden_TH: Tensor, k: float) -> None:
+        """Change thresholds so that these tokens use k experts on average, for benchmarks of untrained models. By
+        default nothing changes, which is right where the number is fixed."""
+
+    def per_expert_parameters(self) -> list[str]:
+        """Names of parameters with one row per expert, which a dead expert takes over from a busy one."""
+        return [name for name, value in self.named_parameters() if value.shape[:1] == (self.num_experts,)]
 
     def attach(self, recorder: RoutingRecorder, controller: Controller | None) -> None:
         """Share a model's recorder and controller. Called once per layer, in the order of layers."""

@@ -17,7 +17,13 @@ from dsmoe.routers.recorder import RoutingTotals
 
 
 class Controller(ABC):
-    """State that lives beside the model. Subclasses keep their tensors in `self.state`."""
+    """State that lives beside the model. Subclasses keep their tensors in `self.state`.
+
+    Attributes:
+        target_density: share of active (token, expert) pairs that it holds; None if it holds none.
+    """
+
+    target_density: float | None = None
 
     def __init__(self, **state: Tensor):
         self.state = state
@@ -29,6 +35,16 @@ class Controller(ABC):
     def metrics(self) -> dict[str, Tensor]:
         """Scalars for metrics.jsonl, by name."""
         return {}
+
+    def copy_expert(self, layer: int, source: int, target: int) -> None:
+        """Give an expert the state of another one, when it restarts as a copy of it. By default that is done with every
+        tensor [L, E, ...], L being all MoE layers."""
+        for value in self.state.values():
+            if value.dim() >= 2:
+                value[layer, target] = value[layer, source]
+
+    def skip_warmup(self) -> None:  # noqa: B027
+        """Continue as after a warm-up, for benchmarks."""
 
     def to(self, device) -> Controller:
         self.state = {name: value.to(device) for name, value in self.state.items()}
@@ -147,6 +163,9 @@ class CutoffController(Controller):
         )
         self.decay = decay
         self.updates = 0
+
+    def skip_warmup(self) -> None:
+        self.updates = max(self.updates, 1)
 
     def value_E(self, layer: int) -> Tensor:
         """fp32 [E], the corrected average of a layer; 0 before the first update."""

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import PIController
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Decision, in_blocks
-from dsmoe.routers.top_p import CrossingRule, top_p_losses, top_p_softmax
+from dsmoe.routers.top_p import CrossingRule, p_for_mean, top_p_losses, top_p_softmax
 
 
 class DTopPOptions(RouterOptions):
@@ -67,6 +67,9 @@ class DTopPOptions(RouterOptions):
         """k, the controller's target."""
         return self.k
 
+    def gates_sum_to_one(self):
+        return True
+
     def initial_p(self, num_experts: int) -> float:
         """p_0: `p_initial`, or the expected share of the top k of E experts in sum(exp(theta z)) for normal z."""
         if self.p_initial is not None:
@@ -81,6 +84,10 @@ class DTopPOptions(RouterOptions):
 @register("dtop_p")
 class DTopPRouter(Router):
     Options = DTopPOptions
+    summary = "top-p with a p found by a controller: the number of experts varies from token to token"
+    paper = "2512.13996"
+    inference_file = INFERENCE_FILE
+    routes_in_blocks = True
 
     def __init__(self, config, pg_collection=None, options: DTopPOptions | None = None, **kwargs):
         super().__init__(config, pg_collection, options, **kwargs)
@@ -101,13 +108,24 @@ class DTopPRouter(Router):
     def parameter_count(cls, model, options):
         return super().parameter_count(model, options) + 1
 
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
+        return {"k": float(k), "p_initial": 0.8, "scale_initial": 10.0}
+
+    def calibrate(self, hidden_TH: Tensor, k: float) -> None:
+        p = p_for_mean(self._scores(self.gating(hidden_TH), self.scale.float()).softmax(dim=-1), k, self.options.rule)
+        # Of this layer alone: the p of the shared controller would be that of the layer calibrated last.
+        self.controller = PIController(p, 0.0, 0.0, self.options.k / self.num_experts, 0.0, 1.0).to(hidden_TH.device)
+
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH), self.scale.float())
 
     def _decide(self, logits_tE: Tensor, _, saved_selection: Tensor | None, scale: Tensor) -> Decision:
         options, p = self.options, self.controller.value.to(logits_tE.device)
-        scores_tE = scale * F.layer_norm(logits_tE, [logits_tE.size(1)], eps=options.epsilon)
-        return top_p_softmax(scores_tE, saved_selection, p, options, renormalize=True)
+        return top_p_softmax(self._scores(logits_tE, scale), saved_selection, p, options, renormalize=True)
+
+    def _scores(self, logits_tE: Tensor, scale: Tensor) -> Tensor:
+        return scale * F.layer_norm(logits_tE, [logits_tE.size(1)], eps=self.options.epsilon)
 
     def losses(self, routing, loads):
         return top_p_losses(self, routing, loads)

@@ -25,9 +25,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dsmoe.routers.base import Router, RouterOptions, Routing
+from dsmoe.routers.base import INFERENCE_FILE, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import CutoffController
 from dsmoe.routers.registry import register
+from dsmoe.routers.scores import exceeded_by
 
 
 class ExpertThresholdOptions(RouterOptions):
@@ -47,6 +48,9 @@ class ExpertThresholdOptions(RouterOptions):
 @register("expert_threshold")
 class ExpertThresholdRouter(Router):
     Options = ExpertThresholdOptions
+    summary = "each expert takes the tokens above its cutoff; a token may get none"
+    paper = "2603.11535"
+    inference_file = INFERENCE_FILE
 
     @classmethod
     def make_controller(cls, options: ExpertThresholdOptions, num_layers: int, num_experts: int) -> CutoffController:
@@ -55,6 +59,18 @@ class ExpertThresholdRouter(Router):
     @classmethod
     def inference_state(cls, controller: CutoffController, layer: int) -> dict[str, Tensor]:
         return {"cutoffs": controller.value_E(layer)}
+
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
+        return {"k": float(k), "warmup_steps": 0, "capacity_slack": None}
+
+    def calibrate(self, hidden_TH: Tensor, k: float) -> None:
+        self.controller.skip_warmup()
+        cutoff = exceeded_by(self.gating(hidden_TH), k / self.num_experts)
+        corrected_E = self.controller.value_E(self.index)
+        self.controller.state["average"][self.index] += (cutoff - corrected_E) * (
+            1 - self.controller.decay**self.controller.updates
+        )
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)

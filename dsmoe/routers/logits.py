@@ -22,6 +22,11 @@ def fp32_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
     return _FP32Logits.apply(hidden_TH, weight_EH)
 
 
+def recomputes_logits(low_precision: bool, num_experts: int, hidden_size: int) -> bool:
+    """Whether storing fp32 logits for the backward pass takes over twice the memory of a gate's bf16 inputs."""
+    return low_precision and num_experts > hidden_size
+
+
 class _FP32Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from dsmoe.runtime.buffers import part
 LATENTS_PER_TILE = 1 << 18  # elements that stay in a CPU's cache
 TOKENS_PER_TILE = 512  # on a CPU
 LATENTS_ON_DEVICE = 1 << 26  # elements at a time
+BENCHMARK_RANK = 32
 
 
 class LowRankOptions(RouterOptions):
@@ -46,19 +47,27 @@ class LowRankOptions(RouterOptions):
     placement: Literal["replicated", "sharded"] = "replicated"  # of A
     latent: Literal["send", "recompute"] = "recompute"  # how an expert's owner gets x A_i; sharded: always recomputed
 
+    @property
+    def sends_latents(self) -> bool:
+        return self.latent == "send" and not self.shards_latents
+
+    @property
+    def shards_latents(self) -> bool:
+        return self.placement == "sharded"
+
 
 class LowRankRouter(Router):
     """Owns `reduce_proj`, A transposed: [E, r, H] or, sharded, [e, r, H]."""
 
     Options = LowRankOptions
     has_gate = False
+    routes_in_blocks = True
 
     def __init__(self, config, pg_collection=None, options: LowRankOptions | None = None, **kwargs):
         super().__init__(config, pg_collection, options, **kwargs)
         self.ep = pg_collection.ep
         own = self.num_experts // self.ep.size()
-        self.sharded = self.options.placement == "sharded"
-        self.sends_latents = self.options.latent == "send" and not self.sharded
+        self.sharded = self.options.shards_latents
         self.own_experts = (
             0 if self.sharded else self.ep.rank() * own,
             own,
@@ -77,10 +86,27 @@ class LowRankRouter(Router):
     def parameter_count(cls, model, options: LowRankOptions) -> int:
         return model.num_experts * options.rank * model.hidden_size
 
+    @classmethod
+    def retained_bytes_per_pair(cls, model, options: LowRankOptions, element: int) -> float:
+        return 1.0 + 4.0 + options.rank * (4.0 + element) * options.sends_latents
+
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
+        return {"rank": BENCHMARK_RANK, **super().benchmark_options(k, num_experts, latent_norm)}
+
+    @classmethod
+    def benchmark_variants(cls, ranks: int):
+        return {"latents sent": {"latent": "send"}} if ranks > 1 else {}
+
+    @property
+    def own_reduce_erH(self) -> Tensor:
+        """A of this rank's experts."""
+        return self.reduce_proj.narrow(0, *self.own_experts)
+
     def score(self, hidden_TH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Norms of all latents, fp32 [T, E], and the field of a `Routing` from which experts get their latents: all
         latents in the tokens' dtype if they are sent, else A of this rank's experts."""
-        if self.sends_latents:
+        if self.options.sends_latents:
             latents_TEr = _latents(hidden_TH, self.reduce_proj)
             return torch.linalg.vector_norm(latents_TEr, dim=-1), {"latents_TEr": latents_TEr.to(hidden_TH.dtype)}
         if self.sharded:

@@ -17,11 +17,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
-from dsmoe.routers.scores import Decision, in_blocks
+from dsmoe.routers.scores import Decision, exceeded_by, in_blocks
 
 
 class ReLUOptions(RouterOptions):
@@ -45,10 +45,18 @@ class ReLUOptions(RouterOptions):
 @register("relu")
 class ReLURouter(Router):
     Options = ReLUOptions
+    summary = "ReLU gates: a token uses every expert whose gate is positive, which may be none"
+    paper = "2412.14711"
+    inference_file = INFERENCE_FILE
+    routes_in_blocks = True
 
     @classmethod
     def make_controller(cls, options: ReLUOptions, num_layers: int, num_experts: int) -> LambdaController:
         return LambdaController(options.lambda_initial, options.lambda_factor, options.k / num_experts)
+
+    def calibrate(self, hidden_TH: Tensor, k: float) -> None:
+        threshold, gating = exceeded_by(self.gating(hidden_TH), k / self.num_experts), self.gating
+        self.gating = lambda hidden_TH: gating(hidden_TH) - threshold
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(_decide, self.gate_scores(hidden_TH))

@@ -27,13 +27,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dsmoe.routers.base import BalanceScope, Router, Routing
+from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Router, Routing, scaled_settings
 from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import mean_over_tokens
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
 from dsmoe.routers.registry import register
 from dsmoe.routers.routing_map import count_rows
-from dsmoe.routers.scores import Decision, Scores, in_blocks
+from dsmoe.routers.scores import Decision, Scores, exceeded_by, in_blocks
 
 START_SCORE = 2.56  # expected score over theta at the start of the paper's S scale: 0.02 * sqrt(512 * 32)
 
@@ -61,6 +61,13 @@ class RoutingFreeOptions(LowRankOptions):
     def target_experts_per_token(self, model):
         return self.target_density * model.num_experts
 
+    @classmethod
+    def aim_at(cls, experts_per_token, num_experts):
+        return {"target_density": experts_per_token / num_experts}
+
+    def inference_settings(self, num_experts):
+        return scaled_settings("threshold", self.threshold)
+
     def initial_experts_per_token(self, model):
         return model.num_experts  # nearly: scores start above the threshold
 
@@ -68,6 +75,9 @@ class RoutingFreeOptions(LowRankOptions):
 @register("routing_free")
 class RoutingFree(LowRankRouter):
     Options = RoutingFreeOptions
+    summary = "each expert decides alone whether it is active, from none to all"
+    paper = "2604.00801"
+    inference_file = INFERENCE_FILE
 
     def __init__(self, config, pg_collection=None, options: RoutingFreeOptions | None = None, **kwargs):
         super().__init__(config, pg_collection, options, **kwargs)
@@ -90,6 +100,15 @@ class RoutingFree(LowRankRouter):
         return LambdaController(
             options.lambda_initial, factor, options.target_density, shrink_at_target=False, maximum=maximum
         )
+
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
+        return super().benchmark_options(k, num_experts, latent_norm) | {"threshold": 0.8 * latent_norm}
+
+    def calibrate(self, hidden_TH: Tensor, k: float) -> None:
+        score_TE = self.score(hidden_TH)[0] * (1 if self.scale is None else self.scale) - self.bias
+        threshold = exceeded_by(score_TE, k / self.num_experts)
+        self.options = self.options.model_copy(update={"threshold": threshold})
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         score_TE, latents = self.score(hidden_TH)

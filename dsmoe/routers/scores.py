@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.routers.logits import fp32_logits
+from dsmoe.routers.logits import fp32_logits, recomputes_logits
 from dsmoe.routers.renamed import refuse_old_fields
 from dsmoe.routers.routing import Routing
 
@@ -73,7 +73,7 @@ class _InBlocks(torch.autograd.Function):
     ):
         logits = source
         if weight_EH is not None:
-            recompute = source.dtype != torch.float32 and len(weight_EH) > source.size(1)
+            recompute = recomputes_logits(source.dtype != torch.float32, *weight_EH.shape)
             logits = None if recompute else fp32_logits(source, weight_EH)
         scores = _Blocks(source, weight_EH, logits)
         probs_TE, map_TE = scores.empty(), scores.empty(torch.bool)
@@ -241,6 +241,12 @@ def _by_block(grad_TE: Tensor | None, rows: list[slice]) -> Iterator[Tensor | No
 def is_on_host(tensor: Tensor) -> bool:
     """Whether the host can read a tensor's values without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def exceeded_by(scores_TE: Tensor, share: float) -> float:
+    """The score that this share of all scores exceeds. Waits for the device."""
+    scores_N = scores_TE.detach().flatten()
+    return scores_N.kthvalue(max(1, round(scores_N.numel() * (1 - share)))).values.item()
 
 
 def spread(gate_tk: Tensor, expert_tk: Tensor, like_tE: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Router, RouterOptions, Routing, scaled_settings
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Decision, in_blocks
@@ -50,6 +50,16 @@ class TopPOptions(RouterOptions):
             return self.expected_experts
         needed = self.p * model.num_experts
         return min(model.num_experts, math.ceil(needed) if self.rule == "reach" else math.floor(needed) + 1)
+
+    def gates_sum_to_one(self):
+        return self.renormalize
+
+    @classmethod
+    def aim_at(cls, experts_per_token, num_experts):
+        return {"expected_experts": experts_per_token}
+
+    def inference_settings(self, num_experts):
+        return scaled_settings("p", self.p, maximum=1.0)
 
 
 def top_p_map(probs_TE: Tensor, p: float | Tensor, rule: CrossingRule) -> Tensor:
@@ -94,9 +104,31 @@ def _selected(sorted_TX: Tensor, p: float | Tensor, rule: CrossingRule) -> Tenso
     return selected_TX
 
 
+def p_for_mean(probs_TE: Tensor, k: float, rule: CrossingRule) -> float:
+    """p at which these tokens use k experts on average, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        p = (low + high) / 2
+        mean = top_p_map(probs_TE, p, rule).sum(1).float().mean().item()
+        low, high = (p, high) if mean < k else (low, p)
+    return high
+
+
 @register("top_p")
 class TopPRouter(Router):
     Options = TopPOptions
+    summary = "top-p: a token uses the fewest experts that hold the mass p"
+    paper = "2403.07652"
+    inference_file = INFERENCE_FILE
+    routes_in_blocks = True
+
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
+        return {"p": 0.8}
+
+    def calibrate(self, hidden_TH: Tensor, k: float) -> None:
+        p = p_for_mean(self.gating(hidden_TH).softmax(dim=-1), k, self.options.rule)
+        self.options = self.options.model_copy(update={"p": p})
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH))

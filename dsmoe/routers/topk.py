@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from dsmoe.routers.base import BalanceScope, Router, RouterOptions, Routing
+from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Router, RouterOptions, Routing, SoftmaxTopK
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Decision, in_blocks, map_of, spread
@@ -49,13 +49,30 @@ class TopKOptions(RouterOptions):
         return mistakes
 
     def target_experts_per_token(self, model):
-        """k, exactly."""
         return self.k
+
+    def fixed_experts_per_token(self):
+        return self.k
+
+    def gates_sum_to_one(self):
+        return self.softmax == "after" or self.renormalize
 
 
 @register("topk")
 class TopKRouter(Router):
     Options = TopKOptions
+    summary = "softmax top-k: every token uses exactly k experts"
+    paper = "2101.03961"
+    inference_file = INFERENCE_FILE
+    routes_in_blocks = True
+
+    @classmethod
+    def softmax_top_k(cls, options: TopKOptions) -> SoftmaxTopK:
+        return SoftmaxTopK(options.k, options.gates_sum_to_one(), options.balance_coefficient)
+
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
+        return {"k": k, "softmax": "after"} if k > 1 else {"k": k}
 
     @classmethod
     def fixed_experts_per_token(cls, options: TopKOptions) -> int:

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dsmoe.routers.base import Router, RouterOptions, Routing
+from dsmoe.routers.base import INFERENCE_FILE, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import BiasController
 from dsmoe.routers.losses import SMALLEST_SUM, mean_over_tokens, sequence_balance_sum, sum_by_sequence
 from dsmoe.routers.registry import register
@@ -73,13 +73,26 @@ class TopKBiasOptions(RouterOptions):
         return mistakes
 
     def target_experts_per_token(self, model):
-        """k, exactly."""
         return self.k
+
+    def fixed_experts_per_token(self):
+        return self.k
+
+    def gates_sum_to_one(self):
+        return self.renormalize and self.route_scale == 1
 
 
 @register("topk_bias")
 class TopKBiasRouter(Router):
     Options = TopKBiasOptions
+    summary = "top-k with a balancing bias instead of a loss: every token uses exactly k experts"
+    paper = "2412.19437"
+    inference_file = INFERENCE_FILE
+    routes_in_blocks = True
+
+    @classmethod
+    def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
+        return {"k": k, "renormalize": k > 1}
 
     @classmethod
     def fixed_experts_per_token(cls, options: TopKBiasOptions) -> int:

@@ -108,10 +108,8 @@ class DeadExpertReset:
             write_model_weight(rows.parameter, rows.start(idle), weight_n)
             for kind, own, place in _overlap(rows.start(idle), rows.numel, fragment, self.kinds):
                 own.copy_(values[kind][place])
-        controller = self.engine.module.controller
-        for state in () if controller is None else controller.state.values():
-            if state.shape[:2] == self.idle_LE.shape:
-                state[layer, idle] = state[layer, busy]
+        if (controller := self.engine.module.controller) is not None:
+            controller.copy_expert(layer, source=busy, target=idle)
 
 
 def pairs(idle_E: list[int], counts_E: list[int], patience: int) -> list[tuple[int, int]]:
@@ -129,14 +127,15 @@ def _moe_layers(model: torch.nn.Module) -> Iterator[tuple[str, VariableMoELayer]
 
 
 def _expert_rows(named_layer: tuple[str, VariableMoELayer]) -> Iterator[ExpertRows]:
-    """Of packed experts, and of whatever else the router has a row of for each expert."""
+    """Of packed experts, and of the router's parameters with a row for each expert."""
     prefix, layer = named_layer
+    of_router = {f"router.{name}" for name in layer.router.per_expert_parameters()}
     for name, parameter in layer.named_parameters():
         shape = logical_shape(parameter)
         numel = math.prod(shape[1:])
         if hasattr(parameter, "first_expert"):
             yield ExpertRows(f"{prefix}.{name}", parameter, parameter.first_expert, shape[0], numel)
-        elif name.startswith("router.") and shape[:1] == (layer.config.num_moe_experts,):
+        elif name in of_router:
             yield ExpertRows(f"{prefix}.{name}", parameter, 0, shape[0], numel)
 
 

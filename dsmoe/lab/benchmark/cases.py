@@ -25,13 +25,11 @@ from dsmoe.moe.dispatch import build_dispatcher
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.parallel.groups import ParallelGroups
-from dsmoe.routers import get
-from dsmoe.routers.base import Router
+from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.recorder import RoutingRecorder
 from dsmoe.routers.scores import weights_at
+from dsmoe.routers.topk import TopKRouter
 
-VARIABLE = ("relu", "top_p", "dtop_p", "routing_free", "expert_threshold")  # routers with another k for each token
-LATENT = 32  # r of the self-scoring experts
 COPY_BYTES = 1 << 28  # far more than any cache
 
 
@@ -100,7 +98,7 @@ def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:
     """The experts' matrix products alone, as torch does them: for each expert with rows the six of a forward and
     backward pass, into memory that is there, every thread with experts of its own. No activation, gather or sum: what
     no layer of these experts can undercut on this torch, however it is written."""
-    layer = build_layer(world, "topk")
+    layer = build_layer(world)
     hidden, _ = inputs
     layer.router.recorder.begin()
     with torch.no_grad():
@@ -141,32 +139,19 @@ def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:
     return Case("experts' products alone", "limit", products, [], [])
 
 
-def router_options(name: str, problem: Problem) -> dict:
-    """Options under which the router follows the tokens of `problem.Gate`."""
-    k = problem.k
-    return {
-        "topk": dict(k=k, softmax="after") if k > 1 else dict(k=k),
-        "topk_bias": dict(k=k, renormalize=k > 1),
-        "relu": dict(k=float(k)),
-        "top_p": dict(p=0.8),
-        "dtop_p": dict(k=float(k), p_initial=0.8, scale_initial=10.0),
-        "expert_threshold": dict(k=float(k), warmup_steps=0, capacity_slack=None),
-        "aoe": dict(k=k, rank=LATENT),
-        "routing_free": dict(rank=LATENT, threshold=0.8 * GAIN, target_density=k / problem.experts),
-    }[name]
+def router_options(router: type[Router], problem: Problem, **more) -> RouterOptions:
+    """Options under which the router follows the tokens of `problem.Gate`, and `more`."""
+    options = router.benchmark_options(problem.k, problem.experts, latent_norm=GAIN)
+    return router.Options.model_validate({**options, **more})
 
 
-ROUTERS = ("topk", "topk_bias", "relu", "top_p", "dtop_p", "expert_threshold", "aoe", "routing_free")
-
-
-def build_layer(world: World, name: str, chunks: int = 1, **more) -> VariableMoELayer:
+def build_layer(world: World, router_class: type[Router] = TopKRouter, chunks: int = 1, **more) -> VariableMoELayer:
     """dsmoe's layer as a model has it, with a recorder and a controller of its own, routing as the tokens ask.
 
     more: further options of the router.
     """
     problem, groups = world.problem, world.groups
-    router_class = get(name)
-    options = router_class.Options.model_validate({**router_options(name, problem), **more})
+    options = router_options(router_class, problem, **more)
     experts = ModuleSpec(module=GroupedExperts)
     if rank := router_class.latent_rank(options):
         experts = ModuleSpec(module=LowRankExperts, params={"rank": rank})
@@ -186,9 +171,7 @@ def build_layer(world: World, name: str, chunks: int = 1, **more) -> VariableMoE
     recorder = RoutingRecorder(problem.experts, groups.dp)
     controller = router_class.make_controller(options, 1, problem.experts)
     if controller is not None:
-        controller.to(world.device)
-    if name == "expert_threshold":
-        controller.updates = 1  # past the warm-up, with cutoffs of 0
+        controller.to(world.device).skip_warmup()
     layer.router.attach(recorder, controller)
     return layer.train()
 
@@ -202,7 +185,7 @@ def _share_weights(world: World, layer: VariableMoELayer) -> None:
         # Row 0 of A is the direction that scores; the others only make the latent as wide as it is.
         experts.gate_proj.uniform_(-0.05, 0.05, generator=random)
         experts.up_proj.copy_(world.gate_up_proj[:, problem.ffn :])
-        reduce_ErH = torch.randn(problem.experts, LATENT, problem.hidden, generator=random)
+        reduce_ErH = torch.randn(router.reduce_proj.shape, generator=random)
         reduce_ErH.mul_(0.02 * problem.hidden**-0.5)
         reduce_ErH[:, 0] = world.gate.directions_EH
         router.reduce_proj.copy_(reduce_ErH * (GAIN / world.gate.scale))
@@ -235,7 +218,7 @@ def layer_case(world: World, layer: VariableMoELayer, name: str, inputs: tuple[T
 
 def part_cases(world: World, inputs: tuple[Tensor, Tensor]) -> list[Case]:
     """The stages of the top-k layer by themselves, each forward and backward, on what the layer hands them."""
-    layer = build_layer(world, "topk")
+    layer = build_layer(world)
     hidden, grad = inputs
     router: Router = layer.router
     dispatcher = layer.token_dispatcher

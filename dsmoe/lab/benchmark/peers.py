@@ -136,7 +136,7 @@ def megatron_case(world: World, name: str, inputs: tuple[Tensor, Tensor], groupe
 
     from dsmoe.config import ModelConfig
     from dsmoe.model.gpt import transformer_config
-    from dsmoe.routers.topk import TopKOptions, TopKRouter
+    from dsmoe.routers.topk import TopKRouter
 
     problem, groups = world.problem, world.groups
     model = ModelConfig(
@@ -151,7 +151,7 @@ def megatron_case(world: World, name: str, inputs: tuple[Tensor, Tensor], groupe
     else:
         linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
         experts = ModuleSpec(module=SequentialMLP, submodules=linears)
-    options = TopKOptions(**router_options("topk", problem))
+    options = router_options(TopKRouter, problem)
     layer = MoELayer(
         config=config,
         submodules=MoESubmodules(router=partial(TopKRouter, options=options), experts=experts, shared_experts=None),

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe.config import RouterConfig
 from dsmoe.runtime.device import synchronize, use_local_device
 
 LEARNING_RATE = 1e-8  # so small that routes stay where they were set; the arithmetic of AdamW is the same
@@ -36,7 +37,7 @@ class StepJob:
     kind: str
     experts: int = 16
     ranks: int = 1
-    router: str = "topk"
+    router: str = RouterConfig().name
     layers: int = 4
     hidden: int = 256
     ffn: int = 512
@@ -107,16 +108,12 @@ def dsmoe_step(job: StepJob, rank: int) -> Step:
     """dsmoe's engine, as launch/train.py builds it."""
     from dsmoe.config import validate_config
     from dsmoe.parallel.groups import create_groups, start_processes
-    from dsmoe.routers.registry import option_classes
+    from dsmoe.routers import get
     from dsmoe.training.engine import build_engine
 
     start_processes(timeout_minutes=30)
-    options = {
-        "topk": {"k": job.k, "softmax": "after"},
-        "relu": {"k": float(job.k)},
-        "top_p": {},
-        "routing_free": {"target_density": job.k / job.experts, "rescale": True},
-    }[job.router]
+    router = get(job.router)
+    options = router.benchmark_options(job.k, job.experts, latent_norm=1.0)
     tree = {
         "model": dict(
             num_layers=job.layers, hidden_size=job.hidden, num_attention_heads=job.heads, vocab_size=job.vocabulary,
@@ -128,9 +125,10 @@ def dsmoe_step(job: StepJob, rank: int) -> Step:
         "training": {"global_batch_size": job.sequences, "lr": LEARNING_RATE},
         "logging": {"tensorboard": False},
     }  # fmt: skip
-    engine = build_engine(validate_config(tree, option_classes()), create_groups(job.ranks))
+    # Options for the layer benchmark's tokens, which `hold_mean` adapts to these; they need not suit training.
+    engine = build_engine(validate_config(tree), create_groups(job.ranks))
     engine.train()
-    if job.router != "topk":
+    if router.Options.model_validate(options).fixed_experts_per_token() is None:
         hold_mean(engine.module, random_batch(job, rank, 0)[:, :-1], job.k)
     steps = iter(range(1, 1 << 30))
 
@@ -158,7 +156,7 @@ def hold_mean(model: nn.Module, tokens: Tensor, k: float) -> None:
     from dsmoe.routers.base import Router
 
     hooks = [
-        module.register_forward_pre_hook(lambda router, inputs: set_threshold(router, inputs[0].flatten(0, 1), k))
+        module.register_forward_pre_hook(lambda router, inputs: router.calibrate(inputs[0].flatten(0, 1), k))
         for module in model.modules()
         if isinstance(module, Router)
     ]
@@ -166,33 +164,6 @@ def hold_mean(model: nn.Module, tokens: Tensor, k: float) -> None:
     model.recorder.take()
     for hook in hooks:
         hook.remove()
-
-
-def set_threshold(router, hidden_TH: Tensor, k: float) -> None:
-    """Make a router choose k experts on average for these tokens."""
-    from dsmoe.routers.top_p import top_p_map
-
-    share = k / router.num_experts
-    if router.name == "relu":
-        cut, gating = _largest_share(router.gating(hidden_TH), share), router.gating
-        router.gating = lambda hidden_TH: gating(hidden_TH) - cut
-    elif router.name == "routing_free":
-        score_TE = router.score(hidden_TH)[0] * (1 if router.scale is None else router.scale) - router.bias
-        router.options = router.options.model_copy(update={"threshold": _largest_share(score_TE, share)})
-    elif router.name == "top_p":
-        softmax_TE = router.gating(hidden_TH).softmax(dim=-1)
-        low, high = 0.0, 1.0
-        for _ in range(30):
-            p = (low + high) / 2
-            found = top_p_map(softmax_TE, p, router.options.rule).sum(1).float().mean().item()
-            low, high = (p, high) if found < k else (low, p)
-        router.options = router.options.model_copy(update={"p": high})
-
-
-def _largest_share(values: Tensor, share: float) -> float:
-    """The value that this share of all values exceeds."""
-    flat = values.flatten()
-    return flat.kthvalue(max(1, round(flat.numel() * (1 - share)))).values.item()
 
 
 def qwen3_moe(job: StepJob):

@@ -20,6 +20,7 @@ from dsmoe.lab.benchmark.jobs import HUGE_PAGES
 from dsmoe.lab.benchmark.step import StepJob
 from dsmoe.lab.children import rank_environment, start
 from dsmoe.parallel.place import free_port
+from dsmoe.routers import available
 
 # Of all parameters that training holds: weights, gradients, both moments, the optimizer's copy; and working space of
 # the same size, which dsmoe's way of writing gradients spares (dsmoe/optim/deepspeed.py).
@@ -44,10 +45,7 @@ def peer_jobs(base: StepJob, ranks: int = 2) -> list[StepJob]:
 
 def router_jobs(base: StepJob, ranks: int = 2) -> list[StepJob]:
     """Variable numbers of experts against top-k, at the same mean."""
-    return [
-        replace(base, name=f"dsmoe {router}", kind="dsmoe", ranks=ranks, router=router)
-        for router in ("topk", "relu", "top_p", "routing_free")
-    ]
+    return [replace(base, name=f"dsmoe {router}", kind="dsmoe", ranks=ranks, router=router) for router in available()]
 
 
 def growth_jobs(base: StepJob, experts: Iterable[int], ranks: int = 2) -> list[StepJob]:

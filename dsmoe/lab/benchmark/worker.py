@@ -68,23 +68,25 @@ class Entry:
 
 def entries_of(world, job: Job) -> list[Entry]:
     """Every peer and every router, by name."""
-    from dsmoe.lab.benchmark import cases, peers
+    from dsmoe.lab.benchmark import peers
+    from dsmoe.routers import available
+    from dsmoe.routers.topk import TopKRouter
 
     ranks = world.groups.ep_size
     found = [
         Entry(name, "peer", False, _once(build, world, name))
         for name, build in peers.peers(ranks, world.device).items()
     ]
-    for router in cases.ROUTERS:
-        found.append(_ours(world, f"dsmoe {router}", router))
-        if ranks > 1 and router in ("aoe", "routing_free"):
-            found.append(_ours(world, f"dsmoe {router}, latents sent", router, latent="send"))
-        if ranks > 1 and router == "topk":
-            found.append(_ours(world, f"dsmoe {router}, {PARTS} parts", router, chunks=PARTS))
+    for name, router in available().items():
+        found.append(_ours(world, f"dsmoe {name}", router))
+        for variant, options in router.benchmark_variants(ranks).items():
+            found.append(_ours(world, f"dsmoe {name}, {variant}", router, **options))
+        if ranks > 1 and router is TopKRouter:
+            found.append(_ours(world, f"dsmoe {name}, {PARTS} parts", router, chunks=PARTS))
     return [entry for entry in found if job.wants(entry.name)]
 
 
-def _ours(world, name: str, router: str, chunks: int = 1, **options) -> Entry:
+def _ours(world, name: str, router: type, chunks: int = 1, **options) -> Entry:
     from dsmoe.lab.benchmark import cases
 
     layers: list = []
@@ -94,7 +96,13 @@ def _ours(world, name: str, router: str, chunks: int = 1, **options) -> Entry:
             layers.append(cases.build_layer(world, router, chunks, **options))
         return cases.layer_case(world, layers[0], name, inputs)
 
-    return Entry(name, "ours", router in cases.VARIABLE, build)
+    return Entry(name, "ours", _varies(world, router), build)
+
+
+def _varies(world, router: type) -> bool:
+    from dsmoe.lab.benchmark import cases
+
+    return cases.router_options(router, world.problem).fixed_experts_per_token() is None
 
 
 def _once(build, world, name: str) -> Build:

@@ -24,6 +24,7 @@ from dsmoe.lab.planner.layout import Layout
 from dsmoe.lab.planner.measure import Case, MeasuredRun, config_of, measure_all
 from dsmoe.lab.planner.memory import memory
 from dsmoe.lab.planner.work import work
+from dsmoe.routers.topk import TopKRouter
 from dsmoe.runtime.device import device_name, gpu_memory_bytes, on_gpu, synchronize, use_local_device
 
 VOCABULARY = 2048
@@ -38,7 +39,7 @@ def cases(scale: int, ranks: int) -> list[Case]:
     count, batch = "model.num_experts", "training.global_batch_size"
     small = {
         "model.num_layers": 2, "model.num_attention_heads": 4, hidden: 128 * scale, "model.sequence_length": 128,
-        count: 8, ffn: 128 * scale, "router.name": "topk", "router.k": 2, batch: 4 * ranks,
+        count: 8, ffn: 128 * scale, "router.name": TopKRouter.name, "router.k": 2, batch: 4 * ranks,
     }  # fmt: skip
     varied = {
         "small": {},

@@ -64,12 +64,12 @@ class Layout:
     @cached_property
     def shards_latents(self) -> bool:
         """Whether each rank scores everyone's tokens for its own experts."""
-        return getattr(self.options, "placement", "") == "sharded"
+        return self.options.shards_latents
 
     @cached_property
     def sends_latents(self) -> bool:
         """Whether the latents of all pairs are kept, and those of routes sent."""
-        return not self.shards_latents and getattr(self.options, "latent", "") == "send"
+        return self.options.sends_latents
 
     @cached_property
     def experts(self) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 from dsmoe.lab.planner.layout import Layout
 from dsmoe.optim.registry import optimizer_class
+from dsmoe.routers import get
 
 MASTER = STATE = 4  # of a master weight, and of each state of the optimizer, fp32
 REDUCED = 4  # of the flat gradient that the optimizer reads, fp32
@@ -118,13 +119,10 @@ def dense(layout: Layout, width: int) -> float:
 
 
 def routing(layout: Layout) -> float:
-    """What a layer's routing keeps: the map, fp32 scores unless they are made again (dsmoe/routers/scores.py), latents
-    to be sent, and the plan's indices."""
-    pairs = layout.tokens * layout.model.num_experts
-    made_again = layout.element < 4 and layout.model.num_experts > layout.model.hidden_size and not layout.latent
-    scores = pairs * (1 if made_again else 4 + 1)
-    latents = pairs * layout.latent * (4 + layout.element) if layout.sends_latents else 0.0
-    return scores + latents + layout.routes * 8 * 4
+    """What a layer's routing keeps: what the router says of map, scores and latents, and the plan's indices."""
+    router = get(layout.config.router.name)
+    per_pair = router.retained_bytes_per_pair(layout.model, layout.options, layout.element)
+    return layout.tokens * layout.model.num_experts * per_pair + layout.routes * 8 * 4
 
 
 def moe_activations(layout: Layout) -> float:

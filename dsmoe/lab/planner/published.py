@@ -18,6 +18,8 @@ from dsmoe.lab.planner.hardware import load_hardware
 from dsmoe.lab.planner.predict import Prediction
 from dsmoe.lab.planner.search import choices, search
 from dsmoe.routers.registry import option_classes
+from dsmoe.routers.relu import ReLURouter
+from dsmoe.routers.topk import TopKRouter
 
 MIXTRAL_8X22B = {
     "num_layers": 56, "hidden_size": 6144, "num_attention_heads": 48, "num_query_groups": 8, "kv_channels": 128,
@@ -58,7 +60,7 @@ class Published:
     batch: int  # sequences of a step
     fixed: dict[str, object]  # what the source says of its layout; the rest is searched
     note: str = ""
-    router: str = "topk"
+    router: str = TopKRouter.name
 
 
 EP, RECOMPUTE = "parallel.expert_parallel", "model.recompute"
@@ -85,7 +87,7 @@ FIGURES = [
             ("469M", _remoe(24, 1024, 16, 16), "full", (138.58, 136.69)),
             ("978M", _remoe(24, 1536, 16, 16), "full", (160.46, 157.61)),
         )
-        for what, router, tflops in (("top-1", "topk", reached[0]), ("ReLU", "relu", reached[1]))
+        for what, router, tflops in (("top-1", TopKRouter.name, reached[0]), ("ReLU", ReLURouter.name, reached[1]))
     ),
 ]  # fmt: skip
 

@@ -12,6 +12,9 @@ from dsmoe.lab.planner.calibrate import VOCABULARY, layout_of, with_precision
 from dsmoe.lab.planner.hardware import Hardware
 from dsmoe.lab.planner.measure import Case, MeasuredRun, measure_all, run_from
 from dsmoe.lab.planner.predict import Prediction, predict
+from dsmoe.routers.relu import ReLURouter
+from dsmoe.routers.top_p import TopPRouter
+from dsmoe.routers.topk import TopKRouter
 
 MEMORY_BAR, SECONDS_BAR, BYTES_BAR = 0.10, 0.20, 0.05  # relative errors
 
@@ -58,10 +61,10 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
     zero, again = "parallel.zero_stage", "model.recompute"
     base = {
         "model.num_layers": 3, "model.num_attention_heads": 4, hidden: 192 * scale, length: 192, count: 16,
-        ffn: 192 * scale, "router.name": "topk", "router.k": 2, batch: 6 * ranks,
+        ffn: 192 * scale, "router.name": TopKRouter.name, "router.k": 2, batch: 6 * ranks,
     }  # fmt: skip
     spread = {"parallel.expert_parallel": ranks}
-    relu = {"router.name": "relu", "router.k": 2, "router.lambda_initial": 1e-4}
+    relu = {"router.name": ReLURouter.name, "router.k": 2, "router.lambda_initial": 1e-4}
     varied = {
         "replicated": {},
         "replicated, ZeRO 2": {zero: 2, count: 24},
@@ -75,7 +78,7 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
         "spread, ZeRO 3": {**spread, zero: 3, count: 24},
         "spread, experts recomputed": {**spread, again: "moe", batch: 12 * ranks},
         "spread, all recomputed": {**spread, again: "full", length: 384},
-        "spread, top-p": {**spread, "router.name": "top_p", "router.k": ..., "router.p": 0.4},
+        "spread, top-p": {**spread, "router.name": TopPRouter.name, "router.k": ..., "router.p": 0.4},
         "spread, relu": {**spread, **relu, count: 32},
         "spread, shared expert": {**spread, "model.moe_shared_expert_intermediate_size": 192 * scale},
         "spread, every second layer": {**spread, "model.moe_layer_freq": 2, "model.num_layers": 4},

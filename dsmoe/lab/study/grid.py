@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dsmoe.config import Section, read_yaml, validated
+from dsmoe.config import RouterConfig, Section, read_yaml, validated
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.plan import is_plan, study_of_plan
 
@@ -171,7 +171,8 @@ class Study(Section):
     def reference(self) -> str:
         """The arm that others are measured against."""
         names = [arm.name for arm in self.arms]
-        return self.baseline or ("topk" if "topk" in names else names[0])
+        usual = RouterConfig().name
+        return self.baseline or (usual if usual in names else names[0])
 
 
 @dataclass(frozen=True)

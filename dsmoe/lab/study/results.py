@@ -134,7 +134,7 @@ def target_density(config: RunConfig) -> float | None:
     router = get(config.router.name)
     options = router.Options.model_validate(config.router.options)
     controller = router.make_controller(options, sum(config.model.moe_layers()), config.model.num_experts)
-    return getattr(controller, "target_density", None)
+    return None if controller is None else controller.target_density
 
 
 def matching_steps(config: RunConfig, reference: RunResult) -> int:

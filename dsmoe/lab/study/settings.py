@@ -76,8 +76,7 @@ def _at_equal_compute(study: Study, cell: Cell, settings: dict[str, Any], comput
     experts, width = active * parts, compute.width / parts
     base = _load(study, cell, settings, checked=False)
     settings["model.num_experts"] = total = base.model.num_experts * parts
-    option, value = _aim(base.router.name, experts, total)
-    if option is not None:
+    for option, value in get(base.router.name).Options.aim_at(experts, total).items():
         settings.setdefault(f"router.{option}", value)
     settings["model.moe_ffn_hidden_size"] = max(1, round(width))
     config = _load(study, cell, settings)
@@ -151,15 +150,3 @@ def _load(study: Study, cell: Cell, settings: dict[str, Any], checked: bool = Tr
 
 def _as_overrides(settings: dict[str, Any]) -> list[str]:
     return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
-
-
-def _aim(router: str, experts: int, total: int) -> tuple[str | None, Any]:
-    """The option of a router that says how many experts a token takes, and its value."""
-    fields = get(router).Options.model_fields
-    if "k" in fields:
-        return "k", experts
-    if "target_density" in fields:
-        return "target_density", experts / total
-    if "expected_experts" in fields:
-        return "expected_experts", experts
-    return None, None

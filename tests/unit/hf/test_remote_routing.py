@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsmoe.hf.remote import routing_dsmoe
-from dsmoe.hf.remote.routing_dsmoe import build_routing
-from dsmoe.routers import available, get
+from dsmoe.hf.remote import configuration_dsmoe, modeling_dsmoe
+from dsmoe.routers import available, get, routing_dsmoe
+from dsmoe.routers.routing_dsmoe import build_routing
 
 HIDDEN, EXPERTS, LAYERS = 16, 8, 2
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
@@ -149,12 +149,13 @@ def test_an_unknown_router_is_named():
         build_routing(SimpleNamespace(router={"name": "nothing"}))
 
 
-def test_the_files_that_travel_do_not_import_dsmoe():
+def test_the_files_that_travel_do_not_import_dsmoe(tmp_path):
     """In a process of its own, in which dsmoe cannot be imported."""
-    folder = Path(routing_dsmoe.__file__).parent
+    for file in (routing_dsmoe, modeling_dsmoe, configuration_dsmoe):
+        shutil.copy(file.__file__, tmp_path)
     code = (
         "import sys, types; sys.modules['dsmoe'] = None; package = types.ModuleType('export');"
-        f"package.__path__ = [{str(folder)!r}]; sys.modules['export'] = package;"
+        f"package.__path__ = [{str(tmp_path)!r}]; sys.modules['export'] = package;"
         "import export.modeling_dsmoe as m; print(m.DsmoeForCausalLM.__name__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

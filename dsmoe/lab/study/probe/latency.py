@@ -11,9 +11,6 @@ from dsmoe.inference.generate import Reader
 from dsmoe.routers.base import Router
 from dsmoe.training.evaluate import evaluate
 
-# Options that decide at inference how many experts a token has, and by how much they are tried.
-CHANGED = {"k": (0.5, 1, 2), "p": (0.75, 1, 1.25), "threshold": (0.75, 1, 1.25)}
-STEERED = ("relu", "dtop_p", "expert_threshold")  # here they only aim at a density in training
 TOKENS, REPEATS = 12, 3
 
 
@@ -36,17 +33,9 @@ def latencies(trained: TrainedModel, held) -> list[dict]:
 
 def settings(trained: TrainedModel) -> list[tuple[str, dict]]:
     """What the router is tried with: as trained, and, where an option decides it, with fewer and more experts."""
-    router, experts = trained.model.recorder.routers[0], trained.config.model.num_experts
-    found = [("as trained", {})]
-    for name, factors in CHANGED.items() if router.name not in STEERED else ():
-        value = getattr(router.options, name, None)
-        if value is None:
-            continue
-        for factor in factors:
-            changed = max(1, round(value * factor)) if isinstance(value, int) else value * factor
-            if changed != value and (name != "k" or changed <= experts) and (name != "p" or changed <= 1):
-                found.append((f"{name}={changed:g}", {name: changed}))
-    return found
+    changes = trained.model.recorder.routers[0].options.inference_settings(trained.config.model.num_experts)
+    named = [(", ".join(f"{name}={value:g}" for name, value in change.items()), change) for change in changes]
+    return [("as trained", {}), *named]
 
 
 def seconds(trained: TrainedModel, ids: list[int]) -> tuple[float, float]:

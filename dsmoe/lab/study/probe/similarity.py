@@ -46,7 +46,7 @@ def all_outputs(layer: VariableMoELayer, rows_NH: Tensor) -> Tensor:
     counts = torch.full((experts,), count, device=rows.device)
     more = {}
     if isinstance(layer.experts, LowRankExperts):
-        more["reduce_erH"] = layer.router.reduce_proj.narrow(0, *layer.router.own_experts).to(rows.dtype)
+        more["reduce_erH"] = layer.router.own_reduce_erH.to(rows.dtype)
     outputs, _ = layer.experts(rows, counts, torch.ones(len(rows), device=rows.device), **more)
     return outputs.view(experts, count, -1)
 
@@ -69,7 +69,7 @@ def hidden_units(layer: VariableMoELayer) -> Tensor:
     multiplied out."""
     experts = layer.experts
     if isinstance(experts, LowRankExperts):
-        reduce = layer.router.reduce_proj.narrow(0, *layer.router.own_experts)
+        reduce = layer.router.own_reduce_erH
         gate, up = experts.gate_proj.float() @ reduce.float(), experts.up_proj.float()
     else:
         gate, up = experts.gate_up_proj.float().chunk(2, dim=1)
