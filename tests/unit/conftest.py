@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +30,17 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def plugin_router(monkeypatch):
+    """The router class of tests/plugin_router, found as if its package were installed."""
+    from importlib.metadata import EntryPoint
+
+    from dsmoe.routers import available, get, registry
+
+    monkeypatch.setattr(registry, "_routers", dict(available()))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugin_router"))
+    point = EntryPoint("sigmoid_threshold", "sigmoid_threshold:SigmoidThresholdRouter", registry.GROUP)
+    monkeypatch.setattr(registry, "_plugins", lambda: (point,))
+    return get("sigmoid_threshold")

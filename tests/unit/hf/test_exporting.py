@@ -22,8 +22,7 @@ from dsmoe.hf.export import ExportOptions, export, summary
 from dsmoe.hf.parity import Agreement, Observation, compare
 from dsmoe.model.skeleton import logical_shapes
 from dsmoe.routers import get
-from dsmoe.routers.base import Router, RouterOptions, Routing
-from dsmoe.routers.registry import option_classes, register
+from dsmoe.routers.registry import option_classes
 
 MODEL = dict(
     num_layers=2, hidden_size=32, num_attention_heads=2, sequence_length=32, num_experts=4, moe_ffn_hidden_size=16,
@@ -212,55 +211,18 @@ def test_a_damaged_checkpoint_is_not_exported(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-class _SigmoidOptions(RouterOptions):
-    k: float = 1.0
-
-    def target_experts_per_token(self, model):
-        return self.k
-
-
-class _SigmoidRouter(Router):
-    """A router of another package: no part of dsmoe."""
-
-    Options = _SigmoidOptions
-
-    def route(self, hidden_TH, sequence_T):
-        score_TE = self.gating(hidden_TH).sigmoid()
-        return Routing(score_TE * (score_TE > 0.5), score_TE > 0.5)
-
-
-ITS_FILE = """
-import torch
-from torch import nn
-
-
-class Routing(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-
-    def forward(self, hidden_TH):
-        score_TE = nn.functional.linear(hidden_TH.float(), self.weight.float()).sigmoid()
-        return score_TE * (score_TE > 0.5), score_TE > 0.5, None
-
-
-def build_routing(config):
-    return Routing(config)
-"""
-
-
-def test_a_router_of_another_package_brings_its_own_file(tmp_path, dataset, monkeypatch, groups):
-    register("test_sigmoid")(_SigmoidRouter)
-    made_up_run(tmp_path / "run", dataset, {"name": "test_sigmoid"})
-    with pytest.raises(ConversionError, match="'test_sigmoid'.* cannot be exported.*`inference_file`"):
-        export(tmp_path / "run", tmp_path / "out", ExportOptions())
-    monkeypatch.setattr(_SigmoidRouter, "inference_file", tmp_path / "its_file.py")
-    with pytest.raises(ConversionError, match="its_file.py is not there"):
-        export(tmp_path / "run", tmp_path / "out", ExportOptions())
-    (tmp_path / "its_file.py").write_text(ITS_FILE)
+def test_a_router_of_another_package_brings_its_own_file(tmp_path, dataset, plugin_router, monkeypatch, groups):
+    made_up_run(tmp_path / "run", dataset, {"name": "sigmoid_threshold"})
     report = export(tmp_path / "run", tmp_path / "out", ExportOptions())
-    assert report["router"] == "test_sigmoid" and report["parity"]["fp32"]["flipped_routes"] == 0
-    assert (tmp_path / "out" / "routing_dsmoe.py").read_text() == ITS_FILE
+    assert report["router"] == "sigmoid_threshold" and report["parity"]["fp32"]["flipped_routes"] == 0
+    assert (tmp_path / "out" / "routing_dsmoe.py").read_text() == plugin_router.inference_file.read_text()
+    assert "Router `sigmoid_threshold`: sigmoid gates above a threshold" in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr(plugin_router, "inference_file", tmp_path / "its_file.py")
+    with pytest.raises(ConversionError, match="its_file.py does not exist"):
+        export(tmp_path / "run", tmp_path / "other", ExportOptions())
+    monkeypatch.delattr(plugin_router, "inference_file")
+    with pytest.raises(ConversionError, match="'sigmoid_threshold'.* cannot be exported.*`inference_file`"):
+        export(tmp_path / "run", tmp_path / "other", ExportOptions())
 
 
 def test_compare_measures_what_it_says():
