@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys and silent type conversions are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TensorInitialization(Section):
+    """Initial values of the matrices whose canonical name matches a pattern, in place of the default."""
+
+    tensors: str = Field(min_length=1)  # shell pattern of names, such as *.experts.*.down_proj; * matches dots too
+    distribution: Literal["normal", "uniform", "linear"] = "normal"  # linear: as torch.nn.Linear, uniform by fan-in
+    std: float | None = Field(None, gt=0)  # of normal and uniform; linear: 1 / sqrt(3 fan_in)
+
+    @model_validator(mode="after")
+    def _check_std(self) -> TensorInitialization:
+        if (self.std is None) != (self.distribution == "linear"):
+            raise ValueError("std with normal and uniform, and no std with linear")
+        return self
+
+    def std_of(self, fan_in: int) -> float:
+        """Standard deviation of the elements of a matrix [out, fan_in]."""
+        return 1 / math.sqrt(3 * fan_in) if self.std is None else self.std
 
 
 class ModelConfig(Section):
@@ -34,6 +54,7 @@ class ModelConfig(Section):
     rotary_base: float = Field(10000.0, gt=0)
     norm_epsilon: float = Field(1e-5, gt=0)
     init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
+    initialization: list[TensorInitialization] = []  # exceptions to init_std; of several that match, the first
     recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
     moe_chunks: int = Field(1, ge=1)  # of a layer's tokens: exchanged while another is computed; bounds recompute
     token_dispatcher: str = "auto"  # how tokens reach their experts' ranks, dsmoe/moe/dispatch.py: a registered name
@@ -47,6 +68,7 @@ class ModelConfig(Section):
             "experts_implementation",
             "fused_kernels",
             "init_std",
+            "initialization",
             "moe_chunks",
             "moe_exchange_dtype",
             "recompute",
@@ -59,6 +81,10 @@ class ModelConfig(Section):
         if isinstance(self.moe_layer_freq, list):
             return [bool(flag) for flag in self.moe_layer_freq]
         return [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
+
+    def initialization_of(self, name: str) -> TensorInitialization | None:
+        """The exception that applies to a tensor, by its canonical name."""
+        return next((rule for rule in self.initialization if fnmatchcase(name, rule.tensors)), None)
 
     @property
     def dense_ffn_hidden_size(self) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dsmoe.config import ModelConfig
 from dsmoe.model.attention import CausalAttention, RecomputedAttentionLayer
-from dsmoe.model.initialize import initialize
+from dsmoe.model.initialize import check_initialization, initialize
 from dsmoe.model.loss import OutputLayer
 from dsmoe.model.native_norm import RMSNorm
 from dsmoe.moe.dispatch import build_dispatcher
@@ -65,7 +65,8 @@ class LanguageModel(nn.Module):
                 module.attach(self.recorder, self.controller)
         # Megatron's linears put `None` under `_extra_state`, which neither DeepSpeed nor safetensors can save.
         self._register_state_dict_hook(_drop_extra_state)
-        initialize(self, seed, model.init_std, model.num_layers)
+        check_initialization(self, model)
+        initialize(self, seed, model)
 
     def forward(
         self,
@@ -91,6 +92,8 @@ class LanguageModel(nn.Module):
         router_losses = self.recorder.finish()
         if labels is None:
             return output
+        if self.controller is not None and self.training and torch.is_grad_enabled():
+            self.controller.after_micro_batch(self.recorder.last_pass)
         parts = {"lm": output, **router_losses}
         return sum(parts.values()), {name: part.detach() for name, part in parts.items()}
 

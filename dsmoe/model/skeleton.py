@@ -38,7 +38,7 @@ def initial_router(model: ModelConfig, router: RouterConfig, layer: int, seed: i
         module = module.get_submodule(part)
     groups = _one_process().for_megatron()
     module.add_module("router", router_class(transformer_config(model, 1), groups, options=options))
-    initialize(whole, seed, model.init_std, model.num_layers)
+    initialize(whole, seed, model)
     return dict(logical_tensors(whole))
 
 

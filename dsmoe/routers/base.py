@@ -242,9 +242,13 @@ class Router(megatron_router.Router):
         """Change thresholds so that these tokens use k experts on average, for benchmarks of untrained models. By
         default nothing changes, which is right where the number is fixed."""
 
-    def per_expert_parameters(self) -> list[str]:
-        """Names of parameters with one row per expert, which a dead expert takes over from a busy one."""
-        return [name for name, value in self.named_parameters() if value.shape[:1] == (self.num_experts,)]
+    def has_row_per_expert(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter of this router has a row for each expert, which a dead expert takes over from a busy one.
+
+        Args:
+            shape: of the whole parameter, which ZeRO-3 may have partitioned.
+        """
+        return shape[:1] == (self.num_experts,)
 
     def attach(self, recorder: RoutingRecorder, controller: Controller | None) -> None:
         """Share a model's recorder and controller. Called once per layer, in the order of layers."""

@@ -1,8 +1,8 @@
-"""Controllers: fp32 state that steers density, updated once per optimizer step from exact global counts.
+"""Controllers: fp32 state that steers routing, updated once per optimizer step from exact global counts.
 
-A controller is no module: DeepSpeed casts a module's buffers with the model, and a coefficient in bf16 would move in
-steps of its own. Its state is saved in the checkpoint by name. Every rank updates it from the same integers, so it is
-bit-identical everywhere without a broadcast, and nothing here waits for the device.
+A controller is not a module: DeepSpeed casts a module's buffers with the model, and bf16 would round the steps of a
+coefficient. Its state is saved in the checkpoint by name. Every rank updates it from the same integers, so it is
+bit-identical on all of them without a broadcast, and nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -20,27 +20,39 @@ class Controller(ABC):
     """State that lives beside the model. Subclasses keep their tensors in `self.state`.
 
     Attributes:
-        target_density: share of active (token, expert) pairs that it holds; None if it holds none.
+        target_density: share of active (token, expert) pairs that it steers towards; None if it has no such target.
+        per_micro_batch: whether it moves after every micro-batch, not once per optimizer step.
     """
 
     target_density: float | None = None
+    per_micro_batch = False
 
     def __init__(self, **state: Tensor):
         self.state = state
 
     @abstractmethod
     def update(self, totals: RoutingTotals) -> None:
-        """Move once, after an optimizer step. Evaluation never calls it."""
+        """Move once, from the counts since the last move. Evaluation never calls it."""
+
+    def after_micro_batch(self, totals: RoutingTotals) -> None:
+        """Called after each forward pass of training, with its counts."""
+        if self.per_micro_batch:
+            self.update(totals)
+
+    def after_step(self, totals: RoutingTotals) -> None:
+        """Called after each optimizer step, with the counts of all its micro-batches."""
+        if not self.per_micro_batch:
+            self.update(totals)
 
     def metrics(self) -> dict[str, Tensor]:
         """Scalars for metrics.jsonl, by name."""
         return {}
 
-    def copy_expert(self, layer: int, source: int, target: int) -> None:
-        """Give an expert the state of another one, when it restarts as a copy of it. By default that is done with every
-        tensor [L, E, ...], L being all MoE layers."""
+    def copy_expert(self, layer: int, source: int, target: int, shape_LE: tuple[int, int]) -> None:
+        """Give an expert the state of another one, of which it restarts as a copy: by default in every tensor
+        [L, E, ...], with L MoE layers."""
         for value in self.state.values():
-            if value.dim() >= 2:
+            if tuple(value.shape[:2]) == shape_LE:
                 value[layer, target] = value[layer, source]
 
     def skip_warmup(self) -> None:  # noqa: B027
@@ -51,7 +63,7 @@ class Controller(ABC):
         return self
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take saved state. Raises `CheckpointError` if it is of another controller."""
+        """Restore saved state. Raises `CheckpointError` if its names or shapes do not match."""
         if {n: v.shape for n, v in state.items()} != {n: v.shape for n, v in self.state.items()}:
             found, expected = (sorted(f"{n} {tuple(v.shape)}" for n, v in s.items()) for s in (state, self.state))
             raise CheckpointError(f"the checkpoint's router controller holds {found}, this router's {expected}")
@@ -59,27 +71,30 @@ class Controller(ABC):
 
 
 class LambdaController(Controller):
-    """A loss coefficient that grows by a factor while density is too high and shrinks by it while it is too low.
+    """A loss coefficient that grows by a factor while density is above its target and shrinks by it while below.
 
     ReMoE (arXiv 2412.14711) Eq. 7-8, Routing-Free MoE (2604.00801) Eq. 17. One value for all layers.
 
     Args:
         initial: lambda at step 0.
         factor: alpha, or 1 + eta; more than 1.
-        target_density: wanted share of active (token, expert) pairs.
-        shrink_at_target: what happens at exact equality: shrink (ReMoE's code) or nothing (both papers).
-        maximum: lambda never exceeds it.
+        target_density: target share of active (token, expert) pairs.
+        shrink_at_target: whether it shrinks at exact equality, as in ReMoE's code, or stays, since sign(0) = 0 in both
+            papers.
+        maximum: upper bound of lambda.
+        per_micro_batch: move after every micro-batch.
     """
 
     def __init__(
         self, initial: float, factor: float, target_density: float, shrink_at_target: bool = True,
-        maximum: float = float("inf"),
+        maximum: float = float("inf"), per_micro_batch: bool = False,
     ):  # fmt: skip
         super().__init__(**{"lambda": torch.tensor(initial, dtype=torch.float32)})
         self.factor = factor
         self.target_density = target_density
         self.shrink_at_target = shrink_at_target
         self.maximum = maximum
+        self.per_micro_batch = per_micro_batch
 
     @property
     def value(self) -> Tensor:
@@ -98,7 +113,7 @@ class LambdaController(Controller):
 
 
 class BiasController(Controller):
-    """A bias for each layer and expert that rises while the expert gets less than the mean load and falls otherwise.
+    """A bias for each layer and expert that rises while the expert's load is below the mean, and falls while above.
 
     DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; method of 2408.15664): b += rate * sign(mean(c) - c) on the routes c
     of all ranks and micro-steps. Integers are compared, so the sign is exact; at the mean the bias stays.
@@ -119,10 +134,10 @@ class BiasController(Controller):
 
 
 class PIController(Controller):
-    """A proportional-integral controller that holds the mean number of active experts at a target, through one p.
+    """A proportional-integral controller of p that holds the mean number of active experts at a target.
 
     e_t = (target - mean active) / E;  p = p0 + kp e_t + ki sum(e), within [p_min, p_max]. Anti-windup: the integral
-    term stops where p0 plus it alone would leave that range, so p comes back as soon as the error turns.
+    term is clamped so that p0 plus it stays within that range, and p reacts as soon as the error changes sign.
     """
 
     def __init__(self, initial: float, kp: float, ki: float, target_density: float, p_min: float, p_max: float):
@@ -153,7 +168,7 @@ class CutoffController(Controller):
     """An exponential moving average of a statistic for each layer and expert, with Adam's bias correction.
 
     c <- a c + (1 - a) s, where s is `Routing.statistic_E` averaged over ranks and micro-steps; used as c / (1 - a^n)
-    after n updates. n is also kept as a number of the host, so that routers can ask for it without waiting.
+    after n updates. n is also stored as a Python integer, so that routers can read it without waiting for the device.
     """
 
     def __init__(self, num_layers: int, num_experts: int, decay: float):

@@ -63,6 +63,7 @@ class RoutingRecorder:
         self.routers: list = []  # in layer order; routers add themselves
         self.shared: dict = {}  # values that the first router of a forward pass computes for all of them
         self._recorded: list = []
+        self.last_pass: RoutingTotals | None = None  # of the last finished forward pass
         self._totals: RoutingTotals | None = None
 
     def begin(self) -> None:
@@ -86,6 +87,7 @@ class RoutingRecorder:
         global_counts = sum_over(self.group, torch.cat((own_LE.flatten(), without_L, tokens.view(1))))
         counts_LE, without_L = global_counts[: own_LE.numel()].view_as(own_LE), global_counts[own_LE.numel() : -1]
         totals = RoutingTotals(counts_LE, global_counts[-1], without_L, self._mean_statistic(routings))
+        self.last_pass = totals
         self._totals = totals if self._totals is None else _add(self._totals, totals)
         self._recorded = [None] * len(self.routers)
         if not torch.is_grad_enabled():

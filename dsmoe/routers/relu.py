@@ -3,11 +3,13 @@
     R(x) = ReLU(x W)                                              Eq. 5    expert e is active where R_e > 0
     y    = sum_e R(x)_e FFN_e(x)                                  Eq. 1    no softmax, no top-k, no renormalisation
     L1   = lambda * E / (k T^2) * sum_e count_e sum_t R_te        Eq. 10-11, one layer; counts carry no gradient
-    lambda grows by alpha while density > k/E, else shrinks       Eq. 7-8, one lambda for all layers
+    lambda <- lambda * alpha^sign(density - k/E)                  Eq. 7-8, one lambda for all layers
 
-`form: code` sums L1 over layers, as the released code does; `form: paper` takes their mean, so that its lambda is
-the code's times the number of MoE layers. The paper uses lambda_0 = 1e-8 and alpha = 1.2 everywhere. At first about
-half of all pairs are active and more soon after; lambda needs about 110 steps to bring density down to k/E.
+`form: code` sums L1 over layers and shrinks lambda at exact equality, as the released code does. `form: paper` averages
+L1 over layers, so that its lambda is the code's times the number of MoE layers, and keeps lambda at equality, since
+sign(0) = 0. The paper counts over all tokens of the step; the released code counts each rank's micro-batch by itself:
+set `balance_scope: rank` to reproduce it. The paper uses lambda_0 = 1e-8 and alpha = 1.2 everywhere. At first about
+half of all pairs are active, and more soon after; lambda needs about 110 steps to bring density down to k/E.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class ReLUOptions(RouterOptions):
     lambda_initial: float = Field(1e-8, gt=0)
     lambda_factor: float = Field(1.2, gt=1)  # alpha
     load_balanced: bool = True  # weight each expert's L1 by its load (Eq. 10) or not (Eq. 9)
-    form: Literal["code", "paper"] = "code"  # L1 summed or averaged over layers
-    balance_scope: BalanceScope = "micro_batch"
+    form: Literal["code", "paper"] = "code"  # L1 summed over layers; averaged, and lambda stays at equality
+    balance_scope: BalanceScope = "micro_batch"  # of the counts in L1; the released code: rank
 
     def validate_for_model(self, model):
         return self.at_most_num_experts("k", model)
@@ -52,7 +54,10 @@ class ReLURouter(Router):
 
     @classmethod
     def make_controller(cls, options: ReLUOptions, num_layers: int, num_experts: int) -> LambdaController:
-        return LambdaController(options.lambda_initial, options.lambda_factor, options.k / num_experts)
+        return LambdaController(
+            options.lambda_initial, options.lambda_factor, options.k / num_experts,
+            shrink_at_target=options.form == "code",
+        )  # fmt: skip
 
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
         threshold, gating = exceeded_by(self.gating(hidden_TH), k / self.num_experts), self.gating

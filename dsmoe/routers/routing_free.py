@@ -11,10 +11,15 @@
     L_TB = mean over tokens of (mean_i active_i)(mean_i G_i), i over all layers               Eq. 13, token balance
     L    = lambda (mu L_EB + (1 - mu) L_TB);  lambda *= (1 + eta)^sign(rho - rho_target)      Eq. 14-17
 
-In the code G inside the losses is the score after the threshold (inactive is 0), in the paper before it. lambda is
-capped at 1 in the code. Both follow `form`. The code moves lambda at every forward pass from one rank's density; here
-it moves once an optimizer step from that of all ranks. Published: theta 1, mu 0.5, rho 1/4, lambda_0 1e-10, eta 0.02,
-r 32 at H 512. At the start nearly all experts are active: plan memory for a dense model.
+In the code G inside the losses is the score after the threshold (inactive is 0), in the paper before it, and lambda is
+capped at 1. Both follow `form`. The code moves lambda after every micro-batch, from the density of one rank, and then
+averages it over ranks; here it moves from the density over all ranks, once per optimizer step or, with `lambda_update:
+micro_batch`, after every micro-batch. Published: theta 1, mu 0.5, rho 1/4, lambda_0 1e-10, eta 0.02, r 32 at H 512. At
+the start nearly all experts are active: plan memory for a dense model.
+
+The released code starts experts and A from torch.nn.Linear's initialization (`distribution: linear` of
+`model.initialization`), with scores of sqrt(r / 3) = 3.3 at the start whatever H. So does
+configs/recipes/routing_free_paper.yaml.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from dsmoe.routers.registry import register
 from dsmoe.routers.routing_map import count_rows
 from dsmoe.routers.scores import Decision, Scores, exceeded_by, in_blocks
 
+FIRST_MATRIX = "router.0.reduce_proj"  # A of expert 0, by its canonical name in an MoE layer
 START_SCORE = 2.56  # expected score over theta at the start of the paper's S scale: 0.02 * sqrt(512 * 32)
 
 
@@ -44,18 +50,27 @@ class RoutingFreeOptions(LowRankOptions):
     mu: float = Field(0.5, ge=0, le=1)  # 1: balance experts, 0: balance tokens
     lambda_initial: float = Field(1e-10, gt=0)
     lambda_rate: float = Field(0.02, gt=0)  # eta
+    lambda_update: Literal["step", "micro_batch"] = "step"  # when lambda moves; the released code: micro_batch
     form: Literal["code", "paper"] = "code"
-    rescale: bool = False  # draw A so that scores start at 2.56 theta, as at the paper's S scale
+    rescale: bool = False  # draw A so that scores start at 2.56 theta, as N(0, 0.02) gives at the paper's S scale
     balance_scope: BalanceScope = "micro_batch"
 
     def validate_for_model(self, model):
-        expected = model.init_std * math.sqrt(model.hidden_size * self.rank)
+        exception = model.initialization_of(f"gpt.decoder.layers.{model.moe_layers().index(True)}.mlp.{FIRST_MATRIX}")
+        if exception is not None and self.rescale:
+            return [
+                f"router.rescale: found True, but model.initialization has {exception.tensors!r} for the same "
+                "matrices; expected False"
+            ]
+        std = model.init_std if exception is None else exception.std_of(model.hidden_size)
+        expected = std * math.sqrt(model.hidden_size * self.rank)
         if self.rescale or expected > self.threshold:
             return []
         return [
             f"router.threshold: found {self.threshold}, expected less than the scores at the start, about "
-            f"init_std * sqrt(hidden_size * rank) = {expected:.3g}: every expert would start inactive, get no gradient "
-            f"and never recover. Set router.rescale=true, raise router.rank or model.init_std, lower router.threshold"
+            f"std * sqrt(hidden_size * rank) = {expected:.3g} with std = {std:.3g} (model.init_std or "
+            "model.initialization): every expert would start inactive, get no gradient and never recover. Set "
+            "router.rescale=true, raise router.rank or model.init_std, lower router.threshold"
         ]
 
     def target_experts_per_token(self, model):
@@ -98,7 +113,12 @@ class RoutingFree(LowRankRouter):
         maximum = 1.0 if options.form == "code" else math.inf
         factor = 1 + options.lambda_rate
         return LambdaController(
-            options.lambda_initial, factor, options.target_density, shrink_at_target=False, maximum=maximum
+            options.lambda_initial,
+            factor,
+            options.target_density,
+            shrink_at_target=False,
+            maximum=maximum,
+            per_micro_batch=options.lambda_update == "micro_batch",
         )
 
     @classmethod

@@ -109,7 +109,7 @@ class DeadExpertReset:
             for kind, own, place in _overlap(rows.start(idle), rows.numel, fragment, self.kinds):
                 own.copy_(values[kind][place])
         if (controller := self.engine.module.controller) is not None:
-            controller.copy_expert(layer, source=busy, target=idle)
+            controller.copy_expert(layer, source=busy, target=idle, shape_LE=tuple(self.idle_LE.shape))
 
 
 def pairs(idle_E: list[int], counts_E: list[int], patience: int) -> list[tuple[int, int]]:
@@ -129,13 +129,12 @@ def _moe_layers(model: torch.nn.Module) -> Iterator[tuple[str, VariableMoELayer]
 def _expert_rows(named_layer: tuple[str, VariableMoELayer]) -> Iterator[ExpertRows]:
     """Of packed experts, and of the router's parameters with a row for each expert."""
     prefix, layer = named_layer
-    of_router = {f"router.{name}" for name in layer.router.per_expert_parameters()}
     for name, parameter in layer.named_parameters():
         shape = logical_shape(parameter)
         numel = math.prod(shape[1:])
         if hasattr(parameter, "first_expert"):
             yield ExpertRows(f"{prefix}.{name}", parameter, parameter.first_expert, shape[0], numel)
-        elif name in of_router:
+        elif name.startswith("router.") and layer.router.has_row_per_expert(name.removeprefix("router."), shape):
             yield ExpertRows(f"{prefix}.{name}", parameter, 0, shape[0], numel)
 
 

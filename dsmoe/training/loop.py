@@ -199,7 +199,7 @@ class Trainer:
         bad = self.bad_steps.after_update(bad, grad_norm)
         controller, revival = self.engine.module.controller, self.engine.module.revival
         if controller is not None and bad is None:
-            controller.update(totals)
+            controller.after_step(totals)
         revived = {} if revival is None or bad is not None else {"revived_experts": revival.update(totals, self.step)}
         self.expert_lines.end(self.step, self.tokens, totals)
         parts = {"seconds_by_part": step_timer.stop()} if self.config.logging.timings else {}

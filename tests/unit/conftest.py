@@ -42,5 +42,5 @@ def plugin_router(monkeypatch):
     monkeypatch.setattr(registry, "_routers", dict(available()))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugin_router"))
     point = EntryPoint("sigmoid_threshold", "sigmoid_threshold:SigmoidThresholdRouter", registry.GROUP)
-    monkeypatch.setattr(registry, "_plugins", lambda: (point,))
+    monkeypatch.setattr(registry, "installed_plugins", lambda group: [point])
     return get("sigmoid_threshold")

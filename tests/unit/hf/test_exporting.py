@@ -17,12 +17,12 @@ from dsmoe.config import RunConfig, validate_config
 from dsmoe.data.prepare import prepare
 from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError
-from dsmoe.hf import export as exporting
 from dsmoe.hf.export import ExportOptions, export, summary
 from dsmoe.hf.parity import Agreement, Observation, compare
 from dsmoe.model.skeleton import logical_shapes
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
+from dsmoe.routers.relu import ReLURouter
 
 MODEL = dict(
     num_layers=2, hidden_size=32, num_attention_heads=2, sequence_length=32, num_experts=4, moe_ffn_hidden_size=16,
@@ -160,11 +160,9 @@ def run(tmp_path_factory, dataset) -> Path:
 
 def test_what_computes_something_else_never_appears(run, tmp_path, monkeypatch, groups):
     """A router file that differs a little: the gate finds it, and nothing is left."""
-    altered = tmp_path / "altered"
-    shutil.copytree(exporting.REMOTE, altered)
-    code = altered / "routing_dsmoe.py"
-    code.write_text(code.read_text().replace("probs_TE = F.relu(", "probs_TE = 1.001 * F.relu("))
-    monkeypatch.setattr(exporting, "REMOTE", altered)
+    altered, code = tmp_path / "altered.py", ReLURouter.inference_file.read_text()
+    altered.write_text(code.replace("probs_TE = F.relu(", "probs_TE = 1.001 * F.relu("))
+    monkeypatch.setattr(ReLURouter, "inference_file", altered)
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises(ConversionError, match="does not compute what its source does: logits differ by up to"):
@@ -173,10 +171,9 @@ def test_what_computes_something_else_never_appears(run, tmp_path, monkeypatch, 
 
 
 def test_code_that_does_not_load_is_named(run, tmp_path, monkeypatch, groups):
-    altered = tmp_path / "altered"
-    shutil.copytree(exporting.REMOTE, altered)
-    (altered / "routing_dsmoe.py").write_text("import dsmoe\n")
-    monkeypatch.setattr(exporting, "REMOTE", altered)
+    altered = tmp_path / "altered.py"
+    altered.write_text("import dsmoe\n")
+    monkeypatch.setattr(ReLURouter, "inference_file", altered)
     with pytest.raises(ConversionError, match="transformers cannot load or run the folder: .*dsmoe"):
         export(run, tmp_path / "out", ExportOptions())
     assert not (tmp_path / "out").exists()

@@ -45,9 +45,9 @@ VARIANTS = [
 # routing_dsmoe.py has to learn what it does to a route.
 OF_TRAINING = {
     "balance_coefficient", "balance_scope", "entropy_coefficient", "z_coefficient", "sequence_coefficient",
-    "sequence_counts", "bias_update_rate", "lambda_initial", "lambda_factor", "lambda_rate", "load_balanced", "mu",
-    "target_density", "expected_experts", "p_initial", "p_min", "p_max", "kp", "ki", "scale_initial", "warmup_steps",
-    "decay", "capacity_slack", "rescale", "placement", "latent",
+    "sequence_counts", "bias_update_rate", "lambda_initial", "lambda_factor", "lambda_rate", "lambda_update",
+    "load_balanced", "mu", "target_density", "expected_experts", "p_initial", "p_min", "p_max", "kp", "ki",
+    "scale_initial", "warmup_steps", "decay", "capacity_slack", "rescale", "placement", "latent",
 }  # fmt: skip
 OWN = {name: router for name, router in available().items() if router.__module__.startswith("dsmoe.")}
 

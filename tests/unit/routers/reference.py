@@ -273,8 +273,10 @@ def update(name, options, state, routes, tokens, statistics, updates):
     layers, experts = len(routes), len(routes[0])
     density = sum(map(sum, routes)) / (tokens * layers * experts)
     if name == "relu":
-        factor = options.lambda_factor if density > options.k / experts else 1 / options.lambda_factor
-        return {"lambda": state["lambda"] * factor}
+        move = sign(density - options.k / experts)
+        if move == 0 and options.form == "code":
+            move = -1
+        return {"lambda": state["lambda"] * options.lambda_factor**move}
     if name == "routing_free":
         moved = state["lambda"] * (1 + options.lambda_rate) ** sign(density - options.target_density)
         return {"lambda": min(moved, 1.0) if options.form == "code" else moved}

@@ -22,8 +22,9 @@ from dsmoe.lab.planner.hardware import load_hardware
 from dsmoe.lab.planner.layout import Layout
 from dsmoe.lab.planner.memory import routing
 from dsmoe.lab.planner.predict import predict
-from dsmoe.lab.study.grid import cell_config, load_study
+from dsmoe.lab.study.grid import load_study
 from dsmoe.lab.study.results import target_density
+from dsmoe.lab.study.settings import cell_config
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.routers.registry import option_classes
 
@@ -101,8 +102,8 @@ def test_a_dense_model_is_upcycled_with_it(plugin_router):
 def test_a_dead_expert_takes_over_its_row_and_its_threshold(plugin_router, groups):
     model = model_of(config_of(), plugin_router, groups)
     (layer, _) = model.recorder.routers
-    assert layer.per_expert_parameters() == ["weight"]
+    assert layer.has_row_per_expert("weight", tuple(layer.weight.shape))
     model.controller.state["thresholds"][0, 3] = 0.9
-    model.controller.copy_expert(0, source=3, target=5)
+    model.controller.copy_expert(0, source=3, target=5, shape_LE=(2, 8))
     assert model.controller.state["thresholds"][0].tolist() == pytest.approx([0.5] * 3 + [0.9, 0.5, 0.9] + [0.5] * 2)
     assert model.controller.state["thresholds"][1].tolist() == [0.5] * 8
