@@ -9,6 +9,8 @@ It starts torchrun, and again after a failure, from the newest checkpoint that i
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 from pathlib import Path
 
 from dsmoe.checkpoint.files import newest_checkpoint, newest_whole, step_of
@@ -39,24 +41,40 @@ def main() -> int:
     rendezvous = options.rendezvous.split(",")
     for endpoint in rendezvous:
         split_endpoint(endpoint)
-    run_dir = run_folder(options.arguments)
-
-    def saved_step() -> int:
-        newest = newest_checkpoint(run_dir)
-        return step_of(newest) if newest else 0
-
-    def resume() -> list[str]:
-        whole, problems = newest_whole(run_dir)
-        for problem in problems:
-            say(f"a damaged checkpoint is passed over: {problem}")
-        return [f"training.resume={whole}"] if whole and problems else []
-
     plan = Plan(
         nodes=(int(fewest), int(most or fewest)), processes=options.nproc_per_node, rendezvous=rendezvous,
         run_id=options.run_id, command=[options.script, "--fit", *options.arguments], grace=options.grace,
         backoff=options.backoff, give_up=options.give_up,
     )  # fmt: skip
-    return Supervisor(plan, saved_step, resume).run()
+    return Supervisor(plan, RunFolder(run_folder(options.arguments))).run()
+
+
+class RunFolder:
+    """What the supervisor must know of the run: `dsmoe.runtime.supervisor.Run`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def saved_step(self) -> int:
+        newest = newest_checkpoint(self.path)
+        return step_of(newest) if newest else 0
+
+    def resume(self) -> list[str]:
+        whole, problems = newest_whole(self.path)
+        for problem in problems:
+            say(f"a damaged checkpoint is passed over: {problem}")
+        return [f"training.resume={whole}"] if whole and problems else []
+
+    def logged_bytes(self) -> int:
+        log = self.path / "metrics.jsonl"
+        return log.stat().st_size if log.exists() else 0
+
+    def training_seconds(self) -> float:
+        log, total = self.path / "metrics.jsonl", 0.0
+        for text in log.read_text().splitlines() if log.exists() else ():
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                total += json.loads(text).get("seconds", 0.0)
+        return total
 
 
 def run_folder(arguments: list[str]) -> Path:

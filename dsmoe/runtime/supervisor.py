@@ -15,8 +15,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
+
+import psutil
 
 from dsmoe.errors import ParallelError
 from dsmoe.runtime.exit_codes import FINISHED, REFUSED
@@ -24,7 +26,7 @@ from dsmoe.runtime.exit_codes import FINISHED, REFUSED
 LONGEST_WAIT = 300.0  # seconds between two attempts
 LAST_CALL = 15  # seconds in which more hosts may join, once the fewest are there
 PROBE = 2.0  # seconds to find out whether a rendezvous lives
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 AGENT = """
 import sys
@@ -61,31 +63,53 @@ class Plan:
     give_up: int = 5
 
 
+class Run(Protocol):
+    """What the supervisor must know of the run."""
+
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+
+    def resume(self) -> list[str]:
+        """Arguments that make the script resume from the newest checkpoint that is whole."""
+
+    def logged_bytes(self) -> int:
+        """Size of the log that every step adds to."""
+
+    def training_seconds(self) -> float:
+        """Spent in the steps that the run consists of, without those that were lost."""
+
+
 class Supervisor:
     """Runs a plan on this host.
 
-    Args:
-        saved_step: the step of the newest checkpoint; 0 without one.
-        resume: arguments that make the script resume from the newest checkpoint that is whole.
+    Attributes:
+        recoveries: seconds from each failure to the first step after it.
     """
 
-    def __init__(self, plan: Plan, saved_step: Callable[[], int], resume: Callable[[], list[str]]):
-        self.plan, self._saved_step, self._resume = plan, saved_step, resume
+    def __init__(self, plan: Plan, run: Run):
+        self.plan, self._run = plan, run
+        self.recoveries: list[float] = []
         self._agent: subprocess.Popen | None = None
         self._signal: int | None = None
+        self._failed_at: float | None = None
 
     def run(self) -> int:
         """Until the run has finished (0), a signal has stopped it, or there is no hope; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        _adopt_orphans()
         fruitless, attempt = 0, 0
+        started, trained = time.monotonic(), self._run.training_seconds()
         while True:
             attempt += 1
-            before, began = self._saved_step(), time.monotonic()
+            before, began = self._run.saved_step(), time.monotonic()
             code = self._attempt()
             if code == FINISHED or self._signal is not None:
+                self._report(attempt, self._run.training_seconds() - trained, time.monotonic() - started)
                 return code
-            after = self._saved_step()
+            self._failed_at = time.monotonic()
+            self._await_orphans()
+            after = self._run.saved_step()
             if code == REFUSED and attempt == 1:
                 say("the run was refused; nothing to restart")
                 return code
@@ -110,11 +134,33 @@ class Supervisor:
         # Without the first, an agent that starts over hands its ranks the addresses of the ones before.
         environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        command = [sys.executable, "-c", AGENT, *options, *plan.command, *self._resume()]
+        command = [sys.executable, "-c", AGENT, *options, *plan.command, *self._run.resume()]
         self._agent = subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent, start_new_session=True)
         if self._signal is not None:  # it came in between
             self._agent.send_signal(signal.SIGTERM)
-        return self._agent.wait()
+        logged = self._run.logged_bytes()
+        while True:
+            try:
+                return self._agent.wait(0.5)
+            except subprocess.TimeoutExpired:
+                before, logged = logged, self._run.logged_bytes()
+                if self._failed_at is not None and logged > before:  # it shrinks when the run resumes
+                    self.recoveries.append(time.monotonic() - self._failed_at)
+                    self._failed_at = None
+
+    def _report(self, attempts: int, trained: float, lasted: float) -> None:
+        if attempts > 1:
+            times = ", ".join(f"{seconds:.0f}" for seconds in self.recoveries)
+            say(
+                f"{attempts} attempts; recovered in {times} s; {trained / lasted:.0%} of {lasted:.0f} s went into steps"
+            )
+
+    def _await_orphans(self) -> None:
+        """Ranks whose agent was killed save and stop by themselves; the next attempt must not meet them."""
+        ranks = psutil.Process().children(recursive=True)
+        _, left = psutil.wait_procs(ranks, timeout=self.plan.grace)
+        for process in left:
+            process.kill()
 
     def _rendezvous(self) -> str:
         """One that lives; else, when its turn has come, this host's own."""
@@ -172,6 +218,12 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     if not host or not port.isdigit():
         raise ParallelError(f"--rendezvous: found {endpoint!r}, expected HOST:PORT")
     return host, int(port)
+
+
+def _adopt_orphans() -> None:
+    """What the agent starts becomes this process's child when the agent is gone."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _end_with_parent() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import signal
 import socket
 import threading
@@ -23,7 +25,7 @@ def attempts(tmp_path, monkeypatch):
 
     def supervise(codes: list[str], steps: list[int], give_up: int = 3, **changes) -> tuple[int, list[str]]:
         agent = f"""
-import sys, time
+import os, subprocess, sys, time
 with open({str(log)!r}, "a+") as file:
     file.seek(0)
     number = len(file.readlines())
@@ -31,20 +33,39 @@ with open({str(log)!r}, "a+") as file:
 action = {codes!r}[min(number, {len(codes) - 1})]
 if action == "wait":
     time.sleep(60)
+if action == "slow":
+    time.sleep(1.5)
+    sys.exit(0)
+if action == "orphan":  # an agent that is killed leaves a rank
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(2); open({str(log)!r} + 'rank', 'w')"])
+    os.kill(os.getpid(), 9)
+if action == "after":
+    sys.exit(0 if os.path.exists({str(log)!r} + "rank") else 3)
 sys.exit(int(action))
 """
         monkeypatch.setattr(supervisor, "AGENT", agent)
         monkeypatch.setattr(supervisor, "LAST_CALL", 0)
 
-        def saved_step() -> int:
-            done = len(log.read_text().splitlines()) if log.exists() else 0
-            return steps[min(done, len(steps) - 1)]
+        class Run:
+            def saved_step(self) -> int:
+                done = len(log.read_text().splitlines()) if log.exists() else 0
+                return steps[min(done, len(steps) - 1)]
+
+            def resume(self) -> list[str]:
+                return ["training.resume=X"]
+
+            def logged_bytes(self) -> int:
+                return int(10 * time.monotonic())
+
+            def training_seconds(self) -> float:
+                return 0.5 * time.monotonic()
 
         plan = Plan((1, 1), 1, ["localhost:1"], "id", ["train.py"], backoff=0.01, give_up=give_up, **changes)
-        code = Supervisor(plan, saved_step, lambda: ["training.resume=X"]).run()
+        code = Supervisor(plan, Run()).run()
         return code, log.read_text().splitlines()
 
     yield supervise
+    ctypes.CDLL(None).prctl(supervisor.PR_SET_CHILD_SUBREAPER, 0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -64,6 +85,17 @@ def test_it_gives_up_without_progress(attempts, capfd):
     code, started = attempts(["1", "75", "1"], [0, 10, 10, 10, 10])
     assert code == 1 and len(started) == 4
     assert "supervisor: 3 attempts without a new checkpoint; giving up" in capfd.readouterr().err
+
+
+def test_ranks_without_their_agent_are_waited_for(attempts):
+    assert attempts(["orphan", "after"], [0])[0] == 0
+
+
+def test_times_to_recover_are_told(attempts, capfd):
+    assert attempts(["1", "slow"], [0])[0] == 0
+    assert re.search(
+        r"supervisor: 2 attempts; recovered in [012] s; 50% of \d s went into steps", capfd.readouterr().err
+    )
 
 
 def test_a_run_that_is_refused_is_not_started_again(attempts):
