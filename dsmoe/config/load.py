@@ -89,6 +89,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         tree = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, such as 2024-13-01
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
+    except RecursionError as error:
+        raise ConfigError(["not valid YAML: it is nested too deeply"], str(path)) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -108,7 +110,7 @@ def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]
             continue
         try:
             value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError):
+        except (yaml.YAMLError, ValueError, RecursionError):
             problems.append(f"override {override!r}: the value is not valid YAML")
             continue
         _override_router_name(tree, parts, value)

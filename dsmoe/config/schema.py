@@ -37,7 +37,7 @@ class TensorInitialization(Section):
 class ModelConfig(Section):
     """The transformer: Megatron-Core's names, RMSNorm, RoPE and SwiGLU throughout."""
 
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(4, ge=1, le=10_000)
     hidden_size: int = Field(256, ge=8)
     num_attention_heads: int = Field(8, ge=1)
     num_query_groups: int | None = Field(None, ge=1)  # key/value heads of GQA; None: as many as attention heads

@@ -26,6 +26,7 @@ VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}  # code in .idx; 6 and 7 are floats, which are no ids
 SCAN_TOKENS = 1 << 28  # read at most to find the largest id: a second or so
+PIECE = 1 << 22  # sequences of an index that are checked at a time
 QUICK_TOKENS = 1 << 24  # so few are read again each time, which leaves no file behind
 
 
@@ -86,6 +87,9 @@ class TokenFiles:
         marks = numpy.memmap(idx, "i8", "r", HEADER.size + 12 * sequences, (boundaries,))
         if not boundaries or marks[-1] != sequences:
             raise DataError(f"{idx} is damaged: its documents do not add up to its {sequences} sequences")
+        pointers = numpy.memmap(idx, "i8", "r", HEADER.size + 4 * sequences, (sequences,)) if sequences else lengths
+        if problem := _damage(lengths, pointers, marks, numpy.dtype(DTYPES[code]).itemsize):
+            raise DataError(f"{idx} is damaged: {problem}")
         files = cls(prefix, numpy.dtype(DTYPES[code]), lengths, marks, int(lengths.sum(dtype=numpy.int64)), states)
         claimed = files.tokens * files.dtype.itemsize
         if bin_size != claimed:
@@ -140,6 +144,25 @@ class TokenFiles:
         length = min(-(-len(ids) // parts), SCAN_TOKENS // parts)
         starts = numpy.linspace(0, len(ids) - length, parts).astype(numpy.int64)
         return max(int(ids[start : start + length].max()) for start in starts)
+
+
+def _damage(lengths: numpy.ndarray, pointers: numpy.ndarray, marks: numpy.ndarray, itemsize: int) -> str | None:
+    """What is wrong with an index, a piece at a time: a wrong place in it would be read from beyond the file."""
+    place = 0
+    for start in range(0, len(lengths), PIECE):
+        part = lengths[start : start + PIECE].astype("i8") * itemsize
+        ends = place + part.cumsum()
+        if part.min(initial=0) < 0:
+            return "a sequence has less than no tokens"
+        if not numpy.array_equal(pointers[start : start + PIECE], ends - part):
+            return "its sequences do not lie one after another"
+        place = int(ends[-1])
+    if marks[0] != 0:
+        return f"its first document begins at sequence {marks[0]}"
+    for start in range(0, len(marks), PIECE):
+        if (numpy.diff(marks[start : start + PIECE + 1]) < 0).any():
+            return "its documents are not in order"
+    return None
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -118,7 +118,7 @@ def test_a_gradient_that_is_not_finite_names_rank_parameter_layer_and_samples(da
 
 
 def test_a_bad_step_is_skipped_on_every_rank_and_the_run_goes_on(data, tmp_path):
-    configs = configs_of(tmp_path, data, on_bad_step="skip")
+    configs = [configs_of(tmp_path, data, on_bad_step="skip")[n] for n in (0, 2, 4)]
     both = run_ranks(2, train_with_fault, configs, "gradient", 3)
     for config, *results in zip(configs, *both, strict=True):
         run_dir = Path(config.logging.run_dir)
@@ -134,7 +134,7 @@ def test_a_bad_step_is_skipped_on_every_rank_and_the_run_goes_on(data, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_the_output_and_the_sequence(data, tmp_path):
-    configs = configs_of(tmp_path, data)[:3]
+    configs = configs_of(tmp_path, data)[2:3]
     for rank in run_ranks(2, train_with_fault, configs, "output", 2):
         for (kind, text, _), _, finite in rank:
             assert (kind, finite) == ("TrainingError", True)
@@ -171,6 +171,36 @@ def test_a_skipped_step_is_no_step_of_the_optimizer_after_a_resume_either(data, 
     run_ranks(2, train_all, parts[1:])
     losses = [[line["loss"] for line in lines_of(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
+
+
+def train_with_a_spike(configs) -> list:
+    """As `train_with_fault`, with a loss of step 3 that is told to be a spike."""
+    from dsmoe.training.watch import LossSpikes
+
+    see, results = LossSpikes.see, []
+    for config in configs:
+        calls: list = []
+
+        def at_step_3(self, loss, calls=calls):
+            calls.append(loss)
+            return loss / 2 if len(calls) == 3 else see(self, loss)
+
+        LossSpikes.see = at_step_3
+        results.append(train_and_listen([config]))
+    LossSpikes.see = see
+    return results
+
+
+def test_a_loss_spike_is_logged_or_skipped(data, tmp_path):
+    configs = [
+        run_config(tmp_path / action, data, training={"on_loss_spike": action}, parallel={"zero_stage": 2})
+        for action in ("log", "skip")
+    ]
+    for logged, skipped in run_ranks(2, train_with_a_spike, configs):
+        assert [result for result, _ in (logged, skipped)] == [[("ended", 4, True)]] * 2
+    assert [line.get("skipped") for line in lines_of(tmp_path / "log")] == [None] * 4
+    assert [line.get("skipped") for line in lines_of(tmp_path / "skip")] == [None, None, 1, None]
+    assert any("the loss jumps to" in event.get("text", "") for event in lines_of(tmp_path / "log", "events.jsonl"))
 
 
 def train_and_lose_the_folder(config) -> tuple[list, str]:

@@ -279,6 +279,47 @@ def test_zero_steps_report_the_gradient_norm(stepped):
     )
 
 
+@pytest.mark.parametrize(("stage", "precision"), ENGINES)
+def test_a_step_that_is_vetoed_or_not_finite_moves_nothing(stage, precision, groups, monkeypatch):
+    """And the step after it is as if it had never been."""
+    from dsmoe.optim.deepspeed import flat_master_weights, inner_optimizer, veto_steps
+    from dsmoe.training.engine import build_engine
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    engine = build_engine(config_of(stage, precision), groups)
+    vetoed = [False]
+    veto_steps(engine, lambda: vetoed[0])
+    engine.train()
+    parameter = next(p for name, p in engine.module.named_parameters() if name.endswith("linear_proj.weight"))
+
+    def step(seed: int) -> list[torch.Tensor]:
+        text = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(seed))
+        loss, _ = engine(text[:, :-1].contiguous(), text[:, 1:].contiguous())
+        engine.backward(loss)
+        engine.step()
+        inner = inner_optimizer(engine)
+        return [
+            value.clone()
+            for flat in flat_master_weights(engine)
+            for value in (flat.detach(), *(v for v in inner.state[flat].values()))
+        ]
+
+    before = step(0)
+    vetoed[0] = True
+    same = step(1)
+    assert all(torch.equal(a, b) for a, b in zip(before, same, strict=True)), "a vetoed step moved something"
+    vetoed[0] = False
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    same = step(2)
+    hook.remove()
+    where = "dsmoe/optim/deepspeed.py:veto_steps asks DeepSpeed's _global_grad_norm, set before the inner step"
+    assert not torch.isfinite(torch.tensor(float(engine.get_global_grad_norm()))), where
+    assert all(torch.equal(a, b) for a, b in zip(before, same, strict=True)), f"a bad step moved something; {where}"
+    after = step(3)
+    assert all(torch.isfinite(value).all() for value in after), "the bad gradient is still there"
+    assert not torch.equal(before[0], after[0])
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_moves_a_large_gradient_nowhere(stage, groups, monkeypatch):
     """It finds experts' gradients in their places, copies none, and gives the optimizer those places, the same in every
@@ -287,7 +328,9 @@ def test_zero_moves_a_large_gradient_nowhere(stage, groups, monkeypatch):
 
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(module, "SMALL_BUCKETS", {"reduce_bucket_size": 1})  # every gradient is reduced where it lies
-    engine = module.build_engine(config_of(stage), groups)
+    config = config_of(stage)
+    native = config.model.model_copy(update={"experts_implementation": "native"})  # which writes gradients itself
+    engine = module.build_engine(config.model_copy(update={"model": native}), groups)
     optimizer, places, stepped_on = engine.optimizer, [], []
     experts = {id(p) for name, p in engine.module.named_parameters() if ".experts." in name}
     copy, step = optimizer.copy_grads_in_partition, optimizer.optimizer.step
