@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from dsmoe.errors import CheckpointError
+from dsmoe.routers.histogram import Histogram
 from dsmoe.routers.recorder import RoutingTotals
+
+BIAS_HISTOGRAM = Histogram(-1.5, 1.5)  # of a sigmoid subtracted from a biased one
+SIGMOID_HISTOGRAM = Histogram(0.0, 1.0)
 
 
 class Controller(ABC):
@@ -129,8 +133,33 @@ class BiasController(Controller):
         self.state["bias"] = self.state["bias"] + self.rate * missing_LE.sign()
 
     def metrics(self) -> dict[str, Tensor]:
-        bias_LE = self.state["bias"]
-        return {"bias_spread": (bias_LE.amax(dim=1) - bias_LE.amin(dim=1)).mean()}
+        return {"bias_spread": bias_spread(self.state["bias"])}
+
+
+class QuantileBiasController(Controller):
+    """A bias for each layer and expert from a quantile: quantile balancing, without a rate and without a loss.
+
+    A token uses e if its score s_e plus b_e exceeds the (k+1)-th largest of its biased scores, tau. So b_e becomes the
+    value below which tau - s_e lies for k/E of the tokens of all ranks, from the integer histogram
+    `Routing.histogram_EB` of tau - s; then the biases of a layer are centered at 0.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, k: int):
+        super().__init__(bias=torch.zeros(num_layers, num_experts, dtype=torch.float32))
+        self.share = k / num_experts
+
+    def update(self, totals: RoutingTotals) -> None:
+        bias_LE = BIAS_HISTOGRAM.quantile(totals.histogram_LEB, self.share)
+        bias_LE = bias_LE - bias_LE.mean(dim=1, keepdim=True)
+        self.state["bias"] = torch.where(totals.tokens > 0, bias_LE, self.state["bias"])
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"bias_spread": bias_spread(self.state["bias"])}
+
+
+def bias_spread(bias_LE: Tensor) -> Tensor:
+    """Largest minus smallest bias of a layer, mean over layers."""
+    return (bias_LE.amax(dim=1) - bias_LE.amin(dim=1)).mean()
 
 
 class PIController(Controller):
@@ -165,29 +194,39 @@ class PIController(Controller):
 
 
 class CutoffController(Controller):
-    """An exponential moving average of a statistic for each layer and expert, with Adam's bias correction.
+    """An exponential moving average of a cutoff for each layer and expert, with Adam's bias correction.
 
-    c <- a c + (1 - a) s, where s is `Routing.statistic_E` averaged over ranks and micro-steps; used as c / (1 - a^n)
-    after n updates. n is also stored as a Python integer, so that routers can read it without waiting for the device.
+    c <- a c + (1 - a) s, used as c / (1 - a^n) after n updates. s is `Routing.statistic_E` averaged over ranks and
+    micro-steps or, with a `share`, the logit that this share of the tokens of all ranks exceeds, from the integer
+    histogram `Routing.histogram_EB` of their sigmoids. n is also stored as a Python integer, so that routers can read
+    it without waiting for the device.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, decay: float):
+    def __init__(self, num_layers: int, num_experts: int, decay: float, share: float | None = None):
         super().__init__(
             average=torch.zeros(num_layers, num_experts, dtype=torch.float32),
             updates=torch.tensor(0, dtype=torch.int64),
         )
-        self.decay = decay
+        self.decay, self.share = decay, share
         self.updates = 0
 
     def skip_warmup(self) -> None:
         self.updates = max(self.updates, 1)
+
+    def set_layer(self, layer: int, cutoff: float) -> None:
+        """Use this cutoff for all experts of a layer."""
+        self.skip_warmup()
+        self.state["average"][layer] = cutoff * (1 - self.decay**self.updates)
 
     def value_E(self, layer: int) -> Tensor:
         """fp32 [E], the corrected average of a layer; 0 before the first update."""
         return self.state["average"][layer] / (1 - self.decay**self.updates if self.updates else 1.0)
 
     def update(self, totals: RoutingTotals) -> None:
-        statistic_LE = totals.statistic_LE / totals.passes
+        if self.share is None:
+            statistic_LE = totals.statistic_LE / totals.passes
+        else:
+            statistic_LE = SIGMOID_HISTOGRAM.quantile(totals.histogram_LEB, 1 - self.share).logit(eps=1e-6)
         self.state["average"] = self.decay * self.state["average"] + (1 - self.decay) * statistic_LE
         self.state["updates"] = self.state["updates"] + 1
         self.updates += 1

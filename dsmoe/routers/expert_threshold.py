@@ -6,7 +6,9 @@
     c_e / (1 - a^m) after m steps                                             Adam's bias correction
 
 mean(q) runs over ranks and micro-steps; the batch of a q is one rank's tokens of one micro-step, so the number of ranks
-plays a part, as in the released code. A token may get no expert: the paper adds a shared expert
+plays a part, as in the released code. With `cutoffs: global` q is that of all tokens of all ranks in the step, from
+integer counts (a histogram of sigmoid(r) with 1,000 bins), so that only the warm-up and the capacity below depend on
+the number of ranks. A token may get no expert: the paper adds a shared expert
 (`model.moe_shared_expert_intermediate_size`) and keeps the first layer dense (`model.moe_layer_freq`).
 
 Training, the first `warmup_steps`: Expert Choice (arXiv 2202.09368), every expert takes its n top tokens, which gives
@@ -21,12 +23,14 @@ init of W (here model.init_std). k depends on the model.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from dsmoe.routers.base import INFERENCE_FILE, Router, RouterOptions, Routing
-from dsmoe.routers.controllers import CutoffController
+from dsmoe.routers.controllers import SIGMOID_HISTOGRAM, CutoffController
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import exceeded_by
 
@@ -35,6 +39,7 @@ class ExpertThresholdOptions(RouterOptions):
     k: float = Field(1.0, gt=0)  # mean experts per token that the cutoffs stand for
     warmup_steps: int = Field(4000, ge=0)  # optimizer steps of Expert Choice
     decay: float = Field(0.999, ge=0, lt=1)  # a
+    cutoffs: Literal["rank", "global"] = "rank"  # q_e of each rank's batch, averaged, or of all tokens of a step
     capacity_slack: float | None = Field(0.5, ge=0)  # C; null: no limit
 
     def validate_for_model(self, model):
@@ -54,7 +59,8 @@ class ExpertThresholdRouter(Router):
 
     @classmethod
     def make_controller(cls, options: ExpertThresholdOptions, num_layers: int, num_experts: int) -> CutoffController:
-        return CutoffController(num_layers, num_experts, options.decay)
+        share = options.k / num_experts if options.cutoffs == "global" else None
+        return CutoffController(num_layers, num_experts, options.decay, share)
 
     @classmethod
     def inference_state(cls, controller: CutoffController, layer: int) -> dict[str, Tensor]:
@@ -65,12 +71,7 @@ class ExpertThresholdRouter(Router):
         return {"k": float(k), "warmup_steps": 0, "capacity_slack": None}
 
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
-        self.controller.skip_warmup()
-        cutoff = exceeded_by(self.gating(hidden_TH), k / self.num_experts)
-        corrected_E = self.controller.value_E(self.index)
-        self.controller.state["average"][self.index] += (cutoff - corrected_E) * (
-            1 - self.controller.decay**self.controller.updates
-        )
+        self.controller.set_layer(self.index, exceeded_by(self.gating(hidden_TH), k / self.num_experts))
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)
@@ -80,7 +81,7 @@ class ExpertThresholdRouter(Router):
             return Routing(logits_TE.sigmoid() * map_TE, map_TE)
         tokens, share, slack = score_TE.size(0), self.options.k / self.num_experts, self.options.capacity_slack
         if not tokens:  # a rank whose batch is all padding must not move the cutoffs
-            return Routing(logits_TE.sigmoid(), score_TE >= cutoff_E, statistic_E=cutoff_E)
+            return Routing(logits_TE.sigmoid(), score_TE >= cutoff_E, **self._for_controller(score_TE, cutoff_E))
         least, wanted, most = (
             min(tokens, round(tokens * share * (1 + change))) for change in (-(slack or 0), 0, slack or 0)
         )
@@ -94,4 +95,9 @@ class ExpertThresholdRouter(Router):
                 cutoff_E = torch.maximum(cutoff_E, best_nE[max(most, 1) - 1])
                 cutoff_E = torch.minimum(cutoff_E, best_nE[least - 1]) if least > 0 else cutoff_E
             map_TE = score_TE >= cutoff_E
-        return Routing(logits_TE.sigmoid() * map_TE, map_TE, statistic_E=statistic_E)
+        return Routing(logits_TE.sigmoid() * map_TE, map_TE, **self._for_controller(score_TE, statistic_E))
+
+    def _for_controller(self, score_TE: Tensor, statistic_E: Tensor) -> dict[str, Tensor]:
+        if self.options.cutoffs == "rank":
+            return {"statistic_E": statistic_E}
+        return {"histogram_EB": SIGMOID_HISTOGRAM.count(score_TE.sigmoid())}

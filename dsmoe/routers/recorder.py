@@ -9,7 +9,7 @@ Shapes: L MoE layers, E experts, T tokens that are not padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class RoutingTotals:
     without_expert_L: Tensor  # int64, tokens without any expert
     statistic_LE: Tensor | None = None  # fp32, mean over ranks of `Routing.statistic_E`, summed over passes
     passes: int = 1  # forward passes
+    histogram_LEB: Tensor | None = None  # int64, `Routing.histogram_EB` of all ranks; in the totals of a step only
 
     def density(self) -> Tensor:
         """Share of active (token, expert) pairs over all layers: fp64 scalar; 0 where there was no token."""
@@ -63,6 +64,7 @@ class RoutingRecorder:
         self.routers: list = []  # in layer order; routers add themselves
         self.shared: dict = {}  # values that the first router of a forward pass computes for all of them
         self._recorded: list = []
+        self._histograms: dict[int, Tensor] = {}  # of this rank since the last `take`, by layer
         self.last_pass: RoutingTotals | None = None  # of the last finished forward pass
         self._totals: RoutingTotals | None = None
 
@@ -76,6 +78,9 @@ class RoutingRecorder:
 
         Weights and map are not retained: with many experts they are as large as a layer's activations.
         """
+        if routing.histogram_EB is not None:
+            earlier = self._histograms.get(index)
+            self._histograms[index] = routing.histogram_EB if earlier is None else earlier + routing.histogram_EB
         counts_E, without = count_columns(routing.map_TE), tokens - any_in_row(routing.map_TE).sum()
         self._recorded[index] = (RetainedRouting(routing.loss_inputs, routing.statistic_E), counts_E, without, tokens)
 
@@ -109,8 +114,12 @@ class RoutingRecorder:
         return sum_over(self.group, torch.stack([routing.statistic_E for routing in routings])) / self.group.size()
 
     def take(self) -> RoutingTotals:
-        """The totals since the last call, identical on every rank; counting restarts from zero."""
+        """The totals since the last call, identical on every rank; counting restarts from zero. Collective over `group`
+        if the routers left histograms."""
         totals, self._totals = self._totals, None
+        if self._histograms:
+            own_LEB = torch.stack([self._histograms[index] for index in range(len(self.routers))])
+            totals, self._histograms = replace(totals, histogram_LEB=sum_over(self.group, own_LEB)), {}
         return totals
 
 

@@ -22,6 +22,7 @@ class Routing:
     map_TE: Tensor  # bool
     loss_inputs: dict[str, Tensor] = field(default_factory=dict)  # all that `losses` gets, with its gradient
     statistic_E: Tensor | None = None  # fp32, no gradient: a controller gets its mean over ranks and micro-steps
+    histogram_EB: Tensor | None = None  # int64: in training, a controller gets its sum over ranks and micro-steps
     latents_TEr: Tensor | None = None  # of experts that score themselves, in the model's dtype, to be sent to them
     reduce_erH: Tensor | None = None  # or the matrices from which this rank's experts recompute them
 

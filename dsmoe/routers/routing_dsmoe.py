@@ -213,6 +213,7 @@ ROUTINGS = {
     "dtop_p": DTopP,
     "relu": ReLU,
     "expert_threshold": ExpertThreshold,
+    "quantile": ExpertThreshold,
     "aoe": AoE,
     "routing_free": RoutingFree,
 }

@@ -5,6 +5,11 @@
     gate_e = route_scale * s_e / sum_S s for e in S, else 0     no b in it, no gradient to b
     b_e += gamma * sign(mean(c) - c_e)                          after each optimizer step, c = routes on all ranks
 
+`bias_update: quantile` sets b from a quantile over the tokens of all ranks instead, without a rate (quantile balancing,
+as in Megatron-LM 0.19 and torchtitan):
+
+    b_e such that tau_t - s_te < b_e for k/E of all tokens,  tau_t = the (k+1)-th largest s_tj + b_j;  then centered
+
 Groups: experts form `num_groups` groups of equal size (one per node); a token may only use the `groups_per_token`
 groups with the highest sum of their `group_score_experts` largest biased scores. V3 sums k / groups_per_token = 2.
 Sequence loss, within each sequence of T tokens, averaged over sequences, no gradient through f:
@@ -29,7 +34,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dsmoe.routers.base import INFERENCE_FILE, Router, RouterOptions, Routing
-from dsmoe.routers.controllers import BiasController
+from dsmoe.routers.controllers import BIAS_HISTOGRAM, BiasController, QuantileBiasController
 from dsmoe.routers.losses import SMALLEST_SUM, mean_over_tokens, sequence_balance_sum, sum_by_sequence
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Decision, in_blocks, map_of, spread
@@ -40,7 +45,8 @@ class TopKBiasOptions(RouterOptions):
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalize: bool = True  # gates of a token sum to route_scale
     route_scale: float = Field(2.5, gt=0)
-    bias_update_rate: float = Field(1e-3, ge=0)  # gamma
+    bias_update: Literal["sign", "quantile"] = "sign"  # by gamma towards the mean load, or quantile balancing
+    bias_update_rate: float = Field(1e-3, ge=0)  # gamma, of sign
     num_groups: int = Field(1, ge=1)
     groups_per_token: int = Field(1, ge=1)
     group_score_experts: int = Field(2, ge=1)  # largest biased scores of a group whose sum ranks it
@@ -55,6 +61,19 @@ class TopKBiasOptions(RouterOptions):
                 "router.renormalize: found True with router.k: 1: every gate is route_scale and the router cannot "
                 "learn from the model's loss; expected False, or a larger k"
             )
+        if self.bias_update == "quantile":
+            if self.score != "sigmoid":
+                mistakes.append(f"router.score: found {self.score} with router.bias_update: quantile, expected sigmoid")
+            if self.k == experts:
+                mistakes.append(
+                    f"router.k: found {self.k} with router.bias_update: quantile, expected less than model.num_experts "
+                    f"({experts})"
+                )
+            if allowed < groups:
+                mistakes.append(
+                    f"router.groups_per_token: found {allowed} with router.bias_update: quantile, expected "
+                    f"router.num_groups ({groups})"
+                )
         if experts % groups:
             mistakes.append(f"router.num_groups: found {groups}, expected a divisor of model.num_experts ({experts})")
             return mistakes
@@ -99,15 +118,20 @@ class TopKBiasRouter(Router):
         return options.k
 
     @classmethod
-    def make_controller(cls, options: TopKBiasOptions, num_layers: int, num_experts: int) -> BiasController:
+    def make_controller(cls, options: TopKBiasOptions, num_layers: int, num_experts: int):
+        if options.bias_update == "quantile":
+            return QuantileBiasController(num_layers, num_experts, options.k)
         return BiasController(num_layers, num_experts, options.bias_update_rate)
 
     @classmethod
-    def inference_state(cls, controller: BiasController, layer: int) -> dict[str, Tensor]:
+    def inference_state(cls, controller, layer: int) -> dict[str, Tensor]:
         return {"bias": controller.state["bias"][layer]}
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        routing = in_blocks(partial(self._decide, sequence_T, self.num_sequences), self.gate_scores(hidden_TH))
+        balanced_by_quantile = self.options.bias_update == "quantile" and self.training and torch.is_grad_enabled()
+        decide = partial(self._decide, sequence_T, self.num_sequences, balanced_by_quantile)
+        routing = in_blocks(decide, self.gate_scores(hidden_TH))
+        routing.histogram_EB = routing.loss_inputs.pop("histogram_EB", None)
         if self.options.sequence_coefficient:
             shares_NE, counts_NE = (routing.loss_inputs.pop(name) for name in ("shares_NE", "counts_NE"))
             ones_T = torch.ones_like(sequence_T, dtype=shares_NE.dtype)
@@ -116,19 +140,23 @@ class TopKBiasRouter(Router):
         return routing
 
     def _decide(
-        self, sequence_T: Tensor, num_sequences: int, logits_tE: Tensor, tokens: slice, saved_selection: Tensor | None
-    ) -> Decision:
+        self, sequence_T: Tensor, num_sequences: int, with_histogram: bool,
+        logits_tE: Tensor, tokens: slice, saved_selection: Tensor | None,
+    ) -> Decision:  # fmt: skip
         options = self.options
         score_tE = logits_tE.sigmoid() if options.score == "sigmoid" else logits_tE.softmax(dim=-1)
-        expert_tk = saved_selection
+        expert_tk, sums = saved_selection, {}
         if saved_selection is None:
             bias_E = self.controller.state["bias"][self.index].to(score_tE.device)
-            expert_tk = self._within_groups(score_tE + bias_E).topk(options.k, dim=-1).indices
+            biased_tE = self._within_groups(score_tE + bias_E)
+            expert_tk = biased_tE.topk(options.k, dim=-1).indices
+            if with_histogram:
+                next_t1 = biased_tE.topk(options.k + 1, dim=-1).values[:, -1:]
+                sums["histogram_EB"] = BIAS_HISTOGRAM.count(next_t1 - score_tE)
         gate_tk = score_tE.gather(1, expert_tk)
         if options.renormalize:
             gate_tk = gate_tk / (gate_tk.sum(dim=-1, keepdim=True) + SMALLEST_SUM)
         map_tE = map_of(expert_tk, score_tE)
-        sums = {}
         if options.sequence_coefficient:
             by_sequence = partial(sum_by_sequence, sequence_T[tokens], num_sequences)
             sums["shares_NE"] = by_sequence(score_tE, 1 / (score_tE.sum(dim=-1) + SMALLEST_SUM))

@@ -20,6 +20,7 @@ OPTIONS = {  # so that three steps of a tiny model meet what the defaults meet i
     "aoe": {"k": 2, "rank": 8, "balance_coefficient": 1e-2},
     "dtop_p": {"k": 2.0, "kp": 0.2, "ki": 0.1},
     "expert_threshold": {"k": 1.5, "warmup_steps": 1, "decay": 0.5},
+    "quantile": {"k": 1.5, "decay": 0.5},
     "relu": {"k": 1.0, "lambda_initial": 1e-2},
     "routing_free": {"rank": 8, "rescale": True, "lambda_initial": 1e-2, "lambda_rate": 0.5},
     "top_p": {"p": 0.6},

@@ -23,7 +23,7 @@ def layer(tmp_path_factory):
 
 def test_layer_on_two_ranks_has_every_row(layer):
     output, found = layer
-    routers = {"topk", "topk_bias", "relu", "top_p", "dtop_p", "expert_threshold", "aoe", "routing_free"}
+    routers = {"topk", "topk_bias", "relu", "top_p", "dtop_p", "expert_threshold", "quantile", "aoe", "routing_free"}
     names = {"dense SwiGLU", "copy", "experts' products alone", "DeepSpeed AutoEP", "DeepSpeed MoE"}
     names |= {f"dsmoe {name}" for name in routers}
     names |= {"route", "plan + dispatch", "experts", "combine"}

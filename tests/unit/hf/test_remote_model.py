@@ -27,6 +27,7 @@ ROUTERS = {
     "dtop_p": {"k": 2.0},
     "relu": {"k": 1.0},
     "expert_threshold": {"k": 2.0},
+    "quantile": {"k": 2.0},
     "aoe": {"k": 2, "rank": 8},
     "routing_free": {"rank": 8},
 }

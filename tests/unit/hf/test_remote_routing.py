@@ -36,6 +36,7 @@ VARIANTS = [
     ("dtop_p", {"k": 2.5, "rule": "reach", "epsilon": 1e-2}),
     ("relu", {"k": 2.0}),
     ("expert_threshold", {"k": 2.0}),
+    ("quantile", {"k": 2.0}),
     ("aoe", {"k": 3, "rank": 4}),
     ("aoe", {"k": 2, "rank": 4, "gates": "selected", "latent": "recompute"}),
     ("routing_free", {"rank": 4}),
@@ -45,9 +46,10 @@ VARIANTS = [
 # routing_dsmoe.py has to learn what it does to a route.
 OF_TRAINING = {
     "balance_coefficient", "balance_scope", "entropy_coefficient", "z_coefficient", "sequence_coefficient",
-    "sequence_counts", "bias_update_rate", "lambda_initial", "lambda_factor", "lambda_rate", "lambda_update",
-    "load_balanced", "mu", "target_density", "expected_experts", "p_initial", "p_min", "p_max", "kp", "ki",
-    "scale_initial", "warmup_steps", "decay", "capacity_slack", "rescale", "placement", "latent",
+    "sequence_counts", "bias_update", "bias_update_rate", "cutoffs", "lambda_initial", "lambda_factor",
+    "lambda_rate", "lambda_update", "load_balanced", "mu", "target_density", "expected_experts", "p_initial",
+    "p_min", "p_max", "kp", "ki", "scale_initial", "warmup_steps", "decay", "capacity_slack", "rescale",
+    "placement", "latent",
 }  # fmt: skip
 OWN = {name: router for name, router in available().items() if router.__module__.startswith("dsmoe.")}
 
@@ -59,7 +61,7 @@ def test_every_router_has_a_variant():
 @pytest.mark.parametrize("name", OWN)
 def test_every_option_that_changes_a_route_is_known(name):
     tried = {option for router, options in VARIANTS if router == name for option in options}
-    of_training = OF_TRAINING | ({"k", "form"} if name in ("relu", "expert_threshold") else set())
+    of_training = OF_TRAINING | ({"k", "form"} if name in ("relu", "expert_threshold", "quantile") else set())
     assert set(OWN[name].Options.model_fields) <= tried | of_training
 
 
@@ -121,7 +123,7 @@ def test_routes_and_weights_are_dsmoes_to_the_bit(name, options, dtype):
     assert options.get("p") == 1.0 or not torch.equal(*decided), "the two layers should differ"
 
 
-@pytest.mark.parametrize("name", ["topk_bias", "dtop_p", "expert_threshold"])
+@pytest.mark.parametrize("name", ["topk_bias", "dtop_p", "expert_threshold", "quantile"])
 def test_the_controllers_state_decides(name):
     """Without it the routes are others: it has to travel with the weights."""
     routers, valid, controller = trained_routers(name, {})

@@ -113,15 +113,12 @@ def test_the_recorder_adds_up_the_global_batch_and_starts_anew_with_each_step():
             seen.append(loads[0])
             return {}
 
-    class Decided:
-        def __init__(self, routes):
-            self.map_TE, self.statistic_E, self.loss_inputs = torch.tensor(routes, dtype=torch.bool), None, {}
-
     recorder.routers.append(Probe())
     passes = [[[1, 0], [1, 1]], [[0, 1]], [[1, 1]]]
     for index, routes in enumerate(passes):
         recorder.begin()
-        recorder.record(0, Decided(routes), torch.tensor(len(routes)))
+        map_TE = torch.tensor(routes, dtype=torch.bool)
+        recorder.record(0, Routing(map_TE.float(), map_TE), torch.tensor(len(routes)))
         recorder.finish()
         if index == 1:
             recorder.take()

@@ -34,6 +34,16 @@ REFUSED = [  # router, options, experts, field, words of the message
     ("dtop_p", {"p_initial": 0.9, "p_max": 0.5}, 4, "router.p_initial", "to router.p_max (0.5)"),
     ("dtop_p", {"kp": 0.0, "ki": 0.0}, 4, "router.kp", "p would never move"),
     ("expert_threshold", {"k": 5.0}, 4, "router.k", "at most model.num_experts (4)"),
+    ("quantile", {"k": 4.0}, 4, "router.k", "less than model.num_experts (4)"),
+    ("topk_bias", {"k": 4, "bias_update": "quantile"}, 4, "router.k", "less than model.num_experts (4)"),
+    ("topk_bias", {"score": "softmax", "bias_update": "quantile"}, 4, "router.score", "sigmoid"),
+    (
+        "topk_bias",
+        {"num_groups": 2, "bias_update": "quantile"},
+        4,
+        "router.groups_per_token",
+        "router.num_groups (2)",
+    ),
     ("expert_threshold", {"decay": 1.0}, 4, "router.decay", "less than 1"),
     ("expert_threshold", {"warmup_steps": -1}, 4, "router.warmup_steps", "greater than or equal to 0"),
 ]
@@ -63,7 +73,7 @@ def test_accepted(name, options, experts):
     assert problems_of(name, options, experts) == []
 
 
-@pytest.mark.parametrize("name", ["relu", "topk", "topk_bias", "top_p", "dtop_p", "expert_threshold"])
+@pytest.mark.parametrize("name", ["relu", "topk", "topk_bias", "top_p", "dtop_p", "expert_threshold", "quantile"])
 def test_defaults_fit_the_default_model(name):
     assert name in available()
     assert problems_of(name, {}, 8) == []

@@ -20,7 +20,8 @@ def load(name: str, *overrides: str):
 
 def test_every_router_of_ours_has_a_recipe():
     assert set(SMALL) == {
-        "topk", "topk_bias", "relu", "top_p", "dtop_p", "routing_free", "aoe", "expert_threshold"
+        "topk", "topk_bias", "relu", "top_p", "dtop_p", "routing_free", "aoe", "expert_threshold",
+        "quantile",
     }  # fmt: skip
     assert set(PAPER) == {"relu_paper", "top_p_paper", "routing_free_paper"}
 
