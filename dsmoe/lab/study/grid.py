@@ -42,6 +42,7 @@ from pydantic import Field, model_validator
 from dsmoe.config import RouterConfig, Section, read_yaml, validated
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.plan import is_plan, study_of_plan
+from dsmoe.lab.study.results import BRANCH
 
 ACTIVE, GRANULARITY, SIZE, BUDGET = "active_experts", "granularity", "size", "budget"
 MEASURED = "experts_per_token"
@@ -187,7 +188,7 @@ class Cell:
 
     def folder(self, out: Path) -> Path:
         parts = [f"{axis.rpartition('.')[2]}-{value}" for axis, value in self.point]
-        run = f"seed-{self.seed}" + (f"-length-{self.length:g}" if self.length != 1 else "")
+        run = f"seed-{self.seed}" + (f"{BRANCH}{self.length:g}" if self.length != 1 else "")
         root = out if self.gate is None else out / f"gate-{self.gate + 1}"
         return root / slug(self.arm) / slug(" ".join(parts) or "run") / run
 

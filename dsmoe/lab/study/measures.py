@@ -15,7 +15,7 @@ import numpy
 from dsmoe.config import RunConfig
 from dsmoe.lab.study.grid import MEASURED, Cell, Study
 from dsmoe.lab.study.inside import REPLAYED, Inside
-from dsmoe.lab.study.results import END, finished, flops_per_token, read_result, run_config, run_lines, sized
+from dsmoe.lab.study.results import END, finished, flops_per_token, history, read_result, run_config, sized
 from dsmoe.lab.study.runner import read_record
 
 SMOOTH = 0.02  # of a run, each way
@@ -154,7 +154,8 @@ def read_results(study: Study, out: Path) -> StudyResults:
 
 def measure(study: Study, cell: Cell, folder: Path, record: dict) -> Measured:
     """Read one finished run."""
-    config, lines, result = run_config(folder), run_lines(folder), read_result(folder)
+    config, result = run_config(folder), read_result(folder)
+    lines = history(folder, config)
     if not finished(lines, config.training.steps):
         raise ValueError(f"{folder} is not finished")
     end = lines[-max(1, round(END * len(lines))) :]

@@ -16,8 +16,10 @@ from dsmoe.model.size import ModelSize, model_size
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.metrics import FILE, read_lines
+from dsmoe.training.schedule import decay_start
 
 NEAR_TARGET = 0.01  # of density
+BRANCH = "-length-"  # in the name of a folder, after that of the run that it branched off
 END = 0.1  # the share of a run that counts as its end
 
 
@@ -50,6 +52,16 @@ def run_lines(run_dir: Path) -> list[dict]:
     return read_lines(path) if path.exists() else []
 
 
+def history(run_dir: Path, config: RunConfig) -> list[dict]:
+    """The metrics of all steps that made a run's model: of one that branched off another, the other's up to there."""
+    lines = run_lines(run_dir)
+    if config.training.decay_from is None:
+        return lines
+    start = decay_start(config.training)
+    trunk = run_dir.with_name(run_dir.name.partition(BRANCH)[0])
+    return [line for line in run_lines(trunk) if line["step"] <= start] + lines
+
+
 def run_config(run_dir: Path) -> RunConfig:
     """The resolved configuration that a run wrote."""
     return load_config(run_dir / "config.yaml", (), option_classes())
@@ -62,7 +74,8 @@ def finished(lines: list[dict], steps: int) -> bool:
 
 def read_result(run_dir: Path) -> RunResult:
     """Summarise a finished run."""
-    config, lines = run_config(run_dir), run_lines(run_dir)
+    config = run_config(run_dir)
+    lines = history(run_dir, config)
     last, size = lines[-1], model_size(config)
     end = lines[-max(1, round(END * len(lines))) :]
     third = [line["density"] for line in lines[-max(1, len(lines) // 3) :]]

@@ -33,6 +33,7 @@ from dsmoe.lab.study.gates import reason_to_skip
 from dsmoe.lab.study.grid import Cell, Study, load_study
 from dsmoe.lab.study.results import finished, matching_steps, read_result, run_lines
 from dsmoe.lab.study.settings import cell_config, cell_overrides, config_file
+from dsmoe.training.schedule import decay_start
 
 RECORD, LOG, COPY, PROBE = "cell.json", "log.txt", "study.yaml", "probe.json"
 POLL_SECONDS = 0.5
@@ -255,7 +256,8 @@ class StudyRunner:
         }
         _write_record(folder, {"status": "started", **record})
         child = self._process(folder, launch.command, launch.ranks)
-        self.running.append(Running(cell, launch, child, record, lines[-1]["step"] if lines else 0))
+        branched_at = decay_start(launch.config.training) if launch.config.training.decay_from else 0
+        self.running.append(Running(cell, launch, child, record, lines[-1]["step"] if lines else branched_at))
 
     def _process(self, folder: Path, command: list[str], ranks: int) -> Child:
         threads = max(1, cores() // (self.parallel * ranks))

@@ -33,7 +33,7 @@ def save_results(results: StudyResults, folder: Path) -> list[Path]:
                for cell, why in results.missing]  # fmt: skip
     about = {"machine": results.machine, "commits": results.commits, "missing": missing}
     write_atomically(folder / STUDY, study.encode())
-    write_atomically(folder / ABOUT, (json.dumps(about, indent=1) + "\n").encode())
+    write_atomically(folder / ABOUT, (json.dumps(about) + "\n").encode())
     axes = list(dict.fromkeys(axis for one in results.found for axis, _ in one.cell.point))
     names = [name for name in MEASURES if any(name in one.values for one in results.found)]
     identity = ["arm", "seed", "length", *axes]

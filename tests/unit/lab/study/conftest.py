@@ -34,7 +34,7 @@ yaml.safe_dump(config, open(run_dir + "/config.yaml", "w"))
 adaptive = config["router"]["name"] == "relu"
 short = 0.5 * bool(config["training"].get("decay_from"))
 with open(run_dir + "/metrics.jsonl", "w") as file:
-    for step in range(1, steps + 1):
+    for step in range(int((config["training"].get("decay_from") or "_0").rpartition("_")[2]) + 1, steps + 1):
         experts = 4.0 if adaptive and step <= steps // 2 else 2.0
         line = {"step": step, "tokens": step * 64, "loss": 5 - step / steps - seed / 10, "router_loss": 0.01,
                 "tokens_per_second": 100.0, "seconds": 0.5, "experts_per_token": experts, "density": experts / 4,

@@ -211,6 +211,10 @@ def test_rows_beyond_equal_compute_are_marked_and_speedups_counted(study_file, t
     results = read_results(read_study(out), out)
     by = {(w.one.cell.arm, w.one.x, w.one.cell.length, w.one.cell.seed): w for w in worth(results)}
     relu, topk = by["relu", 4, 1.0, 1], by["topk", 4, 1.0, 1]
+    # A branch has cost what the run had cost up to there, and its decay.
+    half = by["topk", 4, 0.5, 1].one
+    assert half.values["training_flops"] == pytest.approx(topk.one.values["training_flops"] / 2)
+    assert [point["step"] for point in half.curve] == list(range(1, 11))
     assert relu.beyond_equal_compute and not topk.beyond_equal_compute  # 3 experts on average, against 2
     assert relu.compute_ratio == pytest.approx(relu.one.values["training_flops"] / topk.one.values["training_flops"])
     law = law_of([one for one in results.found if one.cell.arm == "topk" and one.x == 4])
