@@ -21,14 +21,16 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 
-from dsmoe.checkpoint.files import newest_checkpoint, step_of
-from dsmoe.config import RunConfig, load_config
-from dsmoe.errors import TrainingError
-from dsmoe.model.size import model_size
-from dsmoe.parallel.place import free_port
-from dsmoe.runtime.command_line import run
-from dsmoe.runtime.device import gpu_count
-from dsmoe.training.metrics import FILE, read_lines
+from dsmoe.runtime.command_line import quiet_libraries, run
+
+quiet_libraries()  # before the imports that talk
+from dsmoe.checkpoint.files import newest_checkpoint, step_of  # noqa: E402
+from dsmoe.config import RunConfig, load_config  # noqa: E402
+from dsmoe.errors import TrainingError  # noqa: E402
+from dsmoe.model.size import model_size  # noqa: E402
+from dsmoe.parallel.place import free_port  # noqa: E402
+from dsmoe.runtime.device import gpu_count  # noqa: E402
+from dsmoe.training.metrics import FILE, read_lines  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quickstart.yaml"
@@ -133,7 +135,7 @@ def _summarize(run_dir: Path) -> None:
     table.add_row("", f"[cyan]{sparkline(experts)}[/]")
     if "lambda" in last:
         table.add_row("lambda", f"{first['lambda']:.1e} at step 1, {last['lambda']:.1e} at step {last['step']}")
-    table.add_row("parameters", f"{size.total:,} in all, {size.active:,} active for a token at the router's aim")
+    table.add_row("parameters", f"{size.total:,} in all, {size.active:,} active for a token")
     table.add_row("run", f"{run_dir} (metrics.jsonl, checkpoints, TensorBoard)")
     console.print()
     console.print(table)
