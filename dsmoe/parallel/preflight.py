@@ -169,10 +169,14 @@ def agree(report: Report, run_dir: Path, timeout: float) -> Verdict:
             other.clock -= arrived
         verdict = judge(reports)
         if not verdict.problems:
-            made.extend(_make(run_dir))
             marker = run_dir / f".preflight-{secrets.token_hex(8)}"
-            marker.touch()
-            verdict.marker = str(marker)
+            try:
+                made.extend(_make(run_dir))
+                marker.touch()
+                verdict.marker = str(marker)
+            except OSError as error:
+                reason = error.strerror or error
+                verdict.problems.append(f"logging.run_dir: rank 0 on {report.host} cannot write {run_dir}: {reason}")
         return asdict(verdict)
 
     def judge_sight(values: list[list]) -> list[str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import replace
 
 import pytest
 
-from dsmoe.parallel.preflight import Report, judge
+from dsmoe.parallel.preflight import Report, agree, judge
+from dsmoe.runtime import supervision
 from dsmoe.runtime.host import interface_addresses, memory_free, peer_address
 
 GIB = 2**30
@@ -67,6 +69,40 @@ def test_clocks_and_a_small_disk_are_warnings():
         "b: its clock is 30 s behind rank 0's",
         "a: 0.5 GiB are free for the run folder, and a checkpoint takes 1.0 GiB",
     ]
+
+
+class Channel:
+    """What rank 0 sees where all ranks say what it says itself, but for some of their answers."""
+
+    def __init__(self, sees: bool = True):
+        self._sees = sees
+
+    def consult(self, value, judge, timeout):
+        other = {**value, "rank": 1, "host": "b"} if isinstance(value, dict) else [1, "b", self._sees]
+        return judge([value, other])
+
+    def arrivals(self) -> list[float]:
+        return [time.time()] * 2
+
+
+@pytest.mark.parametrize(
+    ("sees", "problems"),
+    [(True, []), (False, ["logging.run_dir: rank 1 on b cannot see what rank 0 on a writes to {run_dir}; it must lie "
+                          "on a file system that all hosts share"])],
+)  # fmt: skip
+def test_the_run_folder_is_seen_by_all_and_left_as_it_was(sees, problems, tmp_path, monkeypatch):
+    run_dir = tmp_path / "runs" / "new"
+    monkeypatch.setattr(supervision, "current", Channel(sees))
+    verdict = agree(replace(GOOD, clock=time.time()), run_dir, 10)
+    assert verdict.problems == [text.format(run_dir=run_dir) for text in problems]
+    assert not run_dir.parent.exists()
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(supervision, "current", Channel())
+    (problem,) = agree(replace(GOOD, clock=time.time()), tmp_path / "file" / "run", 10).problems
+    assert problem == f"logging.run_dir: rank 0 on a cannot write {tmp_path / 'file' / 'run'}: Not a directory"
 
 
 def test_the_address_for_peers(monkeypatch):
