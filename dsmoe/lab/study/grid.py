@@ -22,9 +22,9 @@ Three keys are no configuration keys and work in `set` and `axes` alike. `granul
 which a token takes G times as many (arXiv 2402.07871). `active_experts: k` replaces `compute.experts`. `size: H` scales
 the model (`Preset`).
 
-With `compute`, three values of each cell are derived and need not be given: the option of the router that says how many
-experts a token takes (`k`, `target_density` or `expected_experts`), `model.num_experts` times G, and the width of an
-expert (`dsmoe.lab.study.settings`).
+With `compute`, three values of each cell are derived and need not be given: the options of the router that set its mean
+number of experts per token (`RouterOptions.aim_at`), `model.num_experts` times G, and the width of an expert
+(`dsmoe.lab.study.settings`).
 
 With `training.schedule: wsd`, `lengths: [0.25, 0.5]` adds a cell for each of these shares of the steps. It continues
 the checkpoint of the full run from which its own decay starts, so that it costs its decay alone.
