@@ -15,7 +15,7 @@ VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart study-data lint test test-fast gpu-test soak benchmark gpu-benchmark clean
+.PHONY: help setup quickstart study-data lint test test-fast gpu-test soak benchmark gpu-benchmark gpu-first-hour clean
 
 help: ## say what can be made
 	@echo 'make TARGET, where TARGET is one of'
@@ -55,6 +55,9 @@ benchmark: setup ## measure an MoE layer and whole training steps on this machin
 gpu-benchmark: setup ## measure an MoE layer on this machine's GPU
 	$(VENV_PYTHON) tools/benchmark_moe.py --require-gpu --tokens 8192 --hidden 2048 --ffn 4096 --experts 8,64 --dtype bf16 \
 	    --ranks 1 --json runs/benchmark/gpu.json $(ARGS)
+
+gpu-first-hour: setup ## everything a machine with GPUs has to show, in about 40 minutes; see docs/gpu.md
+	$(VENV_PYTHON) tools/gpu_first_hour.py $(ARGS)
 
 clean: ## remove .venv and all that was built; data/ and runs/ stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis dsmoe.egg-info
