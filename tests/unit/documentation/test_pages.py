@@ -1,0 +1,82 @@
+"""Pages of the documentation: every link leads somewhere, and every option and key that is named exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dsmoe.cli import COMMANDS
+from dsmoe.config.schema import SECTIONS
+from dsmoe.optim.registry import available as optimizers
+from dsmoe.routers.registry import option_classes
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_links_lead_somewhere(page):
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"\w+://|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        place = (page.parent / name) if name else page
+        if not place.exists() or (anchor and place.suffix == ".md" and anchor not in anchors(place)):
+            dead.append(target)
+    assert not dead
+
+
+def keys(name: str, section) -> set[str]:
+    found = set()
+    for key, field in section.model_fields.items():
+        found.add(f"{name}.{key}")
+        if hasattr(field.annotation, "model_fields"):
+            found |= keys(f"{name}.{key}", field.annotation)
+    return found
+
+
+def known_keys() -> set[str]:
+    found = {key for name, section in SECTIONS.items() for key in keys(name, section)}
+    return found | {f"router.{key}" for options in option_classes().values() for key in options.model_fields}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_configuration_keys_exist(page):
+    """`section.key` in code, and section.key=value on a command line."""
+    text = page.read_text(encoding="utf-8")
+    sections = "|".join(SECTIONS)
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_0-9]+(?:\.[a-z_]+)?)(?:=[^`]*)?`", text))
+    named |= set(re.findall(rf"\s((?:{sections})\.[a-z_0-9]+(?:\.[a-z_]+)?)=", text))
+    files = {".py", ".yaml", ".md", ".json", ".csv", ".bin", ".idx", ".safetensors"}
+    named -= {"training.step"}  # README shows what a misspelt key gives
+    wrong = {name for name in named - known_keys() if not any(name.endswith(end) for end in files)}
+    # Modules of the package have such names too: model.loss, data.corpus.
+    wrong = {name for name in wrong if not (ROOT / "dsmoe" / Path(*name.split("."))).with_suffix(".py").exists()}
+    assert not wrong
+
+
+def test_commands_named_on_pages_exist():
+    known = {name for group in COMMANDS.values() for name in group} | {"COMMAND"}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```(?:ba)?sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        named = [
+            *re.findall(r"`dsmoe ([a-z][a-z-]*)", text),
+            *re.findall(r"^dsmoe ([a-z-]+)", "".join(blocks), re.MULTILINE),
+        ]
+        assert set(named) <= known, page
+
+
+def test_optimizers_are_documented():
+    text = (ROOT / "dsmoe" / "config" / "schema.py").read_text() + "".join(page.read_text() for page in PAGES)
+    assert all(name in text for name in optimizers())
