@@ -15,6 +15,9 @@ class DsmoeError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
+
 
 class ConfigError(DsmoeError):
     """One or more mistakes in a run configuration.
@@ -58,6 +61,11 @@ class TrainingError(DsmoeError):
     """Training cannot go on (for example a loss that is not finite)."""
 
     exit_code = 1
+
+
+def printable(text: str) -> str:
+    """Text in which bytes of a file name that are no UTF-8 are spelt out (`\\xff`): any terminal takes it."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

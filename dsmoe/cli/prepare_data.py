@@ -32,6 +32,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--valid-fraction", type=float, default=0.02, metavar="X", help="of the documents, held out (default: 0.02)"
     )
+    parser.add_argument(
+        "--valid",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="hold out this text, not a fraction; repeatable",
+    )
+    parser.add_argument(
+        "--split-documents",
+        metavar="PATTERN",
+        help="what separates documents in a text file: 'blank' lines, or a regular expression (default: nothing)",
+    )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: one a core)")
     parser.add_argument("--field", default="text", metavar="KEY", help="of the text in JSON lines (default: text)")
     parser.add_argument("--limit-mb", type=float, metavar="X", help="use the first X MB of text")
@@ -57,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             vocab_size=arguments.vocab_size,
             tokenizer=arguments.tokenizer,
             valid_fraction=arguments.valid_fraction,
+            valid_sources=arguments.valid,
+            split_documents=arguments.split_documents,
             workers=arguments.workers,
             field=arguments.field,
             seed=arguments.seed,
@@ -80,8 +94,32 @@ def main(argv: list[str] | None = None) -> int:
             name, f"{split.documents:,}", f"{split.tokens:,}", f"{split.bytes:,}", f"{split.bytes_per_token:.2f}"
         )
     console.print(table)
+    for note in notes(arguments, dataset):
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print("Train on it:", highlight=False)
     path = shlex.quote(Path(arguments.output).as_posix())
     command = f"  deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml data.path={path}"
     console.print(command, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def notes(arguments: argparse.Namespace, dataset) -> list[str]:
+    """What a user would want to know and did not ask: files that were not read, a split that misses its aim."""
+    from dsmoe.data.sources import passed_over
+
+    lines = []
+    skipped = passed_over([*arguments.sources, *arguments.valid])
+    if skipped:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.items())
+        lines.append(
+            f"passed over in folders: {kinds}; files named one by one or by a glob are read whatever their name"
+        )
+    train, valid = dataset.splits["train"].bytes, dataset.splits["valid"].bytes
+    share, wanted = valid / (train + valid), arguments.valid_fraction
+    if not arguments.valid and not wanted / 2 <= share <= wanted * 2:
+        documents = sum(split.documents for split in dataset.splits.values())
+        lines.append(
+            f"{share:.1%} of the text is held out, {wanted:.1%} was asked for: whole documents are, and there are "
+            f"{documents:,} of uneven size; --split-documents makes more of them, --valid names the text to hold out"
+        )
+    return lines

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from os.path import expanduser
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+UserPath = Annotated[str, AfterValidator(expanduser)]  # ~ is the home folder, as in a shell
 
 
 class Section(BaseModel):
@@ -124,11 +127,11 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     """What is read: a folder made by tools/prepare_data.py, or any Megatron .bin/.idx prefix."""
 
-    path: str = "data/corpus"  # folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx
-    valid_path: str | None = None  # held-out PREFIX, when `path` is a prefix
+    path: UserPath = "data/corpus"  # folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx
+    valid_path: UserPath | None = None  # held-out PREFIX, when `path` is a prefix
     valid_fraction: float = Field(0.02, gt=0, lt=1)  # held out by document, for a prefix without `valid_path`
-    tokenizer: str | None = None  # SentencePiece model or tokenizer.json; None: the one in the dataset's folder
-    cache_dir: str | None = None  # where Megatron's sample indices are kept; None: beside the data
+    tokenizer: UserPath | None = None  # SentencePiece model or tokenizer.json; None: the one in the dataset's folder
+    cache_dir: UserPath | None = None  # where Megatron's sample indices are kept; None: beside the data
 
 
 class TimeoutConfig(Section):
@@ -152,7 +155,7 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(10, ge=0)
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, a constant rate, then a decay
     decay_steps: int | None = Field(None, ge=0)  # of wsd; None: a fifth of steps
-    decay_from: str | None = None  # checkpoint (.../step_N) of a wsd run: continue it with a decay from N to steps
+    decay_from: UserPath | None = None  # checkpoint (.../step_N) of a wsd run: continue it with a decay from N to steps
     weight_decay: float = Field(0.1, ge=0)  # on matrices; never on norms and biases
     decay_embeddings: bool = False  # whether weight decay also touches embedding and output matrices
     optimizer: str = "adamw"  # or lion, or an installed plugin's (dsmoe/optim)
@@ -170,7 +173,7 @@ class TrainingConfig(Section):
     eval_sequences: int = Field(64, ge=1)  # held-out sequences per evaluation
     seed: int = Field(1234, ge=0)
     timeout: TimeoutConfig = TimeoutConfig()
-    resume: str = "auto"  # auto: newest complete checkpoint of the run; never: start anew; PATH: a checkpoint or run
+    resume: UserPath = "auto"  # auto: newest complete checkpoint of the run; never; PATH: a checkpoint or run
     resume_with: list[str] = []  # keys or sections whose change a checkpoint refuses: "data", "router", "training.seed"
 
     @property
@@ -192,7 +195,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Where a run leaves its traces."""
 
-    run_dir: str = "runs/run"
+    run_dir: UserPath = "runs/run"
     interval: int = Field(1, ge=1)  # optimizer steps between lines of metrics.jsonl
     tensorboard: bool = True
     timings: bool = False  # also write, for each step, the seconds of its parts (rank 0)

@@ -47,6 +47,8 @@ class DatasetDescription(BaseModel):
     format_version: Literal[1] = FORMAT_VERSION
     name: str
     sources: list[str]
+    valid_sources: list[str] = []  # what was held out; none: chosen by `valid_fraction`
+    split_documents: str | None = None  # what separates documents in a text file
     field: str  # key of the text in JSON lines
     seed: int
     valid_fraction: float

@@ -1,4 +1,5 @@
-"""What a source file holds: one document in a text file, one a line in JSON lines; plain, gzip or zstd.
+"""What a source file holds: one document in a text file, one a line in JSON lines, one a row of a Parquet or Arrow
+table; text and JSON lines plain, gzip or zstd.
 
 Text arrives exactly as it is written, line ends included. Whatever is wrong with a file is said with its name and,
 for JSON lines, the line: nothing is skipped in silence.
@@ -11,6 +12,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +21,25 @@ from typing import BinaryIO, TextIO
 import zstandard
 
 from dsmoe.data.sources import SourceFile
+from dsmoe.data.tables import table_documents
 from dsmoe.errors import DataError
+
+LONGEST_WINDOW = 1 << 31  # bytes; what `zstd --long=31` writes
 
 
 def read_documents(
-    files: Sequence[SourceFile], field: str = "text", progress: Callable[[int], None] | None = None
+    files: Sequence[SourceFile],
+    field: str = "text",
+    progress: Callable[[int], None] | None = None,
+    separator: re.Pattern | None = None,
 ) -> Iterator[str]:
     """The documents of the files, in order; empty ones are left out.
 
     Args:
         files: from `find_files`.
-        field: key of the text in a JSON line.
+        field: key of the text in a JSON line, or column of a table.
         progress: called with the number of bytes read from disk (before decompression) since its last call.
+        separator: what ends a document in a text file, and belongs to none (`separator_of`); None: a file is one.
 
     Raises:
         DataError: a file is unreadable, damaged or no UTF-8 (a `stdlib` file that Python itself could not decode is
@@ -40,7 +49,7 @@ def read_documents(
         with _explained(file):
             with open(file.path, "rb") as raw:
                 size, reported = os.fstat(raw.fileno()).st_size, 0
-                for text in _documents_of(file, raw, field):
+                for text in _documents_of(file, raw, field, separator):
                     if progress:
                         position = raw.tell()
                         progress(position - reported)
@@ -51,7 +60,32 @@ def read_documents(
                     progress(size - reported)
 
 
-def _documents_of(file: SourceFile, raw: BinaryIO, field: str) -> Iterator[str]:
+def separator_of(pattern: str) -> re.Pattern:
+    """`blank` for one or more blank lines, else a regular expression, in which ^ and $ are a line's ends.
+
+    Raises:
+        DataError: it is no regular expression.
+    """
+    try:
+        return re.compile(r"(?<=\n)(?:[ \t]*\r?\n)+" if pattern == "blank" else pattern, re.MULTILINE)
+    except re.error as error:
+        raise DataError(
+            f"--split-documents: found {pattern!r}, expected 'blank' or a regular expression: {error}"
+        ) from error
+
+
+def _split(text: str, separator: re.Pattern) -> Iterator[str]:
+    start = 0
+    for match in separator.finditer(text):
+        yield text[start : match.start()]
+        start = match.end()
+    yield text[start:]
+
+
+def _documents_of(file: SourceFile, raw: BinaryIO, field: str, separator: re.Pattern | None) -> Iterator[str]:
+    if file.is_table:
+        yield from table_documents(file.path, field)
+        return
     if file.is_stdlib:
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # test data that is broken on purpose
             with tokenize.open(file.path) as text:
@@ -61,6 +95,8 @@ def _documents_of(file: SourceFile, raw: BinaryIO, field: str) -> Iterator[str]:
     with _decompressed(file, raw) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as text:
         if file.is_json_lines:
             yield from _json_documents(file, text, field)
+        elif separator is not None:
+            yield from _split(text.read(), separator)
         else:
             yield text.read()
 
@@ -94,7 +130,7 @@ class _ZstdStream(io.RawIOBase):
                     raise EOFError("the last zstd frame is cut off")
                 return 0
             self._unread = b""
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj()
             self._content = memoryview(self._frame.decompress(data))
             if self._frame.eof:
                 self._unread, self._frame = self._frame.unused_data, None
@@ -110,9 +146,11 @@ def _json_documents(file: SourceFile, lines: TextIO, field: str) -> Iterator[str
             continue
         where = f"{file.path}, line {number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_int=_short_integer)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not valid JSON ({error.msg}); expected one JSON object a line") from error
+        except RecursionError as error:
+            raise DataError(f"{where}: nested too deeply; expected one JSON object a line") from error
         if not isinstance(record, dict):
             raise DataError(f"{where}: found a JSON {type(record).__name__}, expected an object with the key {field!r}")
         if field not in record:
@@ -120,6 +158,11 @@ def _json_documents(file: SourceFile, lines: TextIO, field: str) -> Iterator[str
         if not isinstance(record[field], str):
             raise DataError(f"{where}: {field!r} is {type(record[field]).__name__}, expected a string")
         yield record[field]
+
+
+def _short_integer(digits: str) -> int:
+    """Numbers are not read, and Python refuses to convert thousands of digits."""
+    return int(digits) if len(digits) < 20 else 0
 
 
 @contextlib.contextmanager

@@ -11,8 +11,9 @@ number of workers.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,14 +28,14 @@ from dsmoe.data.description import (
     TokenizerDescription,
     file_sha256,
 )
-from dsmoe.data.documents import read_documents
+from dsmoe.data.documents import read_documents, separator_of
 from dsmoe.data.encoding import encode_documents
 from dsmoe.data.folder import new_folder
 from dsmoe.data.megatron import indexed_dataset
 from dsmoe.data.sources import COMPRESSIONS, SourceFile, find_files
 from dsmoe.data.survey import Survey, byte_length, document_hash, first_bytes, survey_documents
 from dsmoe.data.tokenizer import Tokenizer
-from dsmoe.errors import DataError
+from dsmoe.errors import DataError, printable
 
 TYPICAL_COMPRESSION = 4  # text by gzip or zstd; only scales the tokenizer's sample
 
@@ -46,6 +47,8 @@ def prepare(
     vocab_size: int = 4096,
     tokenizer: str | Path | None = None,
     valid_fraction: float = 0.02,
+    valid_sources: Sequence[str] = (),
+    split_documents: str | None = None,
     workers: int | None = None,
     field: str = "text",
     seed: int = 0,
@@ -60,7 +63,10 @@ def prepare(
         output: folder to make; it appears complete or not at all.
         vocab_size: of the tokenizer to train; unused with `tokenizer`.
         tokenizer: one to use instead of training one; see `Tokenizer.load`.
-        valid_fraction: held-out part of the documents, in (0, 1); at least one document.
+        valid_fraction: held-out part of the documents, in (0, 1); at least one document. Unused with `valid_sources`.
+        valid_sources: like `sources`: what is held out. Documents that occur there too are left out of the rest.
+        split_documents: what separates documents in a text file: "blank" (lines) or a regular expression; None: a file
+            is one document.
         workers: processes that tokenize; None: one for each core this process may use.
         field: key of the text in JSON lines.
         seed: of the choice of held-out documents and of the text the tokenizer learns from.
@@ -74,14 +80,20 @@ def prepare(
     workers = workers or len(os.sched_getaffinity(0))
     _check_options(valid_fraction, workers, limit_bytes, seed)
     given = Tokenizer.load(tokenizer) if tokenizer else None
-    texts = _Texts(find_files(sources), field, limit_bytes)
-    with new_folder(Path(output), overwrite) as folder, _progress(console) as progress:
+    separator = None if split_documents is None else separator_of(split_documents)
+    held_out = _Texts(find_files(valid_sources), field, None, separator) if valid_sources else None
+    texts = _Texts(find_files(sources), field, limit_bytes, separator)
+    output = Path(output).expanduser()
+    with new_folder(output, overwrite) as folder, _progress(console) as progress:
+        texts = texts.holding_out(held_out, seed)
         survey = _survey(texts, valid_fraction, seed, given is None, progress)
         model = _provide_tokenizer(given, survey, folder, vocab_size, progress)
         splits = _encode(texts, survey, seed, model, folder, workers, progress)
         description = DatasetDescription(
-            name=Path(output).resolve().name,
-            sources=[str(source) for source in sources],
+            name=output.resolve().name,
+            sources=[printable(str(source)) for source in sources],
+            valid_sources=[printable(str(source)) for source in valid_sources],
+            split_documents=split_documents,
             field=field,
             seed=seed,
             valid_fraction=valid_fraction,
@@ -114,13 +126,32 @@ class _Texts:
     files: Sequence[SourceFile]
     field: str
     limit_bytes: int | None
+    separator: re.Pattern | None = None
+    held_out: _Texts | None = None  # comes after the rest
+    held_out_hashes: frozenset[int] = frozenset()
+    seed: int = 0
+
+    def holding_out(self, others: _Texts | None, seed: int) -> _Texts:
+        """These texts without those of `others`, and then those."""
+        if others is None:
+            return self
+        hashes = frozenset(document_hash(text, seed) for text in others.documents())
+        if not hashes:
+            raise DataError("--valid: the held-out sources hold no text")
+        return replace(self, held_out=others, held_out_hashes=hashes, seed=seed)
 
     def documents(self, progress: Callable[[int], None] | None = None) -> Iterator[str]:
-        return first_bytes(read_documents(self.files, self.field, progress), self.limit_bytes)
+        texts = read_documents(self.files, self.field, progress, self.separator)
+        if self.held_out is not None:
+            texts = (text for text in texts if document_hash(text, self.seed) not in self.held_out_hashes)
+        yield from first_bytes(texts, self.limit_bytes)
+        if self.held_out is not None:
+            yield from self.held_out.documents(progress)
 
     @property
     def size_on_disk(self) -> int:
-        return sum(file.path.stat().st_size for file in self.files)
+        others = 0 if self.held_out is None else self.held_out.size_on_disk
+        return sum(file.path.stat().st_size for file in self.files) + others
 
     @property
     def expected_bytes(self) -> int:
@@ -156,7 +187,8 @@ def _progress(console: Console | None) -> Progress:
 def _survey(texts: _Texts, valid_fraction: float, seed: int, with_sample: bool, progress: Progress) -> Survey:
     task = progress.add_task("Reading", total=texts.size_on_disk, detail=_count(len(texts.files), "file"))
     documents = texts.documents(lambda count: progress.advance(task, count))
-    survey = survey_documents(documents, valid_fraction, seed, texts.expected_bytes if with_sample else None)
+    expected = texts.expected_bytes if with_sample else None
+    survey = survey_documents(documents, valid_fraction, seed, expected, texts.held_out_hashes)
     found = f"{survey.documents:,} documents, {survey.bytes / 1e6:,.1f} MB of text"
     progress.update(task, total=1, completed=1, detail=found)
     return survey
@@ -183,7 +215,7 @@ def _encode(
     for group, encoded in encode_documents(texts.documents(), model.path, writers["train"].dtype, workers):
         size = 0
         for text, ids in zip(group, encoded, strict=True):
-            split = "valid" if document_hash(text, seed) <= survey.held_out_up_to else "train"
+            split = "valid" if survey.is_held_out(document_hash(text, seed)) else "train"
             size += writers[split].add(text, ids)
         progress.advance(task, size)
     found = sum(writer.documents for writer in writers.values()), sum(writer.bytes for writer in writers.values())

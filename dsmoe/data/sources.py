@@ -10,6 +10,7 @@ import glob
 import hashlib
 import os
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,8 +22,9 @@ STDLIB = "stdlib"  # the sources of the running interpreter's standard library
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSIONS = (".gz", ".zst")
+TABLES = (".parquet", ".arrow")  # columns; a folder that `datasets` saved has the second
 # What is taken from a folder; a file named by itself or by a glob may have any name.
-FOLDER_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson")
+FOLDER_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson", ".parquet", ".arrow")
 GLOB_CHARACTERS = frozenset("*?[")
 
 
@@ -33,6 +35,10 @@ class SourceFile:
     path: Path
     name: str
     is_stdlib: bool = False
+
+    @property
+    def is_table(self) -> bool:
+        return self.path.suffix.lower() in TABLES
 
     @property
     def is_json_lines(self) -> bool:
@@ -51,7 +57,20 @@ def find_files(sources: Sequence[str]) -> list[SourceFile]:
     if not sources:
         raise DataError(f"no source given: expected files, folders, globs or {STDLIB!r}")
     files = {file.path.resolve(): file for source in sources for file in _files_of(source)}
-    return sorted(files.values(), key=lambda file: (hashlib.sha256(file.name.encode()).digest(), file.name, file.path))
+    return sorted(
+        files.values(), key=lambda file: (hashlib.sha256(os.fsencode(file.name)).digest(), file.name, file.path)
+    )
+
+
+def passed_over(sources: Sequence[str]) -> dict[str, int]:
+    """How many files of each suffix lie in the sources' folders and are not read: they are neither text nor JSON lines
+    by their names. Hidden files are not counted."""
+    counts: Counter[str] = Counter()
+    for source in map(os.path.expanduser, sources):
+        if source != STDLIB and os.path.isdir(source):
+            names = (name for name in _walk(Path(source)) if _content_suffix(name) not in FOLDER_SUFFIXES)
+            counts.update(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)
+    return dict(counts.most_common())
 
 
 def _files_of(source: str) -> list[SourceFile]:
@@ -61,6 +80,7 @@ def _files_of(source: str) -> list[SourceFile]:
         if not found:
             raise DataError(f"source {STDLIB!r}: this Python keeps no *.py sources in {root}")
         return found
+    source = os.path.expanduser(source)  # a shell leaves ~ alone in --option=~/x and between quotes
     path = Path(source)
     if path.is_file():
         return [SourceFile(path, path.name)]

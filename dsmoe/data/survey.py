@@ -25,7 +25,8 @@ class Survey:
     Attributes:
         documents: number of documents.
         bytes: of all their text, in UTF-8.
-        held_out_up_to: a document whose hash is at most this is held out.
+        held_out_up_to: a document whose hash is at most this is held out; -1 where `held_out` says which are.
+        held_out: hashes of documents from sources that were named as held out.
         sample: pieces of text from everywhere in the corpus, about `SAMPLE_BYTES` of them at most.
     """
 
@@ -33,6 +34,11 @@ class Survey:
     bytes: int
     held_out_up_to: int
     sample: list[str]
+    held_out: frozenset[int] = frozenset()
+
+    def is_held_out(self, hashed: int) -> bool:
+        """Whether the document of that `document_hash` is."""
+        return hashed <= self.held_out_up_to or hashed in self.held_out
 
 
 def document_hash(text: str, seed: int) -> int:
@@ -41,7 +47,13 @@ def document_hash(text: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def survey_documents(texts: Iterable[str], valid_fraction: float, seed: int, expected_bytes: int | None) -> Survey:
+def survey_documents(
+    texts: Iterable[str],
+    valid_fraction: float,
+    seed: int,
+    expected_bytes: int | None,
+    held_out: frozenset[int] = frozenset(),
+) -> Survey:
     """Count, choose the held-out documents and sample text for the tokenizer.
 
     Args:
@@ -49,6 +61,7 @@ def survey_documents(texts: Iterable[str], valid_fraction: float, seed: int, exp
         valid_fraction: of the documents, at least one on either side.
         seed: of the choice.
         expected_bytes: estimated size of all text, from which follows how much of it is sampled; None samples nothing.
+        held_out: hashes of the documents to hold out; none: chosen by `valid_fraction`.
 
     Raises:
         DataError: there is no document, or there are not two different ones to split.
@@ -58,11 +71,16 @@ def survey_documents(texts: Iterable[str], valid_fraction: float, seed: int, exp
     sample: list[str] = []
     keep_below = 0 if expected_bytes is None else int(min(1.0, SAMPLE_BYTES / max(expected_bytes, 1)) * (1 << 32))
     for text in texts:
-        hashes.append(document_hash(text, seed))
+        hashed = document_hash(text, seed)
+        hashes.append(hashed)
         total += byte_length(text)
-        if keep_below:
+        if keep_below and hashed not in held_out:
             chunks = (text[start : start + CHUNK_CHARACTERS] for start in range(0, len(text), CHUNK_CHARACTERS))
             sample += [chunk for chunk in chunks if zlib.crc32(chunk.encode("utf-8", "replace"), seed) < keep_below]
+    if held_out:
+        if held_out.issuperset(hashes):
+            raise DataError("nothing is left to train on: every document of the sources is among the held-out ones")
+        return Survey(len(hashes), total, -1, sample, held_out)
     return Survey(len(hashes), total, _split(hashes, valid_fraction), sample)
 
 
@@ -88,7 +106,7 @@ def _split(hashes: array, valid_fraction: float) -> int:
     if len(hashes) == 1:
         raise DataError(
             "the corpus is one document, and at least two are needed: one to train on and one held out. A text file is "
-            "one document; split it into several files, or make JSON lines of it"
+            "one document: --split-documents makes several of it, or --valid names other text to hold out"
         )
     ordered = sorted(hashes)
     count = min(max(round(valid_fraction * len(ordered)), 1), len(ordered) - 1)

@@ -413,8 +413,8 @@ def test_another_router_on_the_command_line_drops_the_options_of_the_first(tmp_p
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ("- model\n", "found list, expected a mapping of sections"),
-        ("just words\n", "found str, expected a mapping of sections"),
+        ("- model\n", "found list, expected a mapping of keys to values"),
+        ("just words\n", "found str, expected a mapping of keys to values"),
         ("model: [\n", "not valid YAML"),
         ("model: !!python/object:os.system {}\n", "not valid YAML"),
     ],

@@ -1,0 +1,171 @@
+"""Sources as they lie on people's disks: odd names, odd JSON, long windows, tables, one file with many documents."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from dsmoe.cli.prepare_data import main
+from dsmoe.config import validate_config
+from dsmoe.data.description import DatasetDescription
+from dsmoe.data.documents import read_documents, separator_of
+from dsmoe.data.sources import find_files, passed_over
+from dsmoe.errors import DataError
+
+OPTIONS = ["--vocab-size", "300", "--workers", "1"]
+SENTENCES = [f"Sentence number {n} is about thing {n * n % 17}, and not about {n * 7 % 23}.\n" for n in range(400)]
+
+
+def documents(*sources: Path, **options) -> list[str]:
+    return list(read_documents(find_files([str(source) for source in sources]), **options))
+
+
+def prepared(folder: Path) -> DatasetDescription:
+    return DatasetDescription.load(folder)
+
+
+def test_a_name_that_is_no_utf8(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(4):
+        path = os.fsencode(folder) + b"/caf\xe9-%d.txt" % number
+        Path(os.fsdecode(path)).write_text("".join(SENTENCES[number * 50 : number * 50 + 50]))
+    assert main([str(folder), "--output", str(tmp_path / "out"), *OPTIONS]) == 0
+    assert sum(split.documents for split in prepared(tmp_path / "out").splits.values()) == 4
+    odd = os.fsdecode(os.fsencode(folder) + b"/nothing\xff")
+    assert main([odd, "--output", str(tmp_path / "other"), *OPTIONS]) == 2
+    error = capsys.readouterr().err
+    assert "nothing\\xff" in error and error.encode()
+    bad = Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.jsonl"))
+    bad.write_text("{")
+    with pytest.raises(DataError, match=r"bad\\xff.jsonl, line 1: not valid JSON"):
+        documents(bad)
+
+
+def test_json_with_a_number_that_python_does_not_convert(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": ' + "7" * 5000 + ', "text": "kept"}\n{"text": -3}\n')
+    with pytest.raises(DataError, match=r"line 2: 'text' is int, expected a string"):
+        documents(path)
+    path.write_text('{"id": ' + "7" * 5000 + ', "text": "kept"}\n')
+    assert documents(path) == ["kept"]
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_json_that_is_nested_deeply_is_named(tmp_path, opening):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + opening * 200_000 + "\n")
+    with pytest.raises(DataError, match=r"a.jsonl, line 2: (nested too deeply|not valid JSON)"):
+        documents(path)
+
+
+def test_a_zstd_frame_with_a_long_window(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=30, enable_ldm=True, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    text = "".join(SENTENCES)
+    (tmp_path / "a.txt.zst").write_bytes(compressor.compress(text.encode()) + compressor.flush())
+    assert documents(tmp_path / "a.txt.zst") == [text]
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for number in range(3):
+        (tmp_path / "texts" / f"{number}.txt").write_text("".join(SENTENCES[number * 60 : number * 60 + 60]))
+    assert main(["~/texts", "--output", "~/out", *OPTIONS]) == 0
+    assert (tmp_path / "out" / "dataset.json").is_file() and not (tmp_path / "~").exists()
+    config = validate_config({"data": {"path": "~/out"}, "logging": {"run_dir": "~/runs/a"}})
+    assert config.data.path == str(tmp_path / "out") and config.logging.run_dir == str(tmp_path / "runs" / "a")
+
+
+def test_what_is_passed_over_is_said(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.txt", "c.txt"):
+        text = "".join(SENTENCES[:80]) if name != "c.txt" else "".join(SENTENCES[80:160])
+        (folder / name).write_text(json.dumps({"text": text}) + "\n" if name == "a.jsonl" else text + name)
+    for name in ("x.json", "y.json", "z.bz2", "README", ".hidden.json"):
+        (folder / name).write_text("{}")
+    assert passed_over([str(folder)]) == {".json": 2, ".bz2": 1, "no suffix": 1}
+    assert main([str(folder), "--output", str(tmp_path / "out"), *OPTIONS]) == 0
+    assert "passed over in folders: 2 .json, 1 .bz2, 1 no suffix" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("blank", ["one\nmore\n", "two\n", "three"]), (r"^two$\n", ["one\nmore\n\n", "\n \n\nthree"])],
+)
+def test_documents_of_one_file(tmp_path, pattern, expected):
+    (tmp_path / "a.txt").write_text("one\nmore\n\ntwo\n\n \n\nthree")
+    assert documents(tmp_path / "a.txt", separator=separator_of(pattern)) == expected
+
+
+def test_a_separator_that_is_no_expression():
+    with pytest.raises(DataError, match="--split-documents: found '\\(', expected 'blank' or a regular expression"):
+        separator_of("(")
+
+
+def test_two_files_miss_the_aim_and_say_so_and_split_they_meet_it(tmp_path, capsys):
+    for name, part in (("valid.txt", SENTENCES[:200]), ("test.txt", SENTENCES[200:])):
+        (tmp_path / name).write_text("\n".join(part))
+    assert main([str(tmp_path), "--output", str(tmp_path / "two"), *OPTIONS]) == 0
+    assert "of the text is held out, 2.0% was asked for" in capsys.readouterr().out
+    options = ["--split-documents", "blank", "--valid-fraction", "0.1", *OPTIONS]
+    assert main([str(tmp_path), "--output", str(tmp_path / "many"), *options]) == 0
+    splits = prepared(tmp_path / "many").splits
+    assert (splits["train"].documents, splits["valid"].documents) == (360, 40)
+    assert "was asked for" not in capsys.readouterr().out
+
+
+def test_held_out_text_by_name(tmp_path, capsys):
+    """Its documents are left out of the rest, where they occur there too."""
+    shared = SENTENCES[10] * 5
+    lines = [{"text": sentence * 5} for sentence in SENTENCES[:60]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in (shared, "never seen before")))
+    out, held = tmp_path / "out", str(tmp_path / "held.jsonl")
+    assert main([str(tmp_path / "train.jsonl"), "--valid", held, "--output", str(out), *OPTIONS]) == 0
+    description = prepared(out)
+    assert (description.splits["train"].documents, description.splits["valid"].documents) == (59, 2)
+    assert description.valid_sources == [held]
+    assert main([held, "--valid", held, "--output", str(tmp_path / "none"), *OPTIONS]) == 2
+    assert "nothing is left to train on" in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text("")
+    assert main([held, "--valid", str(tmp_path / "empty.txt"), "--output", str(tmp_path / "none"), *OPTIONS]) == 2
+    assert "the held-out sources hold no text" in capsys.readouterr().err
+
+
+def table(texts: list[str | None]) -> pyarrow.Table:
+    return pyarrow.table({"text": pyarrow.array(texts, "string"), "id": pyarrow.array(range(len(texts)), "int64")})
+
+
+def test_parquet_and_arrow(tmp_path):
+    texts = ["one", None, "two", "three"]
+    pyarrow.parquet.write_table(table(texts), tmp_path / "a.parquet", row_group_size=2)
+    with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table([]).schema) as out:
+        out.write_table(table(["four"]))  # as `datasets` saves
+    with pyarrow.OSFile(str(tmp_path / "c.arrow"), "wb") as sink, pyarrow.ipc.new_file(sink, table([]).schema) as out:
+        out.write_table(table(["five"]))
+    assert documents(tmp_path / "a.parquet") == ["one", "two", "three"]
+    assert sorted(documents(tmp_path)) == ["five", "four", "one", "three", "two"]
+
+
+def test_tables_that_cannot_be_read(tmp_path):
+    pyarrow.parquet.write_table(table(["one"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: no key 'body' \(found: 'text', 'id'\); name it with --field"):
+        documents(tmp_path / "a.parquet", field="body")
+    with pytest.raises(DataError, match="a.parquet: 'id' is int64, expected a string"):
+        documents(tmp_path / "a.parquet", field="id")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:40])
+    with pytest.raises(DataError, match="b.parquet is damaged or no .parquet data"):
+        documents(tmp_path / "b.parquet")
+    (tmp_path / "c.arrow").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="c.arrow is damaged or no .arrow data"):
+        documents(tmp_path / "c.arrow")
