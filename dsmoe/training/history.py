@@ -50,7 +50,9 @@ class RunHistory:
         for number, event in enumerate(starts):
             if event.get("step") == 0:
                 starts = starts[number:]
-        if starts:
+        if not starts:  # resumed from another folder, or from an older dsmoe: its life is counted from here
+            self.seconds = 0.0
+        else:
             self.began, self.restarts = starts[0]["time"], len(starts)
             own = [event for event in events if event["time"] >= self.began]
             self.recoveries = [e["seconds"] for e in own if e.get("event") == "recovered" and "seconds" in e]

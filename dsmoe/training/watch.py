@@ -55,11 +55,20 @@ class RoutingWatch:
 
     def see(self, totals: RoutingTotals, step: int) -> list[str]:
         """Warnings after a step, each naming the MoE layer (counted from 0) and what is wrong."""
-        counts_LE, tokens = totals.counts_LE.double(), max(1.0, float(totals.tokens))
-        without_L = totals.without_expert_L.tolist()
+        counts_LE = totals.counts_LE.double().cpu()
+        tokens, without_L = max(1.0, float(totals.tokens)), totals.without_expert_L.tolist()
+        most_L, busiest_L = (values.tolist() for values in counts_LE.max(1))
+        layers = zip(
+            counts_LE.sum(1).tolist(), counts_LE.square().sum(1).tolist(), most_L, busiest_L, without_L, strict=True
+        )
         warnings = []
-        for layer, counts_E in enumerate(counts_LE.tolist()):
-            for what, text in self._signs(layer, counts_E, tokens, without_L[layer]).items():
+        for layer, (total, squares, most, busiest, without) in enumerate(layers):
+            signs = {
+                "one": self._one_expert(total, squares, most, busiest, total / tokens, counts_LE.size(1)),
+                "dead": self._dead(without / tokens),
+                "density": self._runs_away(layer, total / tokens),
+            }
+            for what, text in signs.items():
                 key = layer, what
                 self._since[key] = self._since.get(key, 0) + 1 if text else 0
                 due = step - self._warned.get(key, -REPEAT) >= REPEAT
@@ -68,20 +77,16 @@ class RoutingWatch:
                     warnings.append(f"MoE layer {layer}: {text}")
         return warnings
 
-    def _signs(self, layer: int, counts_E: list[float], tokens: float, without: float) -> dict[str, str | None]:
-        total, experts = sum(counts_E), len(counts_E)
-        per_token = total / tokens
-        signs: dict[str, str | None] = {"one": None, "dead": None, "density": self._runs_away(layer, per_token)}
-        if without > 0.99 * tokens:
-            signs["dead"] = f"{without / tokens:.1%} of the tokens take no expert for {self.PATIENCE} steps"
-        elif total:
-            effective = total**2 / sum(count**2 for count in counts_E)
-            used = max(1.0, per_token)
-            if effective < 1.1 * used and experts >= 2 * used:
-                busiest = max(range(experts), key=lambda expert: counts_E[expert])
-                share = counts_E[busiest] / total
-                signs["one"] = f"expert {busiest} takes {share:.0%} of the routes for {self.PATIENCE} steps"
-        return signs
+    def _one_expert(
+        self, total: float, squares: float, most: float, busiest: int, per_token: float, experts: int
+    ) -> str | None:
+        used = max(1.0, per_token)
+        if not total or total**2 / squares >= 1.1 * used or experts < 2 * used:
+            return None
+        return f"expert {busiest} takes {most / total:.0%} of the routes for {self.PATIENCE} steps"
+
+    def _dead(self, without: float) -> str | None:
+        return f"{without:.1%} of the tokens take no expert for {self.PATIENCE} steps" if without > 0.99 else None
 
     def _runs_away(self, layer: int, per_token: float) -> str | None:
         recent = self._density.setdefault(layer, deque(maxlen=self.PATIENCE + 1))

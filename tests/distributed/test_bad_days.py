@@ -266,6 +266,10 @@ def test_a_runs_life_is_told_at_its_end(data, tmp_path):
     assert 0 < events[-1]["effective"] < 1 and events[3]["seconds"] > 0
     assert all(0 < line["effective_time"] <= 1 for line in lines_of(tmp_path))
     assert json.loads((tmp_path / "checkpoints/step_00000004/manifest.json").read_text())["seconds"] > 0
+    elsewhere = run_config(tmp_path / "elsewhere", data, training={"steps": 5, "resume": str(tmp_path)})
+    ((_, said),) = run_ranks(1, train_and_listen, [elsewhere])
+    assert lines_of(tmp_path / "elsewhere", "events.jsonl")[-1]["effective"] < 1  # of this folder's life
+    assert "restart" not in said
 
 
 def test_errors_before_work_are_refusals_and_those_at_work_failures():

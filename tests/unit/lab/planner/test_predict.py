@@ -11,7 +11,7 @@ import yaml
 
 from dsmoe.config import load_config
 from dsmoe.errors import ConfigError
-from dsmoe.lab.planner import measure
+from dsmoe.lab.planner import measure, work
 from dsmoe.lab.planner.calibrate import fit, layout_of, non_negative_fit, robust_fit
 from dsmoe.lab.planner.hardware import Hardware, Link, Speed, load_hardware
 from dsmoe.lab.planner.layout import Layout, checked
@@ -244,6 +244,14 @@ def test_a_run_that_was_disturbed_counts_less():
 def test_shared_experts_gradients_are_held_twice(hardware):
     alone, shared = (memory(layout(hardware, f"parallel.expert_parallel={ep}")) for ep in (16, 8))
     assert alone.reduction < shared.reduction / 2  # half the experts on a rank, and no one to sum them with
+
+
+def test_an_optimizer_with_one_state_holds_and_moves_less(hardware):
+    adamw, lion = (layout(hardware, f"training.optimizer={name}") for name in ("adamw", "lion"))
+    held = [memory(each).optimizer for each in (adamw, lion)]
+    assert held[0] - held[1] == pytest.approx(4 * adamw.owned_parameters)
+    moved = [work.optimizer(each).weight_bytes for each in (adamw, lion)]
+    assert moved[0] - moved[1] == pytest.approx(8 * adamw.owned_parameters)  # read and written
 
 
 def test_a_skewed_replay_has_that_share_and_a_cost(hardware):
