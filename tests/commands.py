@@ -65,8 +65,15 @@ def finish(process: subprocess.Popen, deadline: float = DEADLINE) -> Result:
     return Result(process.returncode, output, time.monotonic() - began)
 
 
-def forked(*arguments: str, processes: int = 1, environment: dict[str, str] | None = None, cwd: Path = ROOT) -> Result:
+def forked(
+    *arguments: str,
+    processes: int = 1,
+    environment: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    without: str | None = None,
+) -> Result:
     """Run `python script.py argument...` in a process that has the libraries loaded; or in several, as torchrun does.
+    `without`: a package that cannot be imported there.
 
     The code is that of the first process that fails, or 0. What of the environment is read while a library is imported
     has no effect here.
@@ -82,7 +89,7 @@ def forked(*arguments: str, processes: int = 1, environment: dict[str, str] | No
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                 "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-            ranks.append(context.Process(target=_run_script, args=(arguments, mine, cwd, log)))
+            ranks.append(context.Process(target=_run_script, args=(arguments, mine, cwd, log, without)))
             ranks[-1].start()
         try:
             code = _first_failure(ranks, began + DEADLINE)
@@ -112,7 +119,9 @@ def _first_failure(processes: list, end: float) -> int | None:
     return 0
 
 
-def _run_script(arguments: tuple[str, ...], environment: dict[str, str], cwd: Path, log: Path) -> None:
+def _run_script(
+    arguments: tuple[str, ...], environment: dict[str, str], cwd: Path, log: Path, without: str | None
+) -> None:
     os.setsid()
     with open(log, "ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
@@ -128,6 +137,10 @@ def _run_script(arguments: tuple[str, ...], environment: dict[str, str], cwd: Pa
         *filter(None, environment.get("PYTHONPATH", "").split(":")),
     ]
     importlib.reload(sys.modules["dsmoe.runtime.signals"])  # notes who started this process
+    if without:
+        for name in [name for name in sys.modules if name.split(".")[0] == without]:
+            del sys.modules[name]
+        sys.modules[without] = None  # type: ignore[assignment]  # whoever imports it fails
     code: int | str | None
     try:
         runpy.run_path(arguments[0], run_name="__main__")

@@ -191,12 +191,18 @@ def observe_folder(folder: Path, sample: Sample, dtype: torch.dtype) -> Observat
         given = {"tokens": sample.tokens, "prompt": sample.prompt.clone(), "steps": torch.tensor(GREEDY_TOKENS)}
         save_file(given, source)
         name, device = str(dtype).removeprefix("torch."), device_name()
-        command = [sys.executable, "-P", str(OBSERVE), str(folder), str(source), str(target), name, device]
         # The folder's code is copied before it is imported: to a place that goes away again.
         environment = os.environ | {"HF_MODULES_CACHE": str(Path(place) / "modules"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        exit_code, output = run_observer([str(folder), str(source), str(target), name, device], environment)
+        if exit_code:
+            reason = output.strip().splitlines()[-1:] or [f"exit code {exit_code}"]
             raise ConversionError(f"transformers cannot load or run the folder: {reason[0]}")
         found = load_file(target)
     return Observation(found["logits"], found.get("routes"), found["written"])
+
+
+def run_observer(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run `observe.py` in an interpreter of its own; its exit code and what it wrote to stderr."""
+    command = [sys.executable, "-P", str(OBSERVE), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return done.returncode, done.stderr

@@ -1,26 +1,23 @@
-import subprocess
-import sys
+import time
+from pathlib import Path
 
 import pytest
+from forked import call_each, context
 
 from dsmoe.data.cache import BUILDING, cache_folders, provide_folder
 from dsmoe.errors import DataError
 
-PROCESS = """
-import os, sys, time
-from pathlib import Path
-from dsmoe.data.cache import provide_folder
 
-def build(folder):
-    with open(sys.argv[2], "a") as log:
-        log.write("built\\n")
-    (folder / "first").write_text("1")
-    time.sleep(0.5)
-    (folder / "second").write_text("2")
+def provide(cache: Path, log: Path) -> None:
+    def build(folder):
+        with open(log, "a") as file:
+            file.write("built\n")
+        (folder / "first").write_text("1")
+        time.sleep(0.5)
+        (folder / "second").write_text("2")
 
-folder = provide_folder([Path(sys.argv[1])], "thing", build)
-assert sorted(path.name for path in folder.iterdir()) == ["first", "second"]
-"""
+    folder = provide_folder([cache], "thing", build)
+    assert sorted(path.name for path in folder.iterdir()) == ["first", "second"]
 
 
 def names(folder):
@@ -28,19 +25,18 @@ def names(folder):
 
 
 def test_processes_that_ask_together_build_once_and_all_read_the_whole(tmp_path):
-    command = [sys.executable, "-c", PROCESS, str(tmp_path / "cache"), str(tmp_path / "log")]
-    processes = [subprocess.Popen(command) for _ in range(4)]
-    assert [process.wait(60) for process in processes] == [0] * 4
+    call_each([(provide, (tmp_path / "cache", tmp_path / "log"))] * 4)
     assert (tmp_path / "log").read_text() == "built\n"
     assert names(tmp_path / "cache") == ["thing"]
 
 
 def test_what_a_killed_builder_left_is_removed_and_built_anew(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), str(tmp_path / "log")])
+    process = context.Process(target=provide, args=(tmp_path, tmp_path / "log"))
+    process.start()
     while not list(tmp_path.glob(f"{BUILDING}*/first")):
-        assert process.poll() is None
+        assert process.is_alive()
     process.kill()
-    process.wait()
+    process.join()
     assert not (tmp_path / "thing").exists()
     folder = provide_folder([tmp_path], "thing", lambda path: (path / "file").touch())
     assert names(folder) == ["file"]

@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import numpy
 import pytest
 import torch
+from forked import call_each
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from dsmoe.config import DataConfig
@@ -171,28 +169,21 @@ def test_another_held_out_part_never_meets_the_index_of_the_first(tmp_path, monk
         assert set(stream.batch(0, stream.epoch_size)["tokens"].unique().tolist()) == set(range(kept))
 
 
-RANK = """
-import sys
-import torch
-from dsmoe.config import DataConfig
-from dsmoe.data import dataset
-
-folder, place, rank = sys.argv[1:]
-torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=int(rank), world_size=2)
-dataset.ENTRIES_KEPT_IN_MEMORY = 0
-corpus = dataset.open_corpus(DataConfig(path=folder))
-for cache in ("shared", f"node{rank}"):
-    torch.distributed.barrier()
-    stream = dataset.TrainingStream(corpus, 32, seed=1, cache_dir=f"{place}/{cache}")
-    torch.save(stream.batch(stream.epoch_size - 8, 16), f"{place}/{cache}-{rank}.pt")
-"""
+def read_on_a_rank(folder, place, rank):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
+    module.ENTRIES_KEPT_IN_MEMORY = 0
+    corpus = open_corpus(DataConfig(path=str(folder)))
+    batches = {}
+    for cache in ("shared", f"node{rank}"):
+        torch.distributed.barrier()
+        stream = TrainingStream(corpus, S, seed=1, cache_dir=f"{place}/{cache}")
+        batches[cache] = stream.batch(stream.epoch_size - 8, 16)
+    return batches
 
 
 def test_ranks_that_build_the_index_at_once_read_the_same_samples(dataset, stream, tmp_path):
     """On one node and on two. Megatron alone fails: all ranks but the first only read, also what is not there yet."""
-    command = [sys.executable, "-c", RANK, str(dataset), str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    for result in ("shared-0", "shared-1", "node0-0", "node1-1"):
-        assert equal(torch.load(tmp_path / f"{result}.pt"), stream.batch(stream.epoch_size - 8, 16))
+    expected = stream.batch(stream.epoch_size - 8, 16)
+    for batches in call_each([(read_on_a_rank, (dataset, tmp_path, rank)) for rank in range(2)], name="rank"):
+        assert len(batches) == 2 and all(equal(batch, expected) for batch in batches.values())
     assert len(list((tmp_path / "shared").glob("samples-*"))) == 2  # of two epochs

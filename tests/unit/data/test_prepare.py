@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy
 import pytest
+from commands import forked
+from forked import context
 from made_up import made_up_documents, write_documents
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from dsmoe.data import encoding
 from dsmoe.data.description import DatasetDescription, file_sha256
 from dsmoe.data.prepare import prepare
 from dsmoe.data.tokenizer import Tokenizer
@@ -217,32 +220,48 @@ def wait_until(condition, seconds, reason):
         time.sleep(0.005)
 
 
+def prepare_slowly(texts: Path, output: Path, tokenizer: Path) -> None:
+    """With two workers at work on many groups, each document written a twentieth of a second after the last."""
+    from dsmoe.data import prepare as module
+
+    encoding.GROUP_CHARACTERS = 2000
+    write = module.SplitWriter.add
+
+    def write_later(self, text, ids):
+        time.sleep(0.05)
+        return write(self, text, ids)
+
+    module.SplitWriter.add = write_later
+    prepare([str(texts)], output, tokenizer=tokenizer, workers=2)
+
+
 def test_killed_in_the_middle_it_leaves_no_dataset_and_no_worker_and_the_next_run_succeeds(dataset, texts, tmp_path):
-    with open(tmp_path / "large.jsonl", "w") as large:
-        for text in made_up_documents(200) * 150:
-            large.write(json.dumps({"text": text}) + "\n")
-    output = ["--output", str(tmp_path / "out"), "--tokenizer", str(dataset / "tokenizer.model"), "--workers", "2"]
-    process = subprocess.Popen([*COMMAND, str(tmp_path / "large.jsonl"), *output], stdout=subprocess.DEVNULL)
+    process = context.Process(target=prepare_slowly, args=(texts, tmp_path / "out", dataset / "tokenizer.model"))
+    process.start()
     written = tmp_path / ".out.unfinished" / "train.bin"
-    wait_until(lambda: written.exists() and written.stat().st_size > 0, 90, "encoding never began")
+    while not written.exists() or not written.stat().st_size:
+        assert process.is_alive(), "encoding never began"
+        time.sleep(0.005)
     workers = children(process.pid)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert len(workers) >= 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.unfinished", "large.jsonl"]
-    wait_until(lambda: not any(map(alive, workers)), 20, "workers outlived their parent")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
+    wait_until(lambda: not any(map(alive, workers)), 100, "workers outlived their parent")
 
+    output = ["--output", str(tmp_path / "out"), "--tokenizer", str(dataset / "tokenizer.model"), "--workers", "2"]
     again = subprocess.run([*COMMAND, str(texts), *output], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml data.path=" in again.stdout
     assert again.stderr == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["large.jsonl", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
 
 
 def test_the_command_says_a_mistake_in_one_line(tmp_path):
-    run = subprocess.run([*COMMAND, "absent.txt", "--output", str(tmp_path / "out")], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: source 'absent.txt': there is no such file")
-    assert run.stderr.count("\n") == 1
+    result = forked("tools/prepare_data.py", "absent.txt", "--output", str(tmp_path / "out"))
+    assert result.code == 2
+    assert result.output.startswith("error: source 'absent.txt': there is no such file")
+    assert result.output.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -170,7 +170,7 @@ def test_what_computes_something_else_never_appears(run, tmp_path, monkeypatch, 
     assert list(target.iterdir()) == []
 
 
-def test_code_that_does_not_load_is_named(run, tmp_path, monkeypatch, groups):
+def test_code_that_does_not_load_is_named(run, tmp_path, monkeypatch, groups, new_observers):
     altered = tmp_path / "altered.py"
     altered.write_text("import dsmoe\n")
     monkeypatch.setattr(ReLURouter, "inference_file", altered)
