@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsmoe.runtime.command_line import quiet_libraries
+from dsmoe.errors import CheckpointError, ConversionError
+from dsmoe.runtime.command_line import quiet_libraries, require_path
 from dsmoe.runtime.exit_codes import REFUSED
+
+RUN = "a run folder or one of its checkpoints"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +45,7 @@ def _add_export(commands) -> None:
 
 
 def _export(arguments) -> int:
+    require_path(arguments.run, RUN, CheckpointError)
     from dsmoe.hf.export import ExportOptions, export, summary
 
     names = ("format", "dtype", "max_shard_size", "data", "license", "language")
@@ -68,6 +72,7 @@ def _add_import(commands) -> None:
 
 
 def _import(arguments) -> int:
+    require_path(arguments.folder, "a folder of a Hugging Face model; download it first", ConversionError)
     from dsmoe.hf.importing import ImportOptions, import_model, summary
     from dsmoe.hf.upcycle import UpcyclingOptions
 
@@ -89,6 +94,7 @@ def _add_verify(commands) -> None:
 
 
 def _verify(arguments) -> int:
+    require_path(arguments.path, RUN, CheckpointError)
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

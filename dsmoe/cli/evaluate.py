@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from dsmoe.runtime.command_line import quiet_libraries
+from dsmoe.errors import CheckpointError
+from dsmoe.runtime.command_line import quiet_libraries, require_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = vars(parser.parse_args(argv))
     quiet_libraries()
+    expected = "a run folder, one of its checkpoints or a folder of a Hugging Face model"
+    require_path(arguments["model"], expected, CheckpointError)
     if arguments["task_dir"]:  # read when the libraries are imported; without it they knock at the Hub for minutes
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from dsmoe.inference.evaluate import EvaluationOptions, evaluate, report

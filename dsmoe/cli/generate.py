@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dsmoe.runtime.command_line import quiet_libraries
+from dsmoe.errors import CheckpointError
+from dsmoe.runtime.command_line import quiet_libraries, require_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,10 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     quiet_libraries()
-    from dsmoe.inference.generate import Generator, Sampling
+    from dsmoe.inference.sampling import Sampling
 
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.top_p, arguments.seed)
     sampling.check()
+    require_path(arguments.run, "a run folder or one of its checkpoints", CheckpointError)
+    from dsmoe.inference.generate import Generator
+
     generator = Generator.load(arguments.run)
     sys.stdout.write(arguments.prompt)
     for text in generator.stream(arguments.prompt, sampling):

@@ -20,7 +20,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from dsmoe.cli.options import router_options
 from dsmoe.config.shipped import configs_folder
+from dsmoe.errors import DataError
+from dsmoe.runtime.command_line import require_path
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -75,19 +78,19 @@ def plan(arguments: argparse.Namespace) -> None:
     from dsmoe.config import load_config
     from dsmoe.errors import ConfigError
     from dsmoe.lab.planner.hardware import load_hardware
+
+    config, hardware = all_or_every_mistake(
+        {
+            arguments.config: lambda: load_config(arguments.config, arguments.overrides, router_options),
+            arguments.hardware: lambda: load_hardware(arguments.hardware),
+        }
+    )
     from dsmoe.lab.planner.layout import Layout, problems
     from dsmoe.lab.planner.load import even, of_skew, recorded
     from dsmoe.lab.planner.predict import predict
     from dsmoe.lab.planner.search import batch_problems, search
     from dsmoe.lab.planner.show import show_plan, show_search, show_sizes
-    from dsmoe.routers.registry import option_classes
 
-    config, hardware = all_or_every_mistake(
-        {
-            arguments.config: lambda: load_config(arguments.config, arguments.overrides, option_classes()),
-            arguments.hardware: lambda: load_hardware(arguments.hardware),
-        }
-    )
     found = [] if arguments.nodes else ["--nodes: found none, expected at least 1"]
     found += [f"--nodes: found {nodes}, expected at least 1" for nodes in arguments.nodes if nodes < 1]
     if len(arguments.nodes) > 1 and not arguments.search:
@@ -182,6 +185,7 @@ def _check_devices(arguments: argparse.Namespace) -> None:
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
+    _check_devices(arguments)
     import yaml
 
     from dsmoe.checkpoint.files import write_atomically
@@ -189,7 +193,6 @@ def calibrate(arguments: argparse.Namespace) -> None:
     from dsmoe.lab.planner.hardware import Hardware
     from dsmoe.lab.planner.measure import run_from
 
-    _check_devices(arguments)
     console = _console()
     if arguments.again:
         measured = json.loads(arguments.again.read_text())
@@ -214,11 +217,12 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 
 def validate(arguments: argparse.Namespace) -> None:
     from dsmoe.lab.planner.hardware import load_hardware
-    from dsmoe.lab.planner.validate import again, summary, table
-    from dsmoe.lab.planner.validate import validate as validated
 
     _check_devices(arguments)
     console, hardware = _console(), load_hardware(arguments.hardware)
+    from dsmoe.lab.planner.validate import again, summary, table
+    from dsmoe.lab.planner.validate import validate as validated
+
     if arguments.again:
         found = again(hardware, json.loads(arguments.again.read_text()))
     else:
@@ -255,6 +259,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def replay(arguments: argparse.Namespace) -> None:
+    require_path(arguments.trace, "a .npz of logging.trace or the folder of its run", DataError)
     from rich import box
     from rich.table import Table
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 
+from dsmoe.cli.options import optimizer_options, router_options
 from dsmoe.runtime.command_line import quiet_libraries
 from dsmoe.runtime.exit_codes import FINISHED, STOPPED
 
@@ -38,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     def read():  # whatever goes wrong in here on one rank, all hear of it
         from dsmoe.config import load_config
         from dsmoe.config.shipped import find_config
-        from dsmoe.optim import registry as optimizers
-        from dsmoe.routers import registry as routers
+
+        path = find_config(arguments.config)
+        config = load_config(path, arguments.overrides, router_options, optimizer_options)
         from dsmoe.training.start import Start
 
-        options = routers.option_classes(), optimizers.option_classes()
-        return Start.read(load_config(find_config(arguments.config), arguments.overrides, *options), arguments.fit)
+        return Start.read(config, arguments.fit)
 
     place, start = meet(read)
     start.agree(place, arguments.check)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,20 +16,23 @@ from dsmoe.config.validate import validate_config
 from dsmoe.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+OptionClasses = Mapping[str, type[BaseModel]]
 
 
 def load_config(
     path: str | Path | None,
     overrides: list[str] | tuple[str, ...] = (),
-    routers: Mapping[str, type[BaseModel]] | None = None,
-    optimizers: Mapping[str, type[BaseModel]] | None = None,
+    routers: OptionClasses | Callable[[], OptionClasses] | None = None,
+    optimizers: OptionClasses | Callable[[], OptionClasses] | None = None,
 ) -> RunConfig:
     """Read, override and validate a configuration.
 
     Args:
         path: YAML file; None starts from the defaults.
         overrides: dotted assignments such as `training.steps=50`; the value is read as YAML.
-        routers: options class of every known router; with it the router's name and options are checked too.
+        routers: options class of every known router; with it the router's name and options are checked too. A function
+            that returns it is called once the file has been read: it may import for seconds what a file that does not
+            exist has no need of.
         optimizers: the same of every optimizer.
 
     Raises:
@@ -38,6 +41,7 @@ def load_config(
     tree = {} if path is None else read_yaml(path)
     problems = apply_overrides(tree, overrides)
     source = str(path) if path else "configuration"
+    routers, optimizers = (found() if callable(found) else found for found in (routers, optimizers))
     return validate_config(tree, routers, problems, source, optimizers)
 
 

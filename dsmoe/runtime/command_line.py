@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import dsmoe.runtime.signals  # noqa: F401  (notes the launcher before anything slow is imported)
@@ -51,6 +52,12 @@ def _explain(error: Exception) -> int:
     elif channel is None:
         traceback.print_exception(error)
     return code
+
+
+def require_path(path: str | Path, expected: str, error: type[DsmoeError]) -> None:
+    """Raise `error` if a path of the command line leads nowhere: at once, before libraries are imported for seconds."""
+    if not Path(path).exists():
+        raise error(f"{path} does not exist; expected {expected}")
 
 
 def quiet_libraries() -> None:
