@@ -6,6 +6,9 @@ The environment is set before anything imports torch, and the processes that tes
 from __future__ import annotations
 
 import os
+import sys
+from collections import Counter
+from multiprocessing import forkserver
 
 import pytest
 
@@ -13,13 +16,35 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share the cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns where a process that used threads is forked
 os.environ.pop("DS_ACCELERATOR", None)  # DeepSpeed is to detect the device, as a user's run does
 
+SLOW = 20  # seconds
+
 
 def pytest_xdist_auto_num_workers() -> int:
     """One worker per core this process may use, and no more than the memory of a usual machine can hold."""
     return min(len(os.sched_getaffinity(0)), 8)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.user_properties.append(("docstring", bool(getattr(item, "function", item).__doc__)))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Name the tests that take more than `SLOW` seconds without a docstring that says why."""
+    seconds: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport) and not dict(report.user_properties).get("docstring", True):
+            seconds[report.nodeid] += report.duration
+    slow = [f"{taken:.0f} s  {name}" for name, taken in seconds.most_common() if taken > SLOW]
+    if slow:
+        terminalreporter.section(f"more than {SLOW} s, and no docstring says why")
+        terminalreporter.write_line("\n".join(slow))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "forked" in sys.modules:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONWARNINGS", "ignore")  # what libraries say while they are imported
+            forkserver.ensure_running()  # while no test waits for it, and none has changed the environment
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -21,16 +21,12 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 
-from dsmoe.runtime.command_line import quiet_libraries, run
-
-quiet_libraries()  # before the imports that talk
-from dsmoe.checkpoint.files import newest_checkpoint, step_of  # noqa: E402
-from dsmoe.config import RunConfig, load_config  # noqa: E402
-from dsmoe.errors import TrainingError  # noqa: E402
-from dsmoe.model.size import model_size  # noqa: E402
-from dsmoe.parallel.place import free_port  # noqa: E402
-from dsmoe.runtime.device import gpu_count  # noqa: E402
-from dsmoe.training.metrics import FILE, read_lines  # noqa: E402
+from dsmoe.checkpoint.files import newest_checkpoint, step_of
+from dsmoe.config import RunConfig, load_config
+from dsmoe.errors import TrainingError
+from dsmoe.parallel.place import free_port
+from dsmoe.runtime.command_line import run
+from dsmoe.runtime.device import gpu_count
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/quickstart.yaml"
@@ -119,6 +115,10 @@ def _router(config: RunConfig) -> str:
 
 
 def _summarize(run_dir: Path) -> None:
+    # Here, because both load torch.
+    from dsmoe.model.size import model_size
+    from dsmoe.training.metrics import FILE, read_lines
+
     lines, config = read_lines(run_dir / FILE), load_config(run_dir / "config.yaml")
     first, last = lines[0], lines[-1]
     loss, speed = mean(line["loss"] for line in lines[-10:]), median(line["tokens_per_second"] for line in lines)

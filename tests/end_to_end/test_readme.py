@@ -1,6 +1,7 @@
 """Every command in a ```bash block of README.md runs, in a fresh copy of the checkout whose path has spaces.
 
-The commands are the page's own; `SHORTER` lists what is appended to make them short. A ```console block is a command
+The commands are the page's own; `SHORTER` lists what is appended to make them short. The first of each script starts as
+a reader would start it; a later one of the same script runs in forked processes. A ```console block is a command
 with its output, which must be exactly that. Blocks of another kind (text, toml) are not run.
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, free_port, run
+from commands import ROOT, Result, forked, free_port, run
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -47,14 +49,35 @@ def checkout(tmp_path_factory) -> Path:
             shutil.copy2(ROOT / name, copy / name)
     (copy / ".venv").symlink_to(sys.prefix)
     # What `make quickstart` prepares by itself, small.
-    made = shell("python tools/prepare_data.py stdlib --output data/quickstart --vocab-size 512 --limit-mb 0.4", copy)
+    options = "stdlib --output data/quickstart --vocab-size 512 --limit-mb 0.4"
+    made = forked("tools/prepare_data.py", *options.split(), cwd=copy, environment=environment(copy))
     assert made.code == 0, made.output
     return copy
 
 
-def shell(command: str, folder: Path):
-    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
-    return run(["bash", "-c", command], cwd=folder, environment=environment)
+def environment(folder: Path) -> dict[str, str]:
+    return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+
+
+def shell(command: str, folder: Path) -> Result:
+    return run(["bash", "-c", command], cwd=folder, environment=environment(folder))
+
+
+def script(command: str) -> str | None:
+    """The Python file that a command starts."""
+    return next((word for word in shlex.split(command, comments=True) if word.endswith(".py")), None)
+
+
+def shell_or_fork(command: str, folder: Path) -> Result:
+    path = script(command)
+    if path is None or path not in map(script, COMMANDS[: COMMANDS.index(command)]):
+        return shell(shortened(command), folder)
+    launcher, _, arguments = shortened(command).partition(path)
+    processes = re.search(r"(?:--num_gpus|--nproc-per-node)[ =](\d+)", launcher)
+    arguments = [path, *shlex.split(arguments)]
+    return forked(
+        *arguments, processes=int(processes[1]) if processes else 1, cwd=folder, environment=environment(folder)
+    )
 
 
 def shortened(command: str) -> str:
@@ -68,7 +91,7 @@ def shortened(command: str) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, checkout):
-    result = shell(shortened(command), checkout)
+    result = shell_or_fork(command, checkout)
     assert result.code == 0, result.output
     if command == "make quickstart":
         check_quickstart(result.output, checkout)
