@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from dsmoe.config import ModelConfig
 from dsmoe.lab.benchmark.cases import World, limit_cases, router_options
 from dsmoe.lab.benchmark.problem import Problem, routing_map
+from dsmoe.lab.benchmark.step import hold_mean
 from dsmoe.lab.benchmark.worker import Job, entries_of, measure
+from dsmoe.model.gpt import LanguageModel
 from dsmoe.routers import available, get
 
 LOAD = "30:2"
@@ -134,3 +137,18 @@ def test_what_fails_is_a_row_with_its_error(groups, monkeypatch):
     job = Job(Problem(experts=4, tokens=64, hidden=32, ffn=16), ["balanced"], "", ["DeepSpeed MoE"], 0, 1)
     (row,) = [row for row in measure(job, World(job.problem, groups, "cpu")) if row["kind"] == "peer"]
     assert row["name"] == "DeepSpeed MoE" and row["error"] == "RuntimeError: cannot run here"
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_router_of_a_whole_model_is_held_at_k_experts_per_token(groups, name):
+    """Untrained models of the step benchmark; a fixed number needs no calibration and does not change by it."""
+    router, model = get(name), ModelConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=2, num_experts=8, moe_ffn_hidden_size=16, vocab_size=64
+    )  # fmt: skip
+    options = router.Options.model_validate(router.benchmark_options(2, 8, latent_norm=1.0))
+    language_model = LanguageModel(model, (router, options), groups, seed=1)
+    tokens = torch.randint(64, (8, 64), generator=torch.Generator().manual_seed(0))
+    hold_mean(language_model, tokens, k=2)
+    with torch.no_grad():
+        language_model(tokens)
+    assert language_model.recorder.take().density().item() * 8 == pytest.approx(2, abs=0.05)
