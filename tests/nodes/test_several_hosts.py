@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from jobs import finish_all, losses, mpirun, on_one_host, pdsh, sbatch, srun, torchrun
-
-LAUNCHERS = {"torchrun": torchrun, "pdsh": pdsh, "mpirun": mpirun, "sbatch": sbatch, "srun": srun}
+from jobs import Job, finish_all, losses, mpirun, on_one_host, pdsh, sbatch, srun, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -18,20 +16,27 @@ def of_one_host(hosts, train) -> list[float]:
     return losses(run_dir)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_experts_on_both_hosts_give_the_losses_of_one_host(launcher, hosts, train, of_one_host):
-    """One rank a host. `srun python launch/train.py` brings no rendezvous: it must be one run, not two."""
-    run_dir, arguments = train(launcher)
-    ended = finish_all(LAUNCHERS[launcher](hosts, 1, arguments))
-    assert all(end.code == 0 for end in ended), ended[0].output
-    assert "10.77.7.2 (eth0)" in ended[0].output, "the table of the hosts"
+@pytest.mark.parametrize("launcher", [torchrun, mpirun, srun])
+def test_a_rank_on_each_host_and_experts_on_both(launcher, hosts, train, of_one_host):
+    """`srun python launch/train.py` brings no rendezvous: it must be one run, not two."""
+    run_dir, arguments = train(launcher.__name__)
+    check(launcher(hosts, 1, arguments))
     assert losses(run_dir) == of_one_host
 
 
-@pytest.mark.parametrize("experts", [2, 4])
-def test_two_ranks_a_host(experts, hosts, train, of_one_host):
-    """Experts shared inside each host, or by all four ranks over both; sums run in another order than on two ranks."""
-    run_dir, arguments = train(f"2x2 {experts}", f"parallel.expert_parallel={experts}")
-    (ended,) = finish_all(pdsh(hosts, 2, arguments))
-    assert ended.code == 0, ended.output
+@pytest.mark.parametrize(("launcher", "experts"), [(sbatch, 2), (pdsh, 4)])
+def test_two_ranks_on_each_host(launcher, experts, hosts, train, of_one_host):
+    """Experts shared inside each host, or by all ranks over both; sums run in another order than on two ranks. How many
+    ranks a host gets, sbatch learns from Slurm."""
+    run_dir, arguments = train(launcher.__name__, f"parallel.expert_parallel={experts}")
+    output = check(launcher(hosts, 2, arguments))
+    assert f"4 processes, expert parallel {experts}" in output
     assert losses(run_dir) == pytest.approx(of_one_host, abs=1e-5)
+
+
+def check(jobs: list[Job]) -> str:
+    """What the job printed on its first host, once it has succeeded on both."""
+    ended = finish_all(jobs)
+    assert all(end.code == 0 for end in ended), ended[0].output
+    assert "10.77.7.2 (eth0)" in ended[0].output, "the table of hosts"
+    return ended[0].output

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from hosts import NAMES
-from jobs import HERE, Job, finish_all, free_port, losses, on_one_host, wait_for_step
+from jobs import DEADLINE, HERE, Job, finish_all, free_port, losses, on_one_host, wait_for_step
 
 FAULT = str(HERE / "fault.py")
 
@@ -27,12 +27,13 @@ def undisturbed(hosts, train) -> list[float]:
     return losses(run_dir)
 
 
+@pytest.mark.timeout(400)
 def test_ranks_that_are_gone_cost_a_restart_each(hosts, train, place, undisturbed):
     """One is killed, one is stopped; the losses are those of a run that nothing happened to."""
     faults = "SIGKILL 1 5 forward pass;SIGSTOP 0 8 all-to-all"
     run_dir, arguments = train("supervised", "training.steps=12", "training.timeout.step=6", script=FAULT)
     jobs = supervise(hosts, arguments, "--nnodes", "2", FAULT=faults, FAULT_LOG=str(place / "faults"))
-    ended = finish_all(jobs)
+    ended = finish_all(jobs, 2.5 * DEADLINE)  # three starts
     assert all(end.code == 0 for end in ended), ended[0].output
     for attempt, step in ((1, 3), (2, 6)):
         assert f"supervisor: attempt {attempt} ended with 1 after" in ended[0].output
@@ -40,6 +41,7 @@ def test_ranks_that_are_gone_cost_a_restart_each(hosts, train, place, undisturbe
     assert losses(run_dir) == undisturbed
 
 
+@pytest.mark.timeout(400)
 def test_the_last_host_goes_on_alone(hosts, train, undisturbed):
     """The host where all met is gone: the other one takes over the rendezvous, and all experts."""
     run_dir, arguments = train("last host", "training.steps=12", "logging.interval=1", script=FAULT)
@@ -47,7 +49,7 @@ def test_the_last_host_goes_on_alone(hosts, train, undisturbed):
     wait_for_step(run_dir, 7, jobs)
     hosts.power_off("nodeA")
     try:
-        ended = jobs[1].finish()
+        ended = jobs[1].finish(2 * DEADLINE)
     finally:
         hosts.boot("nodeA")
     assert ended.code == 0, ended.output
