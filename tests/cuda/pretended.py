@@ -94,6 +94,7 @@ def start() -> None:
     if _library is not None:
         return
     torch.cuda._lazy_init = lambda: None  # Python's factories call it before they dispatch
+    torch.cuda.device_count = lambda: DEVICES
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.get_device_name = lambda device=None: "pretended GPU"
     with _quiet_stderr():  # torch warns that collectives for CUDA are registered a second time
