@@ -118,6 +118,9 @@ class ParallelConfig(Section):
     """How the processes share the work. Data parallelism is what remains: every process is a data rank."""
 
     expert_parallel: int = Field(1, ge=1)  # ranks that share one copy of the experts
+    placement: Literal["auto", "within_node", "rank_order"] = (
+        "auto"  # of these: inside a node where they fit; or refuse
+    )
     zero_stage: Literal[1, 2, 3] = 1
     tensor_parallel: int = Field(1, ge=1)  # only 1
     pipeline_parallel: int = Field(1, ge=1)  # only 1

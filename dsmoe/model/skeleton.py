@@ -45,4 +45,4 @@ def initial_router(model: ModelConfig, router: RouterConfig, layer: int, seed: i
 def _one_process() -> ParallelGroups:
     """Groups that know what construction asks of them: that they have one rank, and which."""
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    return ParallelGroups(ep=alone, edp=alone, dp=alone, solo=alone, ep_name="ep_size_1")
+    return ParallelGroups(ep=alone, edp=alone, dp=alone, solo=alone)

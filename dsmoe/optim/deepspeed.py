@@ -63,15 +63,22 @@ def mark_expert_parameter(parameter: nn.Parameter, ep: torch.distributed.Process
     parameter.first_expert = first_expert
 
 
-def expert_and_data_groups(expert_parallel: int) -> tuple[torch.distributed.ProcessGroup, ...]:
-    """DeepSpeed's groups of this rank: expert-parallel, expert-data-parallel, data-parallel. Collective."""
-    deepspeed_groups._create_expert_and_data_parallel(expert_parallel, pp_size=1)
-    name = f"ep_size_{expert_parallel}"
-    return (
-        deepspeed_groups._get_expert_parallel_group(name),
-        deepspeed_groups._get_expert_data_parallel_group(name),
-        deepspeed_groups._get_data_parallel_group(),
-    )
+def share_expert_groups(
+    ep: torch.distributed.ProcessGroup, edp: torch.distributed.ProcessGroup
+) -> torch.distributed.ProcessGroup:
+    """Have DeepSpeed use these expert-parallel and expert-data-parallel groups of this rank. Returns DeepSpeed's
+    data-parallel group; collective.
+
+    DeepSpeed would create its own over consecutive ranks, wherever those are, and have all ranks wait for each other
+    once a group.
+    """
+    name = f"ep_size_{ep.size()}"
+    for groups, ranks, group in (
+        (deepspeed_groups._EXPERT_PARALLEL_GROUP, deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS, ep),
+        (deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP, deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, edp),
+    ):
+        groups[name], ranks[name] = group, torch.distributed.get_process_group_ranks(group)
+    return deepspeed_groups._get_data_parallel_group()
 
 
 def skip_shared_memory_op() -> None:

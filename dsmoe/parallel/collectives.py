@@ -10,21 +10,37 @@ import deepspeed.comm as dist
 import torch
 from torch import Tensor
 
+from dsmoe.parallel.topology import Topology
 from dsmoe.runtime.step_timer import step_timer
 
 
 class Traffic:
-    """Bytes of rows that this process has given to other ranks by all-to-all, forward and backward, and the seconds in
-    which it did nothing but start exchanges and wait for them (on a CPU; a GPU's stream waits, not the process)."""
+    """What this process exchanges by all-to-all, forward and backward: bytes of rows sent to other ranks, and seconds
+    in which it did nothing but start exchanges and wait (on a CPU; a GPU's stream waits, not the process).
+
+    Attributes:
+        topology: which ranks share a node; None: all of them.
+    """
 
     def __init__(self) -> None:
-        self.sent_bytes, self.seconds = 0, 0.0
+        self.topology: Topology | None = None
+        self.sent_bytes, self.between_nodes_bytes, self.seconds = 0, 0, 0.0
 
-    def take(self) -> tuple[int, float]:
-        """Bytes and seconds since the last call."""
-        taken = self.sent_bytes, self.seconds
-        self.sent_bytes, self.seconds = 0, 0.0
+    def take(self) -> tuple[int, int, float]:
+        """Since the last call: bytes sent, those of them that left the node, and seconds."""
+        taken = self.sent_bytes, self.between_nodes_bytes, self.seconds
+        self.sent_bytes, self.between_nodes_bytes, self.seconds = 0, 0, 0.0
         return taken
+
+    def count(self, rows_to_rank: list[int], row_bytes: int, group) -> None:
+        self.sent_bytes += (sum(rows_to_rank) - rows_to_rank[group.rank()]) * row_bytes
+        if self.topology is not None and len(self.topology.names) > 1:
+            node_of_rank, here = self.topology.node_of_rank, dist.get_rank()
+            ranks = torch.distributed.get_process_group_ranks(group)
+            leaving = [
+                rows for rows, rank in zip(rows_to_rank, ranks, strict=True) if node_of_rank[rank] != node_of_rank[here]
+            ]
+            self.between_nodes_bytes += sum(leaving) * row_bytes
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:
@@ -58,7 +74,7 @@ def start_all_to_all(rows: Tensor, send: list[int], receive: list[int], group) -
     if group.size() == 1:
         return lambda: rows
     received = rows.new_empty((sum(receive), *rows.shape[1:]))
-    traffic.sent_bytes += (len(rows) - send[group.rank()]) * rows[:1].numel() * rows.element_size()
+    traffic.count(send, rows[:1].numel() * rows.element_size(), group)
     return _begin(received, rows, receive, send, group)
 
 

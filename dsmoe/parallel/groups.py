@@ -1,9 +1,11 @@
-"""One owner of process groups: DeepSpeed creates them, Megatron-Core receives a `ProcessGroupCollection`.
+"""One owner of process groups: DeepSpeed and Megatron-Core (as a `ProcessGroupCollection`) are handed them.
 
-Every process is a data rank. The experts are spread over groups of `expert_parallel` consecutive ranks (EP); ranks
-that hold the same experts form an expert-data-parallel group (EDP), over which expert gradients are reduced. Tensor,
-pipeline and context parallel are 1, but Megatron still asks groups of size 1 for their size and rank, so each rank
-gets one of its own. Megatron's global `parallel_state` is never initialised.
+Every process is a data rank. The experts are spread over groups of `expert_parallel` ranks (EP), inside a node where
+they fit (`parallel.placement`); ranks that hold the same experts form an expert-data-parallel group (EDP), over which
+expert gradients are reduced. Where EP groups span nodes, the ranks of one that share a node form a node group, and
+those with the same place on their nodes a lane. Tensor, pipeline and context parallel are 1, but Megatron still asks
+groups of size 1 for their size and rank, so each rank gets one of its own. Megatron's global `parallel_state` is never
+initialised.
 """
 
 from __future__ import annotations
@@ -11,14 +13,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import deepspeed
 import torch
 import torch.distributed
 
 from dsmoe.errors import ParallelError
-from dsmoe.optim.deepspeed import expert_and_data_groups, skip_shared_memory_op
+from dsmoe.optim.deepspeed import share_expert_groups, skip_shared_memory_op
+from dsmoe.parallel.collectives import traffic
 from dsmoe.parallel.place import find_place
+from dsmoe.parallel.topology import ONE_NODE, Topology, expert_parallel_ranks, find_topology
 from dsmoe.runtime.device import on_gpu, use_local_device
 
 
@@ -30,7 +35,10 @@ class ParallelGroups:
     edp: torch.distributed.ProcessGroup
     dp: torch.distributed.ProcessGroup
     solo: torch.distributed.ProcessGroup  # this rank alone
-    ep_name: str  # DeepSpeed's name of the expert groups, "ep_size_N"
+    topology: Topology = ONE_NODE
+    ep_ranks: tuple[int, ...] = (0,)  # of the job, in the order of `ep`
+    node: torch.distributed.ProcessGroup | None = None  # of an EP group that spans nodes evenly: its ranks on this node
+    lane: torch.distributed.ProcessGroup | None = None  # and its ranks with this rank's place on all of its nodes
 
     @property
     def ep_size(self) -> int:
@@ -94,28 +102,46 @@ def check_world(world_size: int, expert_parallel: int, global_batch_size: int, g
             f"'deepspeed --num_gpus {expert_parallel} launch/train.py ...') or set parallel.expert_parallel to a "
             f"divisor of {world_size}"
         )
-    parts = world_size * gradient_accumulation
-    if global_batch_size % parts:
+    micro_batches = world_size * gradient_accumulation
+    if global_batch_size % micro_batches:
         raise ParallelError(
             f"training.global_batch_size is {global_batch_size}, which {world_size} processes x "
-            f"training.gradient_accumulation {gradient_accumulation} = {parts} do not divide"
+            f"training.gradient_accumulation {gradient_accumulation} = {micro_batches} do not divide"
         )
 
 
-def create_groups(expert_parallel: int) -> ParallelGroups:
-    """Make all groups of this job, once per expert-parallel size; every rank must call it."""
-    world_size = torch.distributed.get_world_size()
+def create_groups(expert_parallel: int, placement: str = "auto", topology: Topology | None = None) -> ParallelGroups:
+    """Make the groups of this rank. Every rank must call it.
+
+    A group is made once for its ranks, by these ranks alone: groups are never freed before the job ends, and a start on
+    many ranks must not wait for all of them once a group.
+
+    Args:
+        placement: see `dsmoe.parallel.topology.expert_parallel_ranks`.
+        topology: which ranks share a node; None: by the host names of all ranks.
+
+    Raises:
+        ParallelError: the number of ranks is no multiple of `expert_parallel`, or the placement is impossible.
+    """
+    world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     check_world(world_size, expert_parallel, global_batch_size=world_size, gradient_accumulation=1)
-    ep, edp, dp = expert_and_data_groups(expert_parallel)
-    return ParallelGroups(ep=ep, edp=edp, dp=dp, solo=_solo_group(), ep_name=f"ep_size_{expert_parallel}")
+    topology = topology or find_topology()
+    traffic.topology = topology
+    ep_groups = expert_parallel_ranks(topology, expert_parallel, placement)
+    ep_ranks = next(ranks for ranks in ep_groups if rank in ranks)
+    solo, ep = _group((rank,)), _group(tuple(ep_ranks))
+    edp = _group(tuple(sorted(ranks[ep_ranks.index(rank)] for ranks in ep_groups)))
+    node = lane = None
+    if all(topology.spans_nodes(ranks) and topology.is_even(ranks) for ranks in ep_groups):
+        by_node = topology.split_by_node(ep_ranks)
+        node_ranks = next(ranks for ranks in by_node if rank in ranks)
+        place = node_ranks.index(rank)
+        node, lane = _group(tuple(node_ranks)), _group(tuple(sorted(ranks[place] for ranks in by_node)))
+    dp = share_expert_groups(ep, edp)
+    return ParallelGroups(ep, edp, dp, solo, topology, tuple(ep_ranks), node, lane)
 
 
-_solo: torch.distributed.ProcessGroup | None = None
-
-
-def _solo_group() -> torch.distributed.ProcessGroup:
-    """A group of this rank alone; made once, since groups are never freed before the job ends."""
-    global _solo
-    if _solo is None:
-        _solo = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
-    return _solo
+@cache
+def _group(ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup:
+    """The group of these ranks, in ascending order. Collective over them."""
+    return torch.distributed.new_group(list(ranks), use_local_synchronization=True)

@@ -157,9 +157,9 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         # Language-model loss, router loss, ranks asked to stop, ranks that have written their part of a checkpoint,
-        # bytes sent, seconds in exchanges, whether the run folder is lost, and the memory of each rank. In fp64, which
-        # is exact for bytes.
-        sums = torch.zeros(7 + self.groups.dp_size, dtype=torch.float64, device=self.device)
+        # bytes sent, those of them between nodes, seconds in exchanges, whether the run folder is lost, and the memory
+        # of each rank. In fp64, which is exact for bytes.
+        sums = torch.zeros(8 + self.groups.dp_size, dtype=torch.float64, device=self.device)
         for part in range(training.gradient_accumulation):
             batch, samples = self._batch(part)
             micro_steps.append((batch, samples))
@@ -173,14 +173,15 @@ class Trainer:
             if part == training.gradient_accumulation - 1:
                 sums[2] += stop.asked
                 sums[3] += self.saver.done
-                sent, exchanging = traffic.take()
-                sums[4], sums[5] = sums[4] + sent, sums[5] + exchanging
-                sums[6] += self.lock is not None and self.lock.lost
-                sums[7 + self.groups.dp_rank] += peak_memory_bytes()
+                sent, between_nodes, exchanging = traffic.take()
+                sums[4] += sent
+                sums[5] += between_nodes
+                sums[6] += exchanging
+                sums[7] += self.lock is not None and self.lock.lost
+                sums[8 + self.groups.dp_rank] += peak_memory_bytes()
                 # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
-                lm_loss, router_loss, asked, written, sent, exchanging, lost, *memory = sum_over(
-                    self.groups.dp, sums
-                ).tolist()
+                sum_over(self.groups.dp, sums)
+                lm_loss, router_loss, asked, written, sent, between_nodes, exchanging, lost, *memory = sums.tolist()
                 if lost:
                     raise TrainingError(f"another run has taken over {self.config.logging.run_dir}; this one ends")
                 bad = self.bad_steps.before_update(lm_loss / summed, router_loss / summed)
@@ -219,6 +220,7 @@ class Trainer:
             "tokens_per_second": training.global_batch_size * self.config.model.sequence_length / seconds,
             **routing_metrics(totals, self.groups.ep_size),
             "all_to_all_bytes": int(sent),
+            "between_nodes_bytes": int(between_nodes),
             "exchange_share": exchange_share,
             "peak_memory_bytes": int(max(memory)),
             "seconds": seconds,

@@ -119,7 +119,7 @@ def whole_tensors(results: list[dict]) -> dict[str, torch.Tensor]:
 
 def fresh_engine(config: RunConfig):
     """The engine of a fresh model, ready to train."""
-    engine = build_engine(config, create_groups(config.parallel.expert_parallel))
+    engine = build_engine(config, create_groups(config.parallel.expert_parallel, config.parallel.placement))
     engine.train()
     return engine
 

@@ -405,7 +405,7 @@ def test_groups_are_found_under_the_names_deepspeed_gives_them(groups):
     for getter in ("_get_expert_parallel_group", "_get_expert_data_parallel_group"):
         assert getattr(of_deepspeed, getter)("ep_size_1").size() == 1, (
             f"deepspeed.utils.groups.{getter} does not know 'ep_size_1'; "
-            "dsmoe/optim/deepspeed.py:expert_and_data_groups asks it"
+            "dsmoe/optim/deepspeed.py:share_expert_groups puts it there"
         )
     assert of_deepspeed._get_data_parallel_group().size() == 1
 
@@ -492,7 +492,7 @@ def trespasses(source: str) -> list[str]:
 
 
 def test_one_module_knows_deepspeeds_private_names():
-    assert {"_hp_mapping", "grad_position", "grads_in_partition", "_get_expert_parallel_group"} <= private_names()
+    assert {"_hp_mapping", "grad_position", "grads_in_partition", "_EXPERT_PARALLEL_GROUP"} <= private_names()
     found = {
         str(path.relative_to(ROOT)): trespasses(path.read_text())
         for folder in ("dsmoe", "launch", "tools")

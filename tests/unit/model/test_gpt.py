@@ -60,7 +60,7 @@ def build(config, groups, seed: int = 5) -> LanguageModel:
 def at_expert_parallel(groups, size: int, rank: int):
     """The groups of one rank of a job with that expert-parallel size, enough of them to build its model."""
     ep = SimpleNamespace(size=lambda: size, rank=lambda: rank)
-    return dataclasses.replace(groups, ep=ep, ep_name=f"ep_size_{size}")
+    return dataclasses.replace(groups, ep=ep)
 
 
 def text(config, sequences: int = 3, seed: int = 0) -> torch.Tensor:
