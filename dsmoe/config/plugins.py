@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
-import sys
 from collections.abc import Callable
-from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
 
 from dsmoe.errors import ConfigError
+from dsmoe.runtime.plugins import installed_plugins
 
 
 class PluginRegistry:
@@ -54,7 +51,7 @@ class PluginRegistry:
         """Every class by name: dsmoe's own and those of installed packages. Raises `ConfigError` for one that fails."""
         for module in self.modules:
             importlib.import_module(module)
-        for point in installed_entry_points(self.group):
+        for point in installed_plugins(self.group):
             try:
                 plugin = point.load()
             except Exception as error:
@@ -79,24 +76,6 @@ def expected_name(name: str, known) -> str:
     return f"one of {', '.join(known)}" + (f" (did you mean {close[0]!r}?)" if close else "")
 
 
-def installed_entry_points(group: str) -> tuple[EntryPoint, ...]:
-    """The entry points of installed packages; read again only when the search path has changed."""
-    return _read_entry_points(group, tuple((entry, _modified(entry or ".")) for entry in sys.path))
-
-
-@lru_cache(maxsize=8)
-def _read_entry_points(group: str, search_path: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=group))
-
-
-def _modified(entry: str) -> int:
-    """When a folder or archive last changed, as it does when a package is installed into it; 0 if it is not there."""
-    try:
-        return os.stat(entry).st_mtime_ns
-    except OSError:
-        return 0
-
-
 def _path(plugin: type) -> str:
     return f"{plugin.__module__}.{plugin.__qualname__}"
 
@@ -105,6 +84,6 @@ token_dispatchers = PluginRegistry(
     kind="token dispatcher",
     field="model.token_dispatcher",
     group="dsmoe.token_dispatchers",
-    modules=("dsmoe.moe.dispatch", "dsmoe.moe.all_to_all"),
+    modules=("dsmoe.moe.dispatch", "dsmoe.moe.all_to_all", "dsmoe.moe.two_level"),
     base="dsmoe.moe.dispatch:TokenDispatcher",
 )

@@ -25,29 +25,36 @@ from dsmoe.runtime.step_timer import step_timer
 class AllToAllDispatcher(TokenDispatcher):
     """A row for each (token, rank), from its source to its destination directly."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.row_group = self.groups.ep
+
     def start_plan(self, map_TE: Tensor) -> Callable[[], ExchangePlan]:
         return PendingPlan(map_TE, self.groups.ep).finish
 
     def dispatch(
         self, plan: ExchangePlan, hidden_TH: Tensor, probs_N: Tensor, latents_TEr: Tensor | None = None
     ) -> DispatchHandle:
-        group = self.groups.ep
         exchanges = [
-            AsyncAllToAll(plan.rows, group, "dispatch", plan.token_M, self.exchange_dtype, self.fused),
-            AsyncAllToAll(plan.routes, group, "dispatch"),
+            AsyncAllToAll(plan.rows, self.row_group, "dispatch", plan.token_M, self.exchange_dtype, self.fused),
+            AsyncAllToAll(plan.routes, self.groups.ep, "dispatch"),
         ]
         sources = [hidden_TH, probs_N]
         if latents_TEr is not None:
-            exchanges.append(AsyncAllToAll(plan.routes, group, "dispatch", plan.flat_N))
+            exchanges.append(AsyncAllToAll(plan.routes, self.groups.ep, "dispatch", plan.flat_N))
             sources.append(latents_TEr.flatten(0, 1))
-        return AllToAllDispatchHandle(plan, exchanges, sources, self.fused)
+        return AllToAllDispatchHandle(plan, exchanges, sources, self.receive_rows)
+
+    def receive_rows(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
+        """[R, H] ordered by expert, from the rows that were exchanged."""
+        return take_rows(rows, plan.row_R, self.fused)
 
     @step_timer.timed("combine")
     def reduce(self, out_RH: Tensor, plan: ExchangePlan) -> Tensor:
         return sum_rows(out_RH, plan.row_R, plan.received, self.fused)
 
     def combine(self, rows: Tensor, plan: ExchangePlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
-        exchange = AsyncAllToAll(plan.rows.reversed(), self.groups.ep, "combine", dtype=self.exchange_dtype)
+        exchange = AsyncAllToAll(plan.rows.reversed(), self.row_group, "combine", dtype=self.exchange_dtype)
         placeholder = exchange.launch(rows)
 
         def gather() -> Tensor:
@@ -63,11 +70,17 @@ class AllToAllDispatchHandle(DispatchHandle):
     Args:
         exchanges: of rows, of weights and, if there are any, of latents.
         sources: what each of them sends.
-        fused: as of the dispatcher.
+        receive_rows: of the dispatcher.
     """
 
-    def __init__(self, plan: ExchangePlan, exchanges: list[AsyncAllToAll], sources: list[Tensor], fused: bool = False):
-        self.plan, self.exchanges, self.sources, self.fused = plan, exchanges, sources, fused
+    def __init__(
+        self,
+        plan: ExchangePlan,
+        exchanges: list[AsyncAllToAll],
+        sources: list[Tensor],
+        receive_rows: Callable[[Tensor, ExchangePlan], Tensor],
+    ):
+        self.plan, self.exchanges, self.sources, self.receive_rows = plan, exchanges, sources, receive_rows
         self.placeholders = [exchange.launch(source) for exchange, source in zip(exchanges, sources, strict=True)]
 
     def relaunch(self) -> None:
@@ -78,9 +91,9 @@ class AllToAllDispatchHandle(DispatchHandle):
     def wait(self, retain_for_backward: bool = False) -> ExpertInputs:
         self.relaunch()
         waits = zip(self.exchanges, self.placeholders, strict=True)
-        rows_PH, *per_route = (exchange.wait(placeholder) for exchange, placeholder in waits)
+        rows, *per_route = (exchange.wait(placeholder) for exchange, placeholder in waits)
         if not retain_for_backward:
             self.sources, self.placeholders = [], []
         plan = self.plan
         ordered = (Reorder.apply(values, plan.expert_order_R, plan.source_order_R) for values in per_route)
-        return ExpertInputs(take_rows(rows_PH, plan.row_R, self.fused), *ordered)
+        return ExpertInputs(self.receive_rows(rows, plan), *ordered)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dsmoe.config.plugins import token_dispatchers
 from dsmoe.moe.exchange import sum_rows, take_rows
+from dsmoe.moe.expected_rows import resolve_dispatcher
 from dsmoe.moe.plan import DispatchPlan, LocalPlan, start_local_plan
 from dsmoe.runtime.step_timer import step_timer
 
@@ -184,11 +185,10 @@ def build_dispatcher(
     """The dispatcher of a model.
 
     Args:
-        name: a registered one, or "auto": "local" where expert parallelism is 1, else "all_to_all".
+        name: a registered one, or "auto" (`dsmoe.moe.expected_rows.resolve_dispatcher`).
 
     Raises:
         ConfigError: no dispatcher has that name; says which there are.
     """
-    if name == "auto":
-        name = "local" if groups.ep_size == 1 else "all_to_all"
+    name = resolve_dispatcher(name, groups.ep_size, None if groups.node is None else groups.node.size())
     return token_dispatchers.get(name)(groups, num_experts, exchange_dtype, fused)

@@ -86,55 +86,74 @@ def start_local_plan(map_TE: Tensor) -> Callable[[], LocalPlan]:
 
 class PendingPlan:
     """An `ExchangePlan` whose sizes are on their way: to other ranks, and to the host. `finish` waits for them.
-    Collective over the EP group.
+    Collective over the EP group. What is said of rows here is for rows that go to their ranks directly; a subclass may
+    send them another way.
 
     Args:
         map_TE: bool, which token uses which expert.
         group: EP group; its rank p owns the experts p * e ... (p + 1) * e - 1.
     """
 
+    plan_class: type[ExchangePlan] = ExchangePlan
+
     def __init__(self, map_TE: Tensor, group):
         tokens, experts = map_TE.shape
         self.map_TE, self.group, self.ep = map_TE, group, group.size()
-        to_rank = any_in_row(map_TE.reshape(-1, experts // self.ep))
-        self.token_to_rank_TP = to_rank.view(tokens, self.ep)
+        self.own_experts = experts // self.ep
+        self.token_to_rank_TP = any_in_row(map_TE.reshape(-1, self.own_experts)).view(tokens, self.ep)
         # For each rank, routes to each of its experts and, last, rows.
-        sent = torch.cat((count_columns(map_TE).view(self.ep, -1), self.token_to_rank_TP.sum(0).unsqueeze(1)), dim=1)
-        self.counts = HostCounts(sent, experts // self.ep, start_counts(sent, group))
+        sent = torch.cat((count_columns(map_TE).view(self.ep, -1), self.count_rows()), dim=1)
+        self.counts = HostCounts(sent, self.own_experts, start_counts(sent, group))
+
+    def count_rows(self) -> Tensor:
+        """int64 [ranks, n]: how many of this rank's tokens each rank needs, and what else ranks must know of rows."""
+        return self.token_to_rank_TP.sum(0).unsqueeze(1)
 
     def finish(self) -> ExchangePlan:
         """The plan. Its sizes are known to the host from here on, so nothing in it asks the device again."""
         tokens, experts = self.map_TE.shape
-        routes_to, rows_to = zip(*self.counts.sent_to_ranks(), strict=True)
-        token_N, expert_N = true_positions(self.map_TE, sum(routes_to))
-        # A route names its row by the row's place among those that go to the same rank.
+        sent = self.counts.sent_to_ranks()
+        token_N, expert_N = true_positions(self.map_TE, sum(counts[0] for counts in sent))
+        # A route names its row by the row's place among those that the same rank gets from here.
         row_TP = self.token_to_rank_TP.cumsum(0) - 1
-        own_N = row_TP.flatten().index_select(0, token_N * self.ep + expert_N // (experts // self.ep))
-        token_M, _ = true_positions(self.token_to_rank_TP, sum(rows_to))
+        own_N = row_TP.flatten().index_select(0, token_N * self.ep + expert_N // self.own_experts)
+        token_M = self.find_rows(sent)
 
-        routes_from, rows_from = zip(*self.counts.received_from_ranks(), strict=True)
-        routes = Splits(list(routes_to), list(routes_from))
+        received = self.counts.received_from_ranks()
+        routes = Splits([counts[0] for counts in sent], [counts[0] for counts in received])
         wait_own_row = start_all_to_all(own_N.to(torch.int32), routes.send, routes.receive, self.group)
-        received = self.counts.received
-        routes_Pe, rows_P = received[:, :-1], received[:, -1]
-        expert_order = order_by_expert(routes_Pe, sum(routes_from))
+        routes_Pe, rows_P = self.counts.received[:, : self.own_experts], self.counts.received[:, self.own_experts]
+        total = sum(routes.receive)
+        expert_order = order_by_expert(routes_Pe, total)
+        first_row_P = self.first_row_of_rank(rows_P)
 
         def wait_row_index() -> Tensor:
-            first_P = rows_P.cumsum(0) - rows_P
-            first_R = torch.repeat_interleave(first_P, routes_Pe.sum(1), output_size=sum(routes_from))
+            first_R = torch.repeat_interleave(first_row_P, routes_Pe.sum(1), output_size=total)
             return (wait_own_row() + first_R).index_select(0, expert_order)
 
-        return ExchangePlan(
+        return self.plan_class(
             tokens=tokens,
             flat_N=token_N * experts + expert_N,
             routes_per_expert_e=routes_Pe.sum(0),
             token_M=token_M,
-            rows=Splits(list(rows_to), list(rows_from)),
             routes=routes,
             expert_order_R=expert_order,
             source_order_R=inverse_permutation(expert_order),
             wait_row_index=wait_row_index,
+            **self.plan_rows(sent, received, token_M),
         )
+
+    def find_rows(self, sent: list[list[int]]) -> Tensor:
+        """int64 [M], the token of each row sent."""
+        return true_positions(self.token_to_rank_TP, sum(counts[1] for counts in sent))[0]
+
+    def first_row_of_rank(self, rows_P: Tensor) -> Tensor:
+        """int64 [ranks]: where the rows that each rank sent begin among those that arrive."""
+        return rows_P.cumsum(0) - rows_P
+
+    def plan_rows(self, sent: list[list[int]], received: list[list[int]], token_M: Tensor) -> dict[str, object]:
+        """What else `plan_class` holds of rows, from routes and `count_rows` that go to and come from each rank."""
+        return {"rows": Splits([counts[1] for counts in sent], [counts[1] for counts in received])}
 
 
 class HostCounts:

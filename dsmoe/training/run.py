@@ -24,6 +24,7 @@ from dsmoe.runtime.phase import phase
 from dsmoe.runtime.run_lock import RunLock
 from dsmoe.training.engine import build_engine
 from dsmoe.training.loop import Ending, Trainer
+from dsmoe.training.placement import describe_placement
 from dsmoe.training.resume import Position, resume
 
 VOCABULARY_MULTIPLE = 64  # embedding rows are rounded up to it: GEMMs like round sizes
@@ -64,7 +65,7 @@ def train(config: RunConfig) -> RunSummary:
         data, position, changes = data_identity(corpus), Position(), []
         if checkpoint is not None:
             position, changes = resume(read_manifest(checkpoint), config, data)
-        groups = create_groups(config.parallel.expert_parallel)
+        groups = create_groups(config.parallel.expert_parallel, config.parallel.placement)
         engine = build_engine(config, groups)
         if checkpoint is not None:
             with phase.within("load"):
@@ -77,6 +78,8 @@ def train(config: RunConfig) -> RunSummary:
         if lock is not None and lock.taken_over is not None:
             trainer.progress.say(f"took the run folder over from {lock.taken_over.text}, which is gone")
         trainer.progress.say(describe(config, world, corpus, model_size(config), checkpoint, position.step))
+        if placed := describe_placement(config, groups):
+            trainer.progress.say(placed)
         for change in changes:
             trainer.progress.say(f"changed {change}")
         resumed_from = None if checkpoint is None else str(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from jobs import Job, finish_all, losses, mpirun, on_one_host, pdsh, sbatch, srun, torchrun
+from jobs import Job, finish_all, losses, metrics, mpirun, on_one_host, pdsh, sbatch, srun, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,10 @@ def test_two_ranks_on_each_host(launcher, experts, hosts, train, of_one_host):
     output = check(launcher(hosts, 2, arguments))
     assert f"4 processes, expert parallel {experts}" in output
     assert losses(run_dir) == pytest.approx(of_one_host, abs=1e-5)
+    said = "every expert-parallel group lies inside a node" if experts == 2 else "(ranks 0+1+2+3): with two_level"
+    assert "nodes   4 ranks on nodeA, nodeB; " in output and said in output.replace("\n", " ")
+    crossed = [line["between_nodes_bytes"] for line in metrics(run_dir)]
+    assert (max(crossed) == 0) if experts == 2 else (min(crossed) > 0)
 
 
 def check(jobs: list[Job]) -> str:

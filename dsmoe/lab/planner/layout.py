@@ -12,6 +12,7 @@ from dsmoe.config import ModelConfig, RunConfig
 from dsmoe.errors import ConfigError
 from dsmoe.lab.planner.hardware import Hardware
 from dsmoe.model.size import ModelSize, model_size
+from dsmoe.moe.expected_rows import ExpectedRows, chance_of_need, expected_rows, resolve_dispatcher
 from dsmoe.routers import get
 from dsmoe.routers.base import RouterOptions
 
@@ -142,23 +143,21 @@ class Layout:
         return self.dense_parameters / self.ranks + self.expert_parameters / self.replicas
 
     def reach(self) -> float:
-        """Ranks other than its own that a token goes to, on average, in one layer; routes are spread by chance.
+        """Ranks other than its own that a token goes to, on average, in one layer; routes are spread by chance."""
+        return (self.ep - 1) * chance_of_need(self.model.num_experts, self.experts, self.local_experts)
 
-        Of k different experts none is among the e of a given rank with probability prod_j (E - e - j) / (E - j), j < k.
-        Between whole k it is interpolated.
-        """
-        total, here = self.model.num_experts, self.local_experts
-        whole = int(min(self.experts, total))
+    @property
+    def ranks_per_node(self) -> int:
+        """Of an expert-parallel group; it lies inside a node where it fits."""
+        return min(self.ep, self.hardware.devices_per_node)
 
-        def missed(count: int) -> float:
-            product = 1.0
-            for j in range(count):
-                product *= max(0.0, (total - here - j) / (total - j))
-            return product
+    @property
+    def dispatcher(self) -> str:
+        return resolve_dispatcher(self.model.token_dispatcher, self.ep, self.ranks_per_node)
 
-        share = self.experts - whole
-        missing = (1 - share) * missed(whole) + share * missed(min(whole + 1, total))
-        return (self.ep - 1) * (1 - missing)
+    def expected_rows(self) -> ExpectedRows:
+        """Of a token in one layer and direction."""
+        return expected_rows(self.dispatcher, self.model.num_experts, self.experts, self.ep, self.ranks_per_node)
 
 
 def problems(config: RunConfig, ranks: int, hardware: Hardware | None = None) -> list[str]:

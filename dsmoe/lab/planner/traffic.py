@@ -1,6 +1,7 @@
 """Bytes between ranks in an optimizer step: tokens to experts and back, gradients, weights.
 
-Rows are counted as dsmoe sends them: a token once to each rank, however many of that rank's experts it goes to.
+Rows are counted as dsmoe sends them: a token once to each rank, however many of that rank's experts it goes to; by the
+two-level dispatcher once to each other node, and then inside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Flow:
     within: float  # bytes to ranks of the same node
     between: float  # bytes to others
     calls: float
+    calls_within: float = 0.0  # others, among ranks of a node only
 
     @property
     def bytes(self) -> float:
@@ -28,7 +30,7 @@ class Flow:
     def seconds(self, layout: Layout) -> float:
         """Of the busiest rank. Both networks are taken one after the other."""
         near, far = layout.hardware.within_node, layout.hardware.between_nodes
-        found = self.within / (near.gb_s * 1e9) + self.calls * near.call_us * 1e-6
+        found = self.within / (near.gb_s * 1e9) + (self.calls + self.calls_within) * near.call_us * 1e-6
         if far is not None and layout.ranks > layout.hardware.devices_per_node:
             found += self.between / (far.gb_s * 1e9) + self.calls * (far.call_us - near.call_us) * 1e-6
         return found
@@ -40,11 +42,9 @@ def exchange(layout: Layout) -> Flow:
         return Flow(0.0, 0.0, 0.0)
     model = layout.model
     again = 1 if model.recompute != "none" else 0  # a recomputed layer sends its rows again, up to the experts
-    rows = layout.tokens * layout.reach()
     routes = layout.tokens * layout.experts * (layout.ep - 1) / layout.ep
-    sent = rows * model.hidden_size * layout.wire * (4 + again)
     # Row numbers go out once, weights out and their gradients home.
-    sent += routes * (INDEX + WEIGHT * (2 + again))
+    sent = routes * (INDEX + WEIGHT * (2 + again))
     calls = (2 + again) + 2 + 1 + (2 + again)  # rows out and home, both backward, row numbers, weights
     if layout.sends_latents:
         sent += routes * layout.latent * layout.wire * (2 + again)
@@ -54,8 +54,16 @@ def exchange(layout: Layout) -> Flow:
         sent += 2 * layout.tokens * 4 * model.num_experts * (layout.ep - 1) / layout.ep
         calls += 4
     times = layout.moe_layers * layout.micro_steps
-    within, between = _split(layout, layout.ep)
-    return Flow(sent * within * times, sent * between * times, calls * model.moe_chunks * times)
+    within, between = (sent * share for share in _split(layout, layout.ep))
+    rows, row_bytes = layout.expected_rows(), model.hidden_size * layout.wire * (4 + again)
+    within += layout.tokens * rows.within_node * row_bytes
+    between += layout.tokens * rows.between_nodes * row_bytes
+    calls_within = 0
+    if layout.dispatcher == "two_level":
+        between += layout.tokens * rows.between_nodes * layout.ranks_per_node  # which ranks of its node need a row
+        calls, calls_within = calls + 1, 4 + again
+    calls, calls_within = (count * model.moe_chunks * times for count in (calls, calls_within))
+    return Flow(within * times, between * times, calls, calls_within)
 
 
 def gradients(layout: Layout) -> Flow:

@@ -129,8 +129,16 @@ def test_an_uneven_load_costs_the_busiest_rank(hardware):
 def test_bytes_leave_the_node_where_ranks_do(hardware):
     inside = exchange(layout(hardware, ranks=8))
     assert inside.within > 0 and inside.between == 0
-    across = exchange(layout(hardware, "parallel.expert_parallel=16"))
+    ep16 = "parallel.expert_parallel=16", "model.num_experts=64"
+    across = exchange(layout(hardware, *ep16, "model.token_dispatcher=all_to_all"))
     assert across.between / across.bytes == pytest.approx(8 / 15)
+    # A row for each other node, of which there is one, and not for each of its 8 ranks.
+    dense = dict(experts_per_token=32)
+    direct, two_level = (
+        exchange(layout(hardware, *ep16, f"model.token_dispatcher={name}", **dense)) for name in ("all_to_all", "auto")
+    )
+    assert 6.5 < direct.between / two_level.between < 8 and two_level.within > direct.within
+    assert two_level.calls_within and not direct.calls_within
     assert exchange(layout(hardware, "parallel.expert_parallel=1")).bytes == 0
     one, three = (layout(hardware, f"parallel.zero_stage={stage}") for stage in (1, 3))
     assert gradients(one) == gradients(three) and weights(three).bytes == 2 * weights(one).bytes
