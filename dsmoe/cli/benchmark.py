@@ -28,10 +28,11 @@ def main(argv: list[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from dsmoe.lab.benchmark.report import circumstances
+    from dsmoe.lab.benchmark.report import circumstances, show_circumstances
 
     console = Console(highlight=False)
     tree = circumstances(sys.argv) | {"huge_pages": not arguments.no_huge_pages}
+    show_circumstances(tree, console)
     if arguments.step:
         measure_steps(arguments, tree, console)
     else:
@@ -74,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def measure_layer(arguments: argparse.Namespace, tree: dict, console) -> None:
     from dsmoe.lab.benchmark.jobs import jobs_of, run_job
     from dsmoe.lab.benchmark.problem import Problem, check_load
-    from dsmoe.lab.benchmark.report import show_rows, show_summary, write_json
+    from dsmoe.lab.benchmark.report import processor, show_rows, show_summary, show_ways, write_json
 
     quick = arguments.quick
     loads = (arguments.load or (["balanced"] if quick else ["balanced", "real"])) + arguments.skew
@@ -102,6 +103,8 @@ def measure_layer(arguments: argparse.Namespace, tree: dict, console) -> None:
         rows = run_job(job, huge_pages=not arguments.no_huge_pages)
         tree["layer"] += rows
         show_rows(rows, console)
+        tree["processor"] = processor()  # with the ways that were chosen for this problem
+        show_ways(tree["processor"]["ways"], f"H={problem.hidden}, F={problem.ffn}", console)
         if arguments.json:
             write_json(arguments.json, tree)  # after every job: a long run that is stopped leaves what it has
     if len(jobs) > 1:

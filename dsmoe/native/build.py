@@ -25,11 +25,16 @@ SOURCES = Path(__file__).parent
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC",
 )  # fmt: skip
+MORE_FLAGS = "DSMOE_CXXFLAGS"  # environment variable: further flags, as those of a sanitizer
 TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
 
 
 class KernelsUnavailable(Exception):
     """Why there are no kernels here, in a few words."""
+
+
+def flags() -> list[str]:
+    return [*FLAGS, *os.environ.get(MORE_FLAGS, "").split()]
 
 
 def compiler() -> str | None:
@@ -60,7 +65,7 @@ def _compile(program: str, path: Path) -> None:
         sources = sorted(map(str, SOURCES.glob("*.cpp")))
         # Undefined symbols fail here, not at their first call: a torch without the micro-kernels is found out.
         strict = ["-Wl,-z,defs"] if platform.system() == "Linux" else []
-        command = [program, *FLAGS, *sources, "-o", str(made), f"-L{TORCH_LIBRARIES}", "-ltorch_cpu", *strict]
+        command = [program, *flags(), *sources, "-o", str(made), f"-L{TORCH_LIBRARIES}", "-ltorch_cpu", *strict]
         result = subprocess.run(command, capture_output=True, text=True)  # a busy machine may take minutes
         if result.returncode:
             lines = result.stderr.strip().splitlines() or ["no message"]
@@ -75,7 +80,7 @@ def machine_key(program: str | None) -> str:
     """Of these sources, this compiler, CPU and torch: 16 hexadecimal digits."""
     version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout if program else ""
     sources = [path.read_text() for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")))]
-    ingredients = (*sources, *FLAGS, version, platform.machine(), cpu_features(), torch.__version__)
+    ingredients = (*sources, *flags(), version, platform.machine(), cpu_features(), torch.__version__)
     return hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsmoe.native import LANES, require, run, supports, unavailable
-from dsmoe.native.ways import multiplies_bf16
+from dsmoe.native.ways import fastest, multiplies_bf16
 
 GROUP = 64  # tokens that a thread takes at a time (logits.cpp)
+PROBE_TOKENS = 2048
+DTYPES = (torch.bfloat16,)
 
 
 def fp32_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
@@ -27,17 +31,30 @@ def recomputes_logits(low_precision: bool, num_experts: int, hidden_size: int) -
     return low_precision and num_experts > hidden_size
 
 
+def _fastest(hidden_TH: Tensor, weight_EH: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The kernel or torch, whichever takes less time for such a gate here: one way for any number of tokens, so that
+    logits that are made again in blocks are the same to the last bit."""
+    ways = {"torch": _with_torch}
+    if supports(hidden_TH, weight_EH, dtypes=DTYPES) and len(weight_EH) % LANES == 0 and not unavailable():
+        ways["native"] = _products
+
+    def work(way: Callable[[Tensor, Tensor], Tensor]) -> None:
+        with torch.no_grad():
+            way(weight_EH.new_ones(PROBE_TOKENS, weight_EH.size(1)), weight_EH)
+
+    shape = f"E={len(weight_EH)}, H={weight_EH.size(1)}"
+    return ways[fastest("bf16 gate logits", shape, {name: partial(work, way) for name, way in ways.items()})]
+
+
+def _with_torch(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    return F.linear(hidden_TH.float(), weight_EH.float())
+
+
 class _FP32Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_TH, weight_EH)
-        if (
-            supports(hidden_TH, weight_EH, dtypes=(torch.bfloat16,))
-            and len(weight_EH) % LANES == 0
-            and not unavailable()
-        ):
-            return _products(hidden_TH.contiguous(), weight_EH.contiguous())
-        return F.linear(hidden_TH.float(), weight_EH.float())
+        return _fastest(hidden_TH, weight_EH)(hidden_TH, weight_EH)
 
     @staticmethod
     @once_differentiable
@@ -57,15 +74,14 @@ class _Logits(ctypes.Structure):
 
 def _products(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """Logits of bf16 tensors, from the kernel in `dsmoe/native/logits.cpp`."""
+    hidden_TH, weight_EH = hidden_TH.contiguous(), weight_EH.contiguous()
     require(
-        supports(hidden_TH, weight_EH, dtypes=(torch.bfloat16,))
+        supports(hidden_TH, weight_EH, dtypes=DTYPES)
         and hidden_TH.dim() == weight_EH.dim() == 2
         and hidden_TH.size(1) == weight_EH.size(1)
-        and len(weight_EH) % LANES == 0
-        and hidden_TH.is_contiguous()
-        and weight_EH.is_contiguous(),
+        and len(weight_EH) % LANES == 0,
         f"logits: found {hidden_TH.dtype} {list(hidden_TH.shape)} and {weight_EH.dtype} {list(weight_EH.shape)}; "
-        f"expected contiguous bfloat16 [T, H] and [E, H], E a multiple of {LANES}, H of {2 * LANES}",
+        f"expected bfloat16 [T, H] and [E, H], E a multiple of {LANES}, H of {2 * LANES}",
     )
     logits_TE = hidden_TH.new_empty(len(hidden_TH), len(weight_EH), dtype=torch.float32)
     sizes = (multiplies_bf16(), len(hidden_TH), len(weight_EH), hidden_TH.size(1))

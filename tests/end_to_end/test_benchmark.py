@@ -7,6 +7,8 @@ import json
 import pytest
 from commands import forked
 
+from dsmoe import native
+
 TOOL = "tools/benchmark_moe.py"
 SIZES = ("--tokens", "64", "--hidden", "32", "--ffn", "16")
 ENVIRONMENT = {"COLUMNS": "120"}
@@ -24,13 +26,15 @@ def layer(tmp_path_factory):
 def test_layer_on_two_ranks_has_every_row(layer):
     output, found = layer
     routers = {"topk", "topk_bias", "relu", "top_p", "dtop_p", "expert_threshold", "quantile", "aoe", "routing_free"}
-    names = {"dense SwiGLU", "copy", "experts' products alone", "DeepSpeed AutoEP", "DeepSpeed MoE"}
+    products = {"torch.mm fp32"} | (set() if native.unavailable() else {"micro-kernel fp32"})
+    names = {"dense SwiGLU", "copy", "experts' products alone", "DeepSpeed AutoEP", "DeepSpeed MoE"} | products
     names |= {f"dsmoe {name}" for name in routers}
     names |= {"route", "plan + dispatch", "experts", "combine"}
     names |= {"dsmoe aoe, latents sent", "dsmoe routing_free, latents sent", "dsmoe topk, 4 parts"}
     assert [row for row in found["layer"] if "error" in row] == []
     assert {row["name"] for row in found["layer"]} == names
-    assert all(name in output for name in names - {"copy"})
+    assert all(name in output for name in names - products - {"copy"}) and any(name in output for name in products)
+    assert f"cores of {found['machine']['cpu']}" in output and "chosen for experts, float32, H=32, F=16" in output
     assert found["commit"] and found["date"] and found["machine"]["cpu"] and found["versions"]["torch"]
 
 

@@ -33,7 +33,7 @@ def test_a_bad_plan_is_refused_with_all_its_mistakes(place):
     result = forked(TOOL, "plan", *TRILLION, "--nodes", "3,0", "--imbalance", "0.5", "training.precision=fp32")
     assert result.code == 2 and "has 5 mistakes" in result.output, result.output
     nothing = ["--rounds", "0", "--scale", "-1", "--ranks", "0"]
-    for command in (["calibrate"], ["validate", "--hardware", "configs/hardware/two_cores.yaml"]):
+    for command in (["calibrate"], ["validate", "--hardware", "configs/hardware/two_cores_amd_epyc.yaml"]):
         result = forked(TOOL, *command, *nothing)
         assert result.code == 2 and "has 3 mistakes" in result.output, result.output
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ from dsmoe.routers.base import Router, RouterOptions
 from dsmoe.routers.recorder import RoutingRecorder
 from dsmoe.routers.scores import weights_at
 from dsmoe.routers.topk import TopKRouter
-
-COPY_BYTES = 1 << 28  # far more than any cache
 
 
 class World:
@@ -65,33 +62,6 @@ class World:
         random = torch.Generator().manual_seed(13 + self.groups.ep_rank)
         grad = torch.randn(hidden.shape, generator=random).to(self.device, problem.torch_dtype)
         return hidden.contiguous().requires_grad_(), grad
-
-
-def limit_cases(world: World) -> list[Case]:
-    """A dense SwiGLU over as many rows as this rank has active routes, and a copy that gives the memory's bandwidth."""
-    problem = world.problem
-    rows = problem.routes // problem.ranks
-    make = partial(torch.randn, device=world.device)
-    rows_RH = make(rows, problem.hidden)
-    grad_RH = make(rows, problem.hidden)
-    gate_up, down = make(2 * problem.ffn, problem.hidden) * 0.05, make(problem.hidden, problem.ffn) * 0.05
-
-    def dense(dtype: torch.dtype, name: str) -> Case:
-        weights = [nn.Parameter(weight.to(dtype)) for weight in (gate_up, down)]
-
-        def forward(rows_RH: Tensor) -> list[Tensor]:
-            gate_RF, up_RF = F.linear(rows_RH, weights[0]).chunk(2, dim=-1)
-            return [F.linear(F.silu(gate_RF) * up_RF, weights[1])]
-
-        leaf = rows_RH.to(dtype).requires_grad_()
-        return Case(name, "limit", forward, [leaf], [grad_RH.to(dtype)], weights)
-
-    source = torch.ones(COPY_BYTES // 4, device=world.device)
-    target = torch.zeros_like(source)
-    cases = [dense(problem.torch_dtype, "dense SwiGLU")]
-    if problem.dtype == "bf16" and world.device == "cpu":  # a CPU without bf16 instructions is faster in fp32
-        cases.append(dense(torch.float32, "dense SwiGLU in fp32"))
-    return [*cases, Case("copy", "limit", lambda: [target.copy_(source)], [], [])]
 
 
 def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:

@@ -42,6 +42,7 @@ class Case:
     parameters: list[Tensor] = field(default_factory=list)
     after: Callable[[], None] = lambda: None
     mean_experts: Callable[[], float | None] = lambda: None
+    flops: float = 0  # of a run, where it is a product whose rate counts
 
     def clear(self) -> None:
         for tensor in (*self.leaves, *self.parameters):

@@ -20,6 +20,48 @@ from dsmoe.runtime.environment import find_host, find_packages
 ROOT = Path(__file__).resolve().parents[3]
 
 
+INSTRUCTIONS = (
+    "avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16",
+    "amx_int8", "asimd", "sve",
+)  # fmt: skip
+
+
+def processor() -> dict[str, Any]:
+    """Its instruction sets that matrix products may use, what torch makes of them, and the ways that were chosen by
+    measurement so far, with the seconds of each."""
+    import torch
+
+    from dsmoe import native
+    from dsmoe.native.ways import choices
+
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return {
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.unavailable() or "compiled",
+        "ways": choices(),
+    }
+
+
+def show_circumstances(tree: dict[str, Any], console: Console) -> None:
+    """The machine, in a few lines."""
+    machine, chip = tree["machine"], tree["processor"]
+    instructions = ", ".join(chip["instructions"]) or "no instruction sets known"
+    console.print(
+        f"{machine['cores']} cores of {machine['cpu']} ({instructions}; torch: {chip['torch_capability']}); "
+        f"commit {tree['commit']}; C++ kernels: {chip['kernels']}"
+    )
+    show_ways(chip["ways"], "bf16 products", console)
+
+
+def show_ways(ways: dict[str, str], about: str, console: Console) -> None:
+    """What was chosen by measurement, fastest first, where its kernel and shape name `about`."""
+    for key, seconds in ways.items():
+        if about in key:
+            console.print(f"[dim]chosen for {escape(key)}: {seconds}[/]")
+
+
 def circumstances(command: list[str]) -> dict[str, Any]:
     """When, what, where: date, commit, machine, versions."""
     return {
@@ -27,6 +69,7 @@ def circumstances(command: list[str]) -> dict[str, Any]:
         "command": command,
         "commit": _commit(),
         "machine": asdict(find_host()) | {"load_average": os.getloadavg()},
+        "processor": processor(),
         "versions": {package.name: package.found for package in find_packages()},
     }
 
@@ -84,9 +127,10 @@ def _limit_line(rows: list[dict]) -> str:
         for row in products
     )
     return (
-        f"limit {1e3 * limit['seconds']:.1f} ms: dense SwiGLU {1e3 * limit['dense_seconds']:.1f} ms, to stream "
+        f"limit {1e3 * limit['seconds']:.1f} ms: all products at {limit['flops_per_second'] / 1e9:.0f} GFLOP/s "
+        f"({limit['best_product']}) {1e3 * limit['compute_seconds']:.1f} ms, to stream "
         f"{limit['streamed_bytes'] / 1e6:.0f} MB at {limit['copy_bytes_per_second'] / 1e9:.1f} GB/s "
-        f"{1e3 * limit['stream_seconds']:.1f} ms{alone}"
+        f"{1e3 * limit['stream_seconds']:.1f} ms; dense SwiGLU {1e3 * limit['dense_seconds']:.1f} ms{alone}"
     )
 
 

@@ -136,13 +136,14 @@ def _memory(job: Job, world) -> list[dict[str, Any]]:
 
 def _times(job: Job, world) -> list[dict[str, Any]]:
     from dsmoe.lab.benchmark import cases
+    from dsmoe.lab.benchmark.limit import limit_cases, limit_of
 
     entries = entries_of(world, job)
     rows: list[dict[str, Any]] = []
     for load in job.loads:
         problem = job.problem.with_load(load)
         inputs = {variable: world.inputs(load, variable) for variable in (False, True)}
-        good, outputs = cases.limit_cases(world), {}
+        good, outputs = limit_cases(world), {}
         if world.device == "cpu" and job.problem.dtype == "fp32":
             found, error = _agreed(partial(cases.products_case, world, inputs[False]))
             if error:
@@ -162,7 +163,7 @@ def _times(job: Job, world) -> list[dict[str, Any]]:
             if error:
                 rows.append({"name": "parts of dsmoe topk", "kind": "part", "load": load, "error": error})
         timings = interleave(good, job.budget, job.least, job.most)
-        limit = limit_of(timings.seconds, problem)
+        limit = limit_of(good, timings.seconds, problem)
         for case in good:
             row = time_row(case, timings.seconds[case.name], problem, limit) | {"load": load}
             if case.kind == "limit":
@@ -211,19 +212,6 @@ def _warmed(entry: Entry, inputs: tuple[Tensor, Tensor]) -> tuple[Case, Tensor]:
     case.after()
     case.clear()
     return case, output
-
-
-def limit_of(seconds: dict[str, list[float]], problem: Problem) -> dict[str, float]:
-    """Both terms of the limit, in seconds, and what they were made of."""
-    from dsmoe.lab.benchmark.cases import COPY_BYTES
-
-    dense = min(statistics.median(found) for name, found in seconds.items() if name.startswith("dense SwiGLU"))
-    bandwidth = 2 * COPY_BYTES / statistics.median(seconds["copy"])
-    stream = problem.streamed_bytes() / bandwidth
-    return {
-        "seconds": max(dense, stream), "dense_seconds": dense, "stream_seconds": stream,
-        "copy_bytes_per_second": bandwidth, "streamed_bytes": problem.streamed_bytes(),
-    }  # fmt: skip
 
 
 def time_row(case: Case, seconds: list[float], problem: Problem, limit: dict[str, float]) -> dict[str, Any]:

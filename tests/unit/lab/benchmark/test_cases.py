@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from dsmoe.config import ModelConfig
-from dsmoe.lab.benchmark.cases import World, limit_cases, router_options
+from dsmoe.lab.benchmark.cases import World, router_options
+from dsmoe.lab.benchmark.limit import limit_cases
 from dsmoe.lab.benchmark.problem import Problem, routing_map
 from dsmoe.lab.benchmark.step import hold_mean
 from dsmoe.lab.benchmark.worker import Job, entries_of, measure

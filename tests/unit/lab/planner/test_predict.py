@@ -198,9 +198,9 @@ def test_every_mistake_is_named_at_once(hardware, tmp_path):
         load_hardware(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["a100", "b200", "h100", "h200", "two_cores"])
+@pytest.mark.parametrize("name", ["a100", "b200", "h100", "h200", "two_cores_amd_epyc"])
 def test_shipped_machines_can_be_read(name):
-    assert load_hardware(f"configs/hardware/{name}.yaml").source or name == "two_cores"
+    assert load_hardware(f"configs/hardware/{name}.yaml").source or name == "two_cores_amd_epyc"
 
 
 def test_a_fit_to_runs_predicts_other_runs():
