@@ -25,6 +25,7 @@ from dsmoe.lab.study.law import fit_law
 from dsmoe.lab.study.law_pictures import gain, iso_memory, leverage, loss_over_compute, speedup
 from dsmoe.lab.study.measures import Measured, StudyResults, centre_and_band
 from dsmoe.lab.study.quantity_pictures import became, costs, latency, parts
+from dsmoe.lab.study.speedup import dense_arm
 from dsmoe.lab.study.training_pictures import density, kinds, layers, layers_over_training, stages, starving
 
 
@@ -59,8 +60,8 @@ def _loss_over_x(results: StudyResults) -> Picture | None:
     caption = seeds_note(results)
     if study.law and any(row[-1] for row in rows):
         caption += " Dashed: loss = a + b E⁻ᶜ, fitted to all runs of an arm."
-    if any(len(results.by_point(arm)) == 1 for arm in results.arms()):
-        caption += " A horizontal line is an arm with one place on the axis."
+    if dense_arm(results) is not None:
+        caption += " The horizontal line has no choice of experts."
     headings = ["arm", "x", "length", "seeds", "held-out loss", "low", "high"]
     return Picture("loss", f"Held-out loss over {x_title(study)}", caption, headings, [r[:-1] for r in rows], figure)
 
@@ -80,7 +81,7 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
         for x, group, (middle, band) in zip(xs, groups, bands, strict=True):
             interval = (middle - band, middle + band) if band is not None else ("", "")
             rows.append([arm, x, length, len(group), middle, *interval, law is not None])
-        if len(xs) == 1:
+        if len(xs) == 1 and arm == dense_arm(results):
             axis.axhline(means[0], color=colors[arm], linewidth=1.3)
             flat.append((arm, means[0]))
             continue

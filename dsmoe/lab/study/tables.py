@@ -154,6 +154,8 @@ def _joint_laws(results: StudyResults) -> Table:
     for arm in results.arms() if results.study.law else []:
         ones = [one for one in results.found if one.cell.arm == arm and one.shape.get("num_experts")
                 and {"val_loss", "training_flops"} <= one.values.keys()]  # fmt: skip
+        if len({one.cell.length for one in ones}) < 2 and results.study.preset is None:
+            continue  # compute that differs by the routers' own cost alone is no length of training
         columns = ([one.values["training_flops"] for one in ones], [one.shape["num_experts"] for one in ones],
                    [one.values["val_loss"] for one in ones])  # fmt: skip
         law = fit_joint(*(numpy.array(column, float) for column in columns))
