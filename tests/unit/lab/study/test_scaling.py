@@ -195,7 +195,7 @@ def test_cells_of_an_earlier_report_stay(finished, study_file, tmp_path):
 
 def test_rows_beyond_equal_compute_are_marked_and_speedups_counted(study_file, tmp_path):
     def change(tree):
-        tree["lengths"] = [0.5]
+        tree |= {"lengths": [0.5], "seeds": [1], "axes": {"model.num_experts": [4, 8, 16]}}
         tree["set"] |= {
             "training.schedule": "wsd",
             "training.steps": 20,
