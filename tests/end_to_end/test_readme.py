@@ -122,4 +122,5 @@ def test_the_router_table_is_complete():
 
     # Other tests of the same session may have registered routers of their own.
     ours = {name for name, router in available().items() if router.__module__.startswith("dsmoe.")}
-    assert set(re.findall(r"^\| `(\w+)` \|.*arxiv", README, re.MULTILINE)) == ours
+    table = README.partition("## Routers")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == ours
