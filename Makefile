@@ -30,9 +30,10 @@ quickstart: setup ## train a small mixture-of-experts model on this machine and 
 # those with few and long tests, which xdist would put last, are in the first folders.
 PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10
 
-lint: setup ## check style, formatting and imports with ruff
+lint: setup ## check style, formatting, imports and types with ruff and mypy
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m mypy
 
 test: setup ## run all tests (those that need a GPU are skipped without one)
 	$(PYTEST) $(ARGS)

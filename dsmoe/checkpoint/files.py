@@ -174,7 +174,7 @@ def _latest(run_dir: Path) -> Path | None:
 def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files all have the size and content that were saved, and what is wrong with those
     that are newer."""
-    problems = []
+    problems: list[str] = []
     for folder in sorted(complete_checkpoints(run_dir), key=lambda path: (serial_of(path) or 0, step_of(path)))[::-1]:
         problem = _damage(folder)
         if problem is None:

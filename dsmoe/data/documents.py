@@ -16,7 +16,7 @@ import re
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import zstandard
 
@@ -101,7 +101,7 @@ def _documents_of(file: SourceFile, raw: BinaryIO, field: str, separator: re.Pat
             yield text.read()
 
 
-def _decompressed(file: SourceFile, raw: BinaryIO) -> BinaryIO:
+def _decompressed(file: SourceFile, raw: BinaryIO) -> Any:
     suffix = file.path.suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)

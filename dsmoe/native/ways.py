@@ -128,7 +128,7 @@ def repeat_product(dtype: torch.dtype, M: int, N: int, K: int, times: int) -> No
 def has_bf16_products() -> bool:
     """Whether the CPU has instructions for them; without, torch's micro-kernels refuse bf16."""
     features = torch.cpu.get_capabilities()
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16")) and torch.backends.mkldnn.enabled
+    return bool((features.get("amx_bf16") or features.get("avx512_bf16")) and torch.backends.mkldnn.enabled)
 
 
 def multiplies_bf16() -> bool:

@@ -51,7 +51,8 @@ def decays(role: Role, training: TrainingConfig) -> bool:
 
 def parameter_groups(model: torch.nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups with and without weight decay, experts apart."""
-    decayed, plain = [], []
+    decayed: list = []
+    plain: list = []
     for name, parameter in model.named_parameters():
         (decayed if decays(role_of(name, parameter), training) else plain).append(parameter)
     groups = [

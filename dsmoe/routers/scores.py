@@ -135,7 +135,9 @@ class _SparseGradBuilder:
     nonzero entries are stored, as long as they are few."""
 
     def __init__(self, like_TE: Tensor):
-        self.like_TE, self.dense_TE, self.indices, self.values = like_TE, None, [], []
+        self.like_TE, self.dense_TE = like_TE, None
+        self.indices: list[Tensor] = []
+        self.values: list[Tensor] = []
 
     def __setitem__(self, rows: slice, grad_tE: Tensor) -> None:
         if self.dense_TE is None and is_on_host(grad_tE) and 4 * int(grad_tE.count_nonzero()) < grad_tE.numel():
@@ -162,7 +164,7 @@ def _gradients(outputs: list[tuple[Tensor | None, Tensor | None]], leaves: list[
     if not outputs:
         return [torch.zeros_like(leaf) for leaf in leaves]
     tensors, grads = zip(*outputs, strict=True)
-    return torch.autograd.grad(tensors, leaves, grads, allow_unused=True, materialize_grads=True)
+    return list(torch.autograd.grad(tensors, leaves, grads, allow_unused=True, materialize_grads=True))
 
 
 class _Blocks:

@@ -36,7 +36,8 @@ class RunHistory:
 
     def __init__(self, run_dir: Path, rank: int, step: int, seconds: float, warn):
         self.seconds, self.active = seconds, rank == 0
-        self.restarts, self.recoveries, self.lost_steps = 0, [], 0
+        self.restarts = self.lost_steps = 0
+        self.recoveries: list[float] = []
         self.lost_now = 0
         self._last_life: float | None = None
         self.began = time.time()

@@ -62,7 +62,8 @@ def train(config: RunConfig) -> RunSummary:
         length = config.model.sequence_length
         stream = TrainingStream(corpus, length, seed=training.seed, cache_dir=config.data.cache_dir)
         held = heldout(corpus, length, training.eval_sequences)
-        data, position, changes = data_identity(corpus), Position(), []
+        data, position = data_identity(corpus), Position()
+        changes: list[str] = []
         if checkpoint is not None:
             position, changes = resume(read_manifest(checkpoint), config, data)
         groups = create_groups(config.parallel.expert_parallel, config.parallel.placement)

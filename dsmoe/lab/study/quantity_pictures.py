@@ -124,7 +124,8 @@ def parts(results: StudyResults) -> Picture | None:
     arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in timed)]
     if not arms:
         return None
-    rows, seen = [], {}
+    rows = []
+    seen: dict = {}
     if has_axis(results):
         columns = min(COLUMNS, len(arms))
         lines = -(-len(arms) // columns)

@@ -41,7 +41,8 @@ def settings(trained: TrainedModel) -> list[tuple[str, dict]]:
 def seconds(trained: TrainedModel, ids: list[int]) -> tuple[float, float]:
     """To the first token after half a sequence, and for each of some more: medians."""
     half = len(ids) // 2
-    first, later = [], []
+    first: list[float] = []
+    later: list[float] = []
     for _ in range(REPEATS):
         reader = Reader(trained.model)
         for length in range(half, min(half + TOKENS, len(ids)) + 1):
