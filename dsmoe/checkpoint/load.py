@@ -10,6 +10,7 @@ from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from dsmoe.checkpoint.files import Manifest
 from dsmoe.config import RunConfig, validate_config
 from dsmoe.config.validate import is_allowed
 from dsmoe.errors import CheckpointError
+from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import parameter_pieces
 from dsmoe.optim.deepspeed import flat_master_weights, inner_optimizer, owned_fragment, write_model_weight
 from dsmoe.optim.registry import optimizer_class
@@ -43,7 +45,7 @@ class CheckpointReader:
     def __init__(self, folder: Path, names: Iterable[str] | None = None):
         self.folder = folder
         self.manifest = files.read_manifest(folder)
-        self._open: dict[str, object] = {}
+        self._open: dict[str, Any] = {}
         self._places: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
         for name in self.manifest.files if names is None else names:
             if name.startswith("rank_"):
@@ -179,7 +181,7 @@ def _create_optimizer_state(engine, config: RunConfig, reader: CheckpointReader)
     return optimizer.kinds()
 
 
-def load_weights(model: torch.nn.Module, reader: CheckpointReader) -> None:
+def load_weights(model: LanguageModel, reader: CheckpointReader) -> None:
     """Weights alone, into a model without DeepSpeed's engine (generation, export)."""
     for parameter, pieces in parameter_pieces(model):
         for piece in pieces:

@@ -316,7 +316,7 @@ def _read_values(reader: CheckpointReader, kind: str, name: str, numel: int, met
     digest, finite, negative, zero = hashlib.sha256(), True, False, True
     for low in range(0, numel, CHUNK):
         part = reader.read(kind, name, low, min(low + CHUNK, numel))
-        digest.update(part.numpy())
+        digest.update(part.numpy())  # type: ignore[arg-type]
         smallest, largest = (value.item() for value in part.aminmax())  # both are nan if any element is
         finite = finite and math.isfinite(smallest) and math.isfinite(largest)
         negative = negative or smallest < 0

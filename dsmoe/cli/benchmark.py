@@ -14,6 +14,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    number = dict(type=int, metavar="N")
+    number: dict[str, Any] = dict(type=int, metavar="N")
     parser.add_argument("--step", action="store_true", help="whole training steps instead of a layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--experts", type=_integers, metavar="N,...", help="default: 8,32,128,512,1024; steps: 16,64")

@@ -11,7 +11,7 @@ import io
 import textwrap
 import tokenize
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -22,7 +22,7 @@ from dsmoe.config.schema import SECTIONS
 from dsmoe.errors import ConfigError, nearest
 
 
-def keys_text(wanted: str, routers: dict[str, type[BaseModel]], width: int = 100) -> str:
+def keys_text(wanted: str, routers: Mapping[str, type[BaseModel]], width: int = 100) -> str:
     """The keys of one section, or of all, a paragraph each.
 
     Args:

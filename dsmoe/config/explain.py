@@ -32,7 +32,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, .
 def _known_path(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
     """pydantic's location without the parts that name members of a union, and the fields of the model it ends in."""
     path: list[str] = []
-    here = model
+    here: Any = model
     for part in location:
         inner = _model_in(here)
         if inner is not None and part in inner.model_fields:

@@ -41,7 +41,7 @@ class PluginRegistry:
                 raise self._error(
                     f"{self.kind} name {name!r} is taken by {_path(known)}; {_path(plugin)} needs another"
                 )
-            plugin.name = name
+            plugin.name = name  # type: ignore[attr-defined]
             self._classes[name] = plugin
             return plugin
 

@@ -58,7 +58,7 @@ def validate_config(
     for name in map(str, tree):
         if name not in SECTIONS and name != "deepspeed":
             found.lines.append(f"{name}: unknown section{nearest(name, [*SECTIONS, 'deepspeed'])}")
-    valid = {
+    valid: dict[str, Any] = {
         name: _validate_section(name, section, {} if tree.get(name) is None else tree[name], found)
         for name, section in SECTIONS.items()
     }

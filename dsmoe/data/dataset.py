@@ -14,6 +14,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -153,7 +154,7 @@ class _DataIdentity:
 class _Epoch:
     """One pass over a split, through Megatron's `GPTDataset`."""
 
-    def __init__(self, dataset: torch.utils.data.Dataset, files: TokenFiles):
+    def __init__(self, dataset: Any, files: TokenFiles):
         self._dataset, self._files = dataset, files
 
     @classmethod
@@ -161,10 +162,10 @@ class _Epoch:
         module = gpt_dataset()
         indices = numpy.arange(split.first, split.stop, dtype=numpy.int32)
         # The content of .idx, not its path: a dataset that is replaced or moved never meets the index of another.
-        what = {"idx": split.files.fingerprint, "first": split.first, "stop": split.stop}
+        what: dict[str, str | int] = {"idx": split.files.fingerprint, "first": split.first, "stop": split.stop}
         identity = _DataIdentity(NO_TOKEN if corpus.eod_id is None else corpus.eod_id, what)
 
-        def build(cache: Path | None) -> torch.utils.data.Dataset:
+        def build(cache: Path | None) -> Any:  # a GPTDataset
             config = module.GPTDatasetConfig(
                 random_seed=seed % (1 << 32),
                 sequence_length=sequence_length,

@@ -44,7 +44,7 @@ class DatasetDescription(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = FORMAT_VERSION  # type: ignore[assignment]
     name: str
     sources: list[str]
     valid_sources: list[str] = []  # what was held out; none: chosen by `valid_fraction`

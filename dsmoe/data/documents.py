@@ -16,7 +16,7 @@ import re
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, TextIO
+from typing import IO, BinaryIO, TextIO, cast
 
 import zstandard
 
@@ -101,10 +101,10 @@ def _documents_of(file: SourceFile, raw: BinaryIO, field: str, separator: re.Pat
             yield text.read()
 
 
-def _decompressed(file: SourceFile, raw: BinaryIO) -> Any:
+def _decompressed(file: SourceFile, raw: BinaryIO) -> IO[bytes]:
     suffix = file.path.suffix.lower()
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
+        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
     if suffix == ".zst":
         return io.BufferedReader(_ZstdStream(raw))
     return raw

@@ -32,7 +32,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in a folder with both
 SPACE_SIGN = "\u2581"  # how SentencePiece spells a space inside a piece
 # The trainer drops a whole sentence that has one of these: its word boundary, NUL, its "unknown" and space signs.
 NOT_TRAINABLE = re.compile("[\t\0\u2047\u2581]+")
-TRAINING_OPTIONS = {
+TRAINING_OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,

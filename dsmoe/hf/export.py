@@ -129,7 +129,7 @@ class Target:
 
     def __init__(self, source: Source, options: ExportOptions):
         self.source, self.dtype = source, DTYPES[options.dtype]
-        self.architecture = options.format
+        self.architecture: str = options.format
         if options.format != "dsmoe":
             self.architecture = native_host(source.config, options.format)
         else:

@@ -86,7 +86,8 @@ class _RouteCounter:
     def __init__(self, network: nn.Module, groups: ParallelGroups):
         self._routes, self._groups = record_routes(network), groups
         self._counts: list[Tensor] = []
-        self._tokens = self._without = 0
+        self._tokens: Tensor | int = 0
+        self._without: Tensor | int = 0
 
     def count(self, real_BS: Tensor) -> None:
         """Close a forward pass of which only the tokens in `real_BS` exist."""
@@ -104,8 +105,10 @@ class _RouteCounter:
         if not self._counts:
             return None
         counts_LE = torch.stack(self._counts).sum(0)
-        summed = [sum_over(self._groups.dp, part) for part in (counts_LE, self._tokens, self._without)]
-        totals = RoutingTotals(*summed, passes=len(self._counts))
+        counts_LE, tokens, without_L = (
+            sum_over(self._groups.dp, torch.as_tensor(part)) for part in (counts_LE, self._tokens, self._without)
+        )
+        totals = RoutingTotals(counts_LE, tokens, without_L, passes=len(self._counts))
         self._counts, self._tokens, self._without = [], 0, 0
         return totals
 

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -151,7 +151,7 @@ class ShardReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files: dict[str, object] = {}
+        self._files: dict[str, Any] = {}
         self._places: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         weight_map = self._weight_map()

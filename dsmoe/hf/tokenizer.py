@@ -72,10 +72,11 @@ def _piece_of(library: dict[str, Any], token: int) -> str:
 
 def _bpe(path: Path, content: bytes) -> str:
     """`tokenizer.json` of a SentencePiece BPE model."""
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Library
 
+    proto: Any = sentencepiece_model_pb2  # generated, without types
     model = proto.ModelProto.FromString(content)
     Piece = proto.ModelProto.SentencePiece
     _check_is_plain_bpe(path, model, proto)
@@ -167,9 +168,9 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str]) ->
         theirs = exported(text, verbose=False)["input_ids"]
         if ours != theirs:
             first = next((i for i, pair in enumerate(zip(ours, theirs)) if len(set(pair)) > 1), 0)
-            found, expected = theirs[first : first + 8], ours[first : first + 8]
+            there, here = theirs[first : first + 8], ours[first : first + 8]
             raise ConversionError(
-                f"the exported tokenizer encodes {text[:80]!r} otherwise than dsmoe: {found} instead of {expected} at "
+                f"the exported tokenizer encodes {text[:80]!r} otherwise than dsmoe: {there} instead of {here} at "
                 f"token {first}"
             )
         if (back := exported.decode(theirs, skip_special_tokens=True)) != (expected := tokenizer.decode(ours)):

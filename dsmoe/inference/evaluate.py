@@ -120,7 +120,8 @@ def _evaluate_hosted(path: Path, options: EvaluationOptions) -> dict[str, Any]:
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     model = HostedModel(path, dtype, groups, options.trust_remote_code).to(device_name())
     settings = model.network.config
-    used = options.dtype or next((name for name, kind in DTYPES.items() if kind == settings.dtype), str(settings.dtype))
+    names = {kind: name for name, kind in DTYPES.items()}
+    used = options.dtype or names.get(settings.dtype, str(settings.dtype))
     found: dict[str, Any] = {"model": str(path), "kind": "huggingface", "dtype": used}
     if options.data is not None:
         found |= _heldout_loss(

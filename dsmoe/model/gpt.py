@@ -7,6 +7,7 @@ logits where no labels are given. Everything CUDA-only in Megatron's default spe
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class LanguageModel(nn.Module):
         self.gpt = build_gpt(model, router, groups)
         self.recorder = RoutingRecorder(model.num_experts, groups.dp)
         self.controller = router_class.make_controller(options, sum(model.moe_layers()), model.num_experts)
-        self.revival = None  # of idle experts, in a training that wants it
+        self.revival: Any = None  # of idle experts, in a training that wants it
         for module in self.modules():
             if isinstance(module, Router):
                 module.attach(self.recorder, self.controller)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,5 +45,5 @@ def initial_router(model: ModelConfig, router: RouterConfig, layer: int, seed: i
 
 def _one_process() -> ParallelGroups:
     """Groups that know what construction asks of them: that they have one rank, and which."""
-    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    alone: Any = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     return ParallelGroups(ep=alone, edp=alone, dp=alone, solo=alone)

@@ -73,6 +73,8 @@ class AllToAllDispatchHandle(DispatchHandle):
         receive_rows: of the dispatcher.
     """
 
+    plan: ExchangePlan
+
     def __init__(
         self,
         plan: ExchangePlan,

@@ -13,7 +13,7 @@ Shapes: R rows ordered by expert, e experts, H hidden, F expert width.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -130,7 +130,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def swiglu_experts(
-    projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int],
+    projections: Sequence[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int],
     sums: dict[int, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Weighted expert outputs [R, H].
@@ -236,7 +236,7 @@ def _multiply(left_BK: Tensor, weight_eKN: Tensor, block: list[Segment], out_BN:
             out_BN[s.within(block)] = left_BK[s.within(block)] @ matrix
 
 
-def _columns(weights: list[Tensor]) -> list[slice]:
+def _columns(weights: Sequence[Tensor]) -> list[slice]:
     """Where each projection writes in h."""
     width = [weight.size(1) for weight in weights]
     return [slice(sum(width[:i]), sum(width[: i + 1])) for i in range(len(width))]

@@ -11,7 +11,7 @@ Shapes: R rows ordered by expert, e experts, H hidden, F expert width, K width o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from dsmoe.moe.linear import grouped_linear, loop_linear
 from dsmoe.native import supports, unavailable
 from dsmoe.native.ways import fastest, multiplies_bf16
 
-Projections = list[tuple[Tensor, Tensor]]  # rows [R, K] and weight [e, 2F, K], or one pair for gate and one for up
+Projections = Sequence[tuple[Tensor, Tensor]]  # rows [R, K] and weight [e, 2F, K], or one pair for gate and one for up
 PROBE_EXPERTS, PROBE_NUMBERS = 16, 1 << 24  # of the problem that ways are compared on, at most
 MAX_PROBE_ROWS = 512  # of an expert
 
@@ -49,8 +49,8 @@ def swiglu_experts(
     if sums is None or name not in ("native", "blocked"):
         return ways[name](projections, down_eHF, probs_R, counts)
     rows, weights = zip(*projections, strict=True)
-    *weights, down_eHF = sums.shared(*weights, down_eHF)
-    return ways[name](list(zip(rows, weights, strict=True)), down_eHF, probs_R, counts, sums.sums)
+    *shared, down_eHF = sums.shared(*weights, down_eHF)
+    return ways[name](list(zip(rows, shared, strict=True)), down_eHF, probs_R, counts, sums.sums)
 
 
 def available(projections: Projections, down_eHF: Tensor) -> dict[str, Callable[..., Tensor]]:
@@ -58,7 +58,10 @@ def available(projections: Projections, down_eHF: Tensor) -> dict[str, Callable[
     rows, weights = zip(*projections, strict=True)
     weights = (*weights, down_eHF)
     row_bytes = [size * down_eHF.element_size() for weight in weights for size in weight.shape[1:]]
-    ways = {"blocked": blocked.swiglu_experts, "loop": partial(by_projection, loop_linear)}
+    ways: dict[str, Callable[..., Tensor]] = {
+        "blocked": blocked.swiglu_experts,
+        "loop": partial(by_projection, loop_linear),
+    }
     if hasattr(F, "grouped_mm") and all(size % 16 == 0 for size in row_bytes):
         ways["grouped_mm"] = partial(by_projection, grouped_linear)
     fits = supports(*rows, *weights, dtypes=native.DTYPES) and row_bytes[-2] % 32 == 0

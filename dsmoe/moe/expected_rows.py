@@ -48,7 +48,7 @@ def expected_rows(
     return ExpectedRows((ranks_per_node - 1) * to_rank, (expert_parallel - ranks_per_node) * to_rank)
 
 
-def chance_of_need(num_experts: int, experts_per_token: float, held: int) -> float:
+def chance_of_need(num_experts: int, experts_per_token: float, held: float) -> float:
     """That a token needs any of `held` experts.
 
     Of k different experts none is among them with probability prod_j (E - held - j) / (E - j), j < k. Between whole k

@@ -9,6 +9,7 @@ one for down; "loop", one expert after another, the plain reference; on a CPU al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -103,7 +104,7 @@ class GroupedExperts(ExpertModule):
 
     def _on_cpu(
         self,
-        projections: list[tuple[Tensor, Tensor]],
+        projections: Sequence[tuple[Tensor, Tensor]],
         counts_e: Tensor,
         probs_R: Tensor,
         sums: ChunkedGradAccumulator | None,

@@ -8,6 +8,7 @@ Shapes: R rows ordered by expert, e experts, H hidden, F expert width, K width o
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ class _Layer(ctypes.Structure):
 
 
 def swiglu_experts(
-    projections: list[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int],
+    projections: Sequence[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int],
     sums: dict[int, Tensor] | None = None, computes_bf16: bool = False,
 ) -> Tensor:  # fmt: skip
     """Weighted expert outputs [R, H].
@@ -181,7 +182,7 @@ class _WeightGradient:
 
 
 def _layer(
-    flat: list[Tensor], down_eHF: Tensor, probs_R: Tensor, h_RF: Tensor, out_RH: Tensor, computes_bf16: bool
+    flat: Sequence[Tensor], down_eHF: Tensor, probs_R: Tensor, h_RF: Tensor, out_RH: Tensor, computes_bf16: bool
 ) -> _Layer:
     bf16 = down_eHF.dtype == torch.bfloat16
     layer = _Layer(

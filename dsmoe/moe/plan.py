@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class PendingPlan:
         """int64 [ranks, n]: how many of this rank's tokens each rank needs, and what else ranks must know of rows."""
         return self.token_to_rank_TP.sum(0).unsqueeze(1)
 
-    def finish(self) -> ExchangePlan:
+    def finish(self) -> Any:  # a `plan_class`
         """The plan. Its sizes are known to the host from here on, so nothing in it asks the device again."""
         tokens, experts = self.map_TE.shape
         sent = self.counts.sent_to_ranks()
@@ -151,7 +152,7 @@ class PendingPlan:
         """int64 [ranks]: where the rows that each rank sent begin among those that arrive."""
         return rows_P.cumsum(0) - rows_P
 
-    def plan_rows(self, sent: list[list[int]], received: list[list[int]], token_M: Tensor) -> dict[str, object]:
+    def plan_rows(self, sent: list[list[int]], received: list[list[int]], token_M: Tensor) -> dict[str, Any]:
         """What else `plan_class` holds of rows, from routes and `count_rows` that go to and come from each rank."""
         return {"rows": Splits([counts[1] for counts in sent], [counts[1] for counts in received])}
 

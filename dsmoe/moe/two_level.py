@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class PendingTwoLevelPlan(PendingPlan):
         ordered = rows_P.index_select(0, self.grid.by_lane_P)
         return torch.empty_like(rows_P).index_copy(0, self.grid.by_lane_P, ordered.cumsum(0) - ordered)
 
-    def plan_rows(self, sent: list[list[int]], received: list[list[int]], token_M: Tensor) -> dict[str, object]:
+    def plan_rows(self, sent: list[list[int]], received: list[list[int]], token_M: Tensor) -> dict[str, Any]:
         lanes = self.grid.lanes
         own_lane = lanes[self.place]
         rows = Splits([sent[rank][2] for rank in own_lane], [received[rank][2] for rank in own_lane])

@@ -134,7 +134,7 @@ def has_bf16_products() -> bool:
 def multiplies_bf16() -> bool:
     """Whether bf16 numbers are multiplied as such here, and not in fp32 copies: AMX is several times as fast as fp32,
     AVX-512's instruction twice as fast on an AMD EPYC and half as fast on an Intel Xeon."""
-    candidates = {"fp32": lambda: repeat_product(torch.float32, 64, 64, 256, 400)}
+    candidates: dict[str, Callable[[], object]] = {"fp32": lambda: repeat_product(torch.float32, 64, 64, 256, 400)}
     if has_bf16_products():
         candidates["bf16"] = lambda: repeat_product(torch.bfloat16, 64, 64, 256, 400)
     return fastest("bf16 products", "64 x 64 x 256", candidates) == "bf16"

@@ -30,7 +30,7 @@ class Role(StrEnum):
 
 def with_role(parameter: torch.nn.Parameter, role: Role) -> torch.nn.Parameter:
     """The same parameter, which now says what it is for."""
-    parameter.role = Role(role)
+    parameter.role = Role(role)  # type: ignore[attr-defined]
     return parameter
 
 
@@ -51,8 +51,8 @@ def decays(role: Role, training: TrainingConfig) -> bool:
 
 def parameter_groups(model: torch.nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
     """Optimizer groups with and without weight decay, experts apart."""
-    decayed: list = []
-    plain: list = []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if decays(role_of(name, parameter), training) else plain).append(parameter)
     groups = [

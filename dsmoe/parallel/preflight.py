@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dsmoe.errors import ParallelError
 from dsmoe.parallel.place import Place, find_place
@@ -165,7 +165,7 @@ def agree(report: Report, run_dir: Path, timeout: float) -> Verdict:
 
     def judge_reports(values: list[dict]) -> dict:
         reports = [Report(**value) for value in values]
-        for other, arrived in zip(reports, supervision.current.arrivals(), strict=True):
+        for other, arrived in zip(reports, cast(Server, supervision.current).arrivals(), strict=True):
             other.clock -= arrived
         verdict = judge(reports)
         if not verdict.problems:

@@ -48,6 +48,7 @@ class AoEOptions(LowRankOptions):
 @register("aoe")
 class AutonomyOfExperts(LowRankRouter):
     Options = AoEOptions
+    options: AoEOptions
     summary = "Autonomy-of-Experts: the k experts with the largest norm of their own latent"
     paper = "2501.13074"
     inference_file = INFERENCE_FILE

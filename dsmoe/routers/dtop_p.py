@@ -84,6 +84,8 @@ class DTopPOptions(RouterOptions):
 @register("dtop_p")
 class DTopPRouter(Router):
     Options = DTopPOptions
+    options: DTopPOptions
+    controller: PIController
     summary = "top-p with a p found by a controller: the number of experts varies from token to token"
     paper = "2512.13996"
     inference_file = INFERENCE_FILE
@@ -115,7 +117,8 @@ class DTopPRouter(Router):
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
         p = p_for_mean(self._scores(self.gating(hidden_TH), self.scale.float()).softmax(dim=-1), k, self.options.rule)
         # Of this layer alone: the p of the shared controller would be that of the layer calibrated last.
-        self.controller = PIController(p, 0.0, 0.0, self.options.k / self.num_experts, 0.0, 1.0).to(hidden_TH.device)
+        self.controller = PIController(p, 0.0, 0.0, self.options.k / self.num_experts, 0.0, 1.0)
+        self.controller.to(hidden_TH.device)
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH), self.scale.float())

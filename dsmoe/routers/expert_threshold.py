@@ -23,7 +23,7 @@ init of W (here model.init_std). k depends on the model.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -53,6 +53,8 @@ class ExpertThresholdOptions(RouterOptions):
 @register("expert_threshold")
 class ExpertThresholdRouter(Router):
     Options = ExpertThresholdOptions
+    options: ExpertThresholdOptions
+    controller: CutoffController
     summary = "each expert takes the tokens above its cutoff; a token may get none"
     paper = "2603.11535"
     inference_file = INFERENCE_FILE
@@ -97,7 +99,7 @@ class ExpertThresholdRouter(Router):
             map_TE = score_TE >= cutoff_E
         return Routing(logits_TE.sigmoid() * map_TE, map_TE, **self._for_controller(score_TE, statistic_E))
 
-    def _for_controller(self, score_TE: Tensor, statistic_E: Tensor) -> dict[str, Tensor]:
+    def _for_controller(self, score_TE: Tensor, statistic_E: Tensor) -> dict[str, Any]:
         if self.options.cutoffs == "rank":
             return {"statistic_E": statistic_E}
         return {"histogram_EB": SIGMOID_HISTOGRAM.count(score_TE.sigmoid())}

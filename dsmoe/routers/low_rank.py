@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,7 @@ class LowRankRouter(Router):
     """Owns `reduce_proj`, A transposed: [E, r, H] or, sharded, [e, r, H]."""
 
     Options = LowRankOptions
+    options: LowRankOptions
     has_gate = False
     routes_in_blocks = True
 
@@ -74,7 +75,7 @@ class LowRankRouter(Router):
         )  # (first, count) of this rank's experts in reduce_proj
         stored = own if self.sharded else self.num_experts
         self.reduce_proj = nn.Parameter(torch.empty(stored, self.options.rank, config.hidden_size))
-        self.reduce_proj.first_expert = 0
+        self.reduce_proj.first_expert = 0  # type: ignore[attr-defined]
         if self.sharded:
             mark_expert_parameter(self.reduce_proj, self.ep, self.ep.rank() * own)
 
@@ -103,7 +104,7 @@ class LowRankRouter(Router):
         """A of this rank's experts."""
         return self.reduce_proj.narrow(0, *self.own_experts)
 
-    def score(self, hidden_TH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def score(self, hidden_TH: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Norms of all latents, fp32 [T, E], and the field of a `Routing` from which experts get their latents: all
         latents in the tokens' dtype if they are sent, else A of this rank's experts."""
         if self.options.sends_latents:

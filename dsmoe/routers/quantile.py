@@ -43,6 +43,8 @@ class QuantileOptions(RouterOptions):
 @register("quantile")
 class QuantileRouter(Router):
     Options = QuantileOptions
+    options: QuantileOptions
+    controller: CutoffController
     summary = "each expert takes the tokens above a global quantile of its scores; a token may get none"
     inference_file = INFERENCE_FILE
     routes_in_blocks = True

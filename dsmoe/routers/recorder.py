@@ -87,8 +87,8 @@ class RoutingRecorder:
     def finish(self) -> dict[str, Tensor]:
         """Sum the counts over all ranks and return the router losses of this pass by name, ready to be added to the
         language-model loss. Collective over `group`."""
-        routings, own_LE, without_L, (tokens, *_) = zip(*self._recorded, strict=True)
-        own_LE, without_L = torch.stack(own_LE), torch.stack(without_L)
+        routings, counts, without, (tokens, *_) = zip(*self._recorded, strict=True)
+        own_LE, without_L = torch.stack(counts), torch.stack(without)
         global_counts = sum_over(self.group, torch.cat((own_LE.flatten(), without_L, tokens.view(1))))
         counts_LE, without_L = global_counts[: own_LE.numel()].view_as(own_LE), global_counts[own_LE.numel() : -1]
         totals = RoutingTotals(counts_LE, global_counts[-1], without_L, self._mean_statistic(routings))

@@ -9,12 +9,16 @@ A package outside dsmoe adds a router with one line of its own pyproject.toml:
 from __future__ import annotations
 
 import difflib
+from typing import TYPE_CHECKING
 
 from dsmoe.errors import RouterError
 from dsmoe.runtime.plugins import import_submodules, installed_plugins
 
+if TYPE_CHECKING:
+    from dsmoe.routers.base import Router, RouterOptions
+
 GROUP = "dsmoe.routers"
-_routers: dict[str, type] = {}
+_routers: dict[str, type[Router]] = {}
 
 
 def register(name: str):
@@ -23,7 +27,7 @@ def register(name: str):
     Raises `RouterError` if the name is taken or if the decorated object is no router.
     """
 
-    def add(router: type) -> type:
+    def add(router: type[Router]) -> type[Router]:
         from dsmoe.routers.base import Router
 
         if not (isinstance(router, type) and issubclass(router, Router)):
@@ -42,7 +46,7 @@ def _path(router: type) -> str:
     return f"{router.__module__}.{router.__qualname__}"
 
 
-def available() -> dict[str, type]:
+def available() -> dict[str, type[Router]]:
     """All routers, of this package and of installed plugins. Raises `RouterError` for a plugin that fails to load."""
     import_submodules("dsmoe.routers")
     for point in installed_plugins(GROUP):
@@ -55,7 +59,7 @@ def available() -> dict[str, type]:
     return dict(sorted(_routers.items()))
 
 
-def get(name: str) -> type:
+def get(name: str) -> type[Router]:
     """The router class of that name. Raises `RouterError` that lists the available ones."""
     routers = available()
     if name not in routers:
@@ -65,6 +69,6 @@ def get(name: str) -> type:
     return routers[name]
 
 
-def option_classes() -> dict[str, type]:
+def option_classes() -> dict[str, type[RouterOptions]]:
     """Name -> options class of every router, for `dsmoe.config.load_config`."""
     return {name: router.Options for name, router in available().items()}

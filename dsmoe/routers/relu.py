@@ -47,6 +47,8 @@ class ReLUOptions(RouterOptions):
 @register("relu")
 class ReLURouter(Router):
     Options = ReLUOptions
+    options: ReLUOptions
+    controller: LambdaController
     summary = "ReLU gates: a token uses every expert whose gate is positive, which may be none"
     paper = "2412.14711"
     inference_file = INFERENCE_FILE

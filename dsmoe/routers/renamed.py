@@ -24,7 +24,7 @@ def refuse_old_methods(cls: type, renamed: dict[str, str]) -> None:
 def refuse_old_fields(**renamed: str):
     """Class decorator for a dataclass: `RouterError` where an old field is given or read."""
 
-    def decorate(cls: type) -> type:
+    def decorate(cls):
         def error(old: str) -> RouterError:
             return RouterError(f"{cls.__name__}.{old} is now called {renamed[old]}")
 

@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import reduce
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Router, Routing, scaled_settings
+from dsmoe.routers.base import INFERENCE_FILE, BalanceScope, Routing, scaled_settings
 from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import mean_over_tokens
 from dsmoe.routers.low_rank import LowRankOptions, LowRankRouter
@@ -90,6 +91,8 @@ class RoutingFreeOptions(LowRankOptions):
 @register("routing_free")
 class RoutingFree(LowRankRouter):
     Options = RoutingFreeOptions
+    options: RoutingFreeOptions
+    controller: LambdaController
     summary = "each expert decides alone whether it is active, from none to all"
     paper = "2604.00801"
     inference_file = INFERENCE_FILE
@@ -101,7 +104,7 @@ class RoutingFree(LowRankRouter):
         self.scale = nn.Parameter(torch.ones(self.num_experts)) if code else None
         if self.options.rescale:
             width = config.hidden_size * self.options.rank
-            self.reduce_proj.init_std = START_SCORE * self.options.threshold / math.sqrt(width)
+            self.reduce_proj.init_std = START_SCORE * self.options.threshold / math.sqrt(width)  # type: ignore[attr-defined]
 
     @classmethod
     def parameter_count(cls, model, options):
@@ -144,7 +147,7 @@ class RoutingFree(LowRankRouter):
         return Decision(probs_tE, map_tE, {"score_sum_E": balanced_tE.sum(0)}, per_token)
 
     @staticmethod
-    def model_losses(routers: list[Router], routings: list[Routing], loads):
+    def model_losses(routers: list[RoutingFree], routings: list[Routing], loads):
         """The losses look across layers: a token's experts are those of all layers."""
         options, controller = routers[0].options, routers[0].controller
         scope = [load[options.balance_scope] for load in loads]
@@ -154,7 +157,8 @@ class RoutingFree(LowRankRouter):
             for routing, load in zip(routings, scope, strict=True)
         )
         active_T, score_T = (
-            sum(routing.loss_inputs[name] for routing in routings) for name in ("active_T", "score_sum_T")
+            reduce(torch.add, (routing.loss_inputs[name] for routing in routings))
+            for name in ("active_T", "score_sum_T")
         )
         token_balance = mean_over_tokens(torch.dot(active_T, score_T), scope[0]) / pairs**2
         unified = options.mu * expert_balance / pairs + (1 - options.mu) * token_balance

@@ -124,7 +124,7 @@ class _InBlocks(torch.autograd.Function):
             else:
                 grad_source[rows] = grad_scores @ wide_EH
                 grad_weight.addmm_(grad_scores.t(), source[rows].float())
-        if ctx.emits_sparse_grad:
+        if isinstance(grad_source, _SparseGradBuilder):
             grad_source = grad_source.finish()
         grad_weight = None if weight_EH is None else grad_weight.to(weight_EH.dtype)
         return None, None, grad_source, grad_weight, *grad_parameters
@@ -135,7 +135,8 @@ class _SparseGradBuilder:
     nonzero entries are stored, as long as they are few."""
 
     def __init__(self, like_TE: Tensor):
-        self.like_TE, self.dense_TE = like_TE, None
+        self.like_TE = like_TE
+        self.dense_TE: Tensor | None = None
         self.indices: list[Tensor] = []
         self.values: list[Tensor] = []
 

@@ -117,6 +117,7 @@ def p_for_mean(probs_TE: Tensor, k: float, rule: CrossingRule) -> float:
 @register("top_p")
 class TopPRouter(Router):
     Options = TopPOptions
+    options: TopPOptions
     summary = "top-p: a token uses the fewest experts that hold the mass p"
     paper = "2403.07652"
     inference_file = INFERENCE_FILE
@@ -158,7 +159,7 @@ def top_p_softmax(
     return Decision(share_tE, map_tE, sums, saved_selection=map_tE)
 
 
-def top_p_losses(router: Router, routing: Routing, loads: dict) -> dict[str, Tensor]:
+def top_p_losses(router, routing: Routing, loads: dict) -> dict[str, Tensor]:
     """Balance and entropy loss of one layer, as its share of the mean over layers."""
     options, load, losses = router.options, loads[router.options.balance_scope], {}
     if options.balance_coefficient:

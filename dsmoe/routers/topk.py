@@ -61,6 +61,7 @@ class TopKOptions(RouterOptions):
 @register("topk")
 class TopKRouter(Router):
     Options = TopKOptions
+    options: TopKOptions
     summary = "softmax top-k: every token uses exactly k experts"
     paper = "2101.03961"
     inference_file = INFERENCE_FILE

@@ -104,6 +104,7 @@ class TopKBiasOptions(RouterOptions):
 @register("topk_bias")
 class TopKBiasRouter(Router):
     Options = TopKBiasOptions
+    options: TopKBiasOptions
     summary = "top-k with a balancing bias instead of a loss: every token uses exactly k experts"
     paper = "2412.19437"
     inference_file = INFERENCE_FILE

@@ -26,7 +26,7 @@ class BufferPool:
         known = self._storages.setdefault(math.prod(shape) * dtype.itemsize, [])
         for storage in known:
             if torch._C._storage_Use_Count(storage._cdata) == 1:  # `known` alone
-                return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))
+                return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]  # without a stride, too
         fresh = torch.empty(tuple(shape), dtype=dtype)
         known.append(fresh.untyped_storage())
         return fresh
@@ -63,7 +63,7 @@ class BufferPool:
 def part(of: Tensor, start: int, shape: Sequence[int]) -> Tensor:
     """A contiguous tensor over the same memory from element `start` on, and a view of nothing: what is written to it
     does not count as a change of `of`."""
-    return torch.empty(0, dtype=of.dtype, device=of.device).set_(
+    return torch.empty(0, dtype=of.dtype, device=of.device).set_(  # type: ignore[call-overload]
         of.untyped_storage(), of.storage_offset() + start, tuple(shape)
     )
 

@@ -39,7 +39,7 @@ def run(main: Callable[[], int | None]) -> None:
 def _explain(error: Exception) -> int:
     """Say what went wrong, to the other ranks too; the exit code."""
     own = isinstance(error, DsmoeError)
-    text, code = f"{type(error).__name__}: {error}", error.exit_code if own else FAILED
+    text, code = f"{type(error).__name__}: {error}", error.exit_code if isinstance(error, DsmoeError) else FAILED
     channel = supervision.current
     if channel is not None and not own:
         if supervision.lost_peer(error):

@@ -10,7 +10,7 @@ import os
 import resource
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsmoe.errors import ParallelError
 
@@ -134,7 +134,7 @@ class HostCopies:
     def __init__(self):
         self._stream = None
         self._buffers: list[Tensor] = []
-        self._under_way: list[tuple[Tensor, Tensor, object]] = []  # buffer, where its bytes belong, event
+        self._under_way: list[tuple[Tensor, Tensor, Any]] = []  # buffer, where its bytes belong, event
 
     def copy(self, tensor: Tensor, clone: bool = True) -> Tensor:
         """A contiguous copy in host memory, complete after `finish`. `clone`: whether a tensor that lies in host memory

@@ -32,7 +32,7 @@ def peer_address() -> tuple[str | None, str | None, str | None]:
         ):
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind((target[0], 0))
-            address = target[0]
+            address = str(target[0])
             break
     except OSError:  # a name that nothing resolves, or another host's address
         pass

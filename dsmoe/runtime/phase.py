@@ -24,7 +24,8 @@ class Phase:
     """
 
     def __init__(self) -> None:
-        self.name, self.step, self.layer = "start", 0, None
+        self.name, self.step = "start", 0
+        self.layer: int | None = None
         self.changes, self.since = 0, time.monotonic()
 
     def enter(self, name: str, layer: int | None = None) -> None:

@@ -48,7 +48,7 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
         engine.train(was_training)
         routing = model.recorder.take()
     loss = (sum_over(groups.dp, total) / count).item()
-    found = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+    found: dict[str, float | list[float]] = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
     if bytes_per_token is not None:
         found["val_bpb"] = loss / math.log(2) / bytes_per_token
     if routing is not None:

@@ -25,7 +25,7 @@ from dsmoe.runtime.run_lock import RunLock
 from dsmoe.training.engine import build_engine
 from dsmoe.training.loop import Ending, Trainer
 from dsmoe.training.placement import describe_placement
-from dsmoe.training.resume import Position, resume
+from dsmoe.training.resume import Change, Position, resume
 
 VOCABULARY_MULTIPLE = 64  # embedding rows are rounded up to it: GEMMs like round sizes
 
@@ -63,7 +63,7 @@ def train(config: RunConfig) -> RunSummary:
         stream = TrainingStream(corpus, length, seed=training.seed, cache_dir=config.data.cache_dir)
         held = heldout(corpus, length, training.eval_sequences)
         data, position = data_identity(corpus), Position()
-        changes: list[str] = []
+        changes: list[Change] = []
         if checkpoint is not None:
             position, changes = resume(read_manifest(checkpoint), config, data)
         groups = create_groups(config.parallel.expert_parallel, config.parallel.placement)

@@ -16,6 +16,7 @@ import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 def write_trace(path: Path, trace: RoutingTrace) -> None:
     """All of the file, or none of it."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "tokens": trace.tokens_T, "sequence_length": trace.sequence_length, "experts": trace.num_experts,
         "step": trace.step,
     }  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -39,8 +39,8 @@ class Case:
     forward: Callable[..., list[Tensor]]
     leaves: list[Tensor]
     grads: list[Tensor | None]
-    parameters: list[Tensor] = field(default_factory=list)
-    after: Callable[[], None] = lambda: None
+    parameters: Sequence[Tensor] = field(default_factory=list)
+    after: Callable[[], object] = lambda: None
     mean_experts: Callable[[], float | None] = lambda: None
     flops: float = 0  # of a run, where it is a product whose rate counts
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ def megatron_case(world: World, name: str, inputs: tuple[Tensor, Tensor], groupe
 
 
 @torch.no_grad()
-def fill_grouped(experts: nn.Module, gate_up: Tensor, down: Tensor) -> None:
+def fill_grouped(experts: Any, gate_up: Tensor, down: Tensor) -> None:
     """Put weights into Megatron's grouped experts: Transformer Engine's, one matrix an expert, or those of the
     grouped_gemm package, packed with inputs first."""
     if hasattr(experts, "weight1"):

@@ -17,10 +17,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsmoe.config import RouterConfig
 from dsmoe.runtime.device import synchronize, use_local_device
@@ -148,7 +149,7 @@ def dsmoe_step(job: StepJob, rank: int) -> Step:
 
 
 @torch.no_grad()
-def hold_mean(model: nn.Module, tokens: Tensor, k: float) -> None:
+def hold_mean(model: Any, tokens: Tensor, k: float) -> None:
     """Set every router's threshold where this batch has k experts a token on average: untrained, they are far from it.
 
     Layer by layer in one forward pass, since a layer's tokens depend on the routes below it.

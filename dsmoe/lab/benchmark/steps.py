@@ -84,7 +84,7 @@ class StepProcesses:
                 if not events:
                     return self._fail(f"no answer within {deadline:.0f} s")
                 for key, _ in events:
-                    line = key.fileobj.readline()
+                    line = self.ranks[key.data][1].readline()
                     answer = json.loads(line) if line else {"error": "the process ended"}
                     if "error" in answer:
                         return self._fail(answer["error"])

@@ -214,7 +214,7 @@ def _warmed(entry: Entry, inputs: tuple[Tensor, Tensor]) -> tuple[Case, Tensor]:
     return case, output
 
 
-def time_row(case: Case, seconds: list[float], problem: Problem, limit: dict[str, float]) -> dict[str, Any]:
+def time_row(case: Case, seconds: list[float], problem: Problem, limit: dict[str, Any]) -> dict[str, Any]:
     middle = statistics.median(seconds)
     row: dict[str, Any] = {
         "name": case.name, "kind": case.kind, "rounds": len(seconds), "median_ms": 1e3 * middle,

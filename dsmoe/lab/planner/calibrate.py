@@ -19,7 +19,7 @@ from scipy.optimize import least_squares, nnls
 
 from dsmoe.lab.children import machine
 from dsmoe.lab.planner import traffic
-from dsmoe.lab.planner.hardware import Hardware, Link, Speed
+from dsmoe.lab.planner.hardware import Hardware, Link, Precision, Speed
 from dsmoe.lab.planner.layout import Layout
 from dsmoe.lab.planner.measure import Case, MeasuredRun, config_of, measure_all
 from dsmoe.lab.planner.memory import memory
@@ -82,7 +82,7 @@ def measure_machine(
     """
     use_local_device()
     cpu = not on_gpu()
-    precision = "fp32" if cpu else "bf16"
+    precision: Precision = "fp32" if cpu else "bf16"
     say("matrix products and copies")
     matmul = matmul_tflops(precision)
     alone = Hardware(
@@ -155,7 +155,7 @@ def _network(part: str, layout: Layout) -> float:
     return flow(layout).seconds(layout) if flow is not None and flow(layout).calls else 0.0
 
 
-def _speed(seconds_per: np.ndarray, precision: str) -> Speed:
+def _speed(seconds_per: np.ndarray, precision: Precision) -> Speed:
     flops, activation, weight, call, step = seconds_per
     return Speed(
         tflops={precision: _rate(flops, 1e-12)}, gb_s=_rate(activation, 1e-9), weights_gb_s=_rate(weight, 1e-9),

@@ -176,11 +176,11 @@ def replay(trace: RoutingTrace, ranks: list[int], per_node: int | None = None) -
     real = [routes_of(offsets, experts) for offsets, experts in trace.layers]
     balanced = [(token_N, dealt(len(token_N), trace.num_experts)) for token_N, _ in real]
     sizes = len(trace.tokens_T), trace.num_experts
-    found = []
+    rows: list[Replayed] = []
     for count in ranks:
-        found.append(_replayed("forced balance", balanced, sizes, count, contiguous, per_node or count))
-        found += [_replayed(None, real, sizes, count, place, per_node or count) for place in PLACEMENTS]
-    return found
+        rows.append(_replayed("forced balance", balanced, sizes, count, contiguous, per_node or count))
+        rows += [_replayed(None, real, sizes, count, place, per_node or count) for place in PLACEMENTS]
+    return rows
 
 
 def dealt(routes: int, experts: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -59,13 +60,13 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
     hidden, ffn = "model.hidden_size", "model.moe_ffn_hidden_size"
     count, batch, length = "model.num_experts", "training.global_batch_size", "model.sequence_length"
     zero, again = "parallel.zero_stage", "model.recompute"
-    base = {
+    base: dict[str, Any] = {
         "model.num_layers": 3, "model.num_attention_heads": 4, hidden: 192 * scale, length: 192, count: 16,
         ffn: 192 * scale, "router.name": TopKRouter.name, "router.k": 2, batch: 6 * ranks,
     }  # fmt: skip
     spread = {"parallel.expert_parallel": ranks}
     relu = {"router.name": ReLURouter.name, "router.k": 2, "router.lambda_initial": 1e-4}
-    varied = {
+    varied: dict[str, dict[str, Any]] = {
         "replicated": {},
         "replicated, ZeRO 2": {zero: 2, count: 24},
         "replicated, ZeRO 3": {zero: 3, count: 12},

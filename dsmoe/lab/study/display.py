@@ -55,7 +55,7 @@ class Display:
         table = Table(title=f"{summary}   {times}", title_justify="left", title_style="bold", box=None, pad_edge=False)
         for heading, side in (("cell", "left"), ("step", "right"), ("", "left"), ("loss", "right"),
                               ("tokens/s", "right"), ("left", "right")):  # fmt: skip
-            table.add_column(heading, justify=side, header_style="dim")
+            table.add_column(heading, justify="left" if side == "left" else "right", header_style="dim")
         for row in rows:
             done = round(16 * row.step / max(1, row.steps))
             table.add_row(

@@ -54,7 +54,8 @@ def fit_law(x: numpy.ndarray, loss: numpy.ndarray) -> Law | None:
     best = _fit_exponent(x, loss)
     fitted = best[0] + best[1] * x ** -best[2]
     draws = numpy.stack([_fit_exponent(x, values) for values in resampled(fitted, loss - fitted, 3)])
-    return Law(*_intervals(best, draws), draws)
+    a, b, c = _intervals(best, draws)
+    return Law(a, b, c, draws)
 
 
 def _fit_exponent(x: numpy.ndarray, loss: numpy.ndarray) -> numpy.ndarray:
@@ -149,7 +150,8 @@ def fit_joint(compute: numpy.ndarray, experts: numpy.ndarray, loss: numpy.ndarra
         low, high = numpy.quantile(numpy.exp(-turns[:, 2] / turns[:, 3]), _ends())
         pays_from = (float(numpy.exp(-best[2] / best[3])), float(low), float(high))
     residuals = target - fitted
-    return JointLaw(*intervals, pays_from, float(numpy.sqrt((residuals**2).mean())), residuals)
+    p, b, c, d = intervals
+    return JointLaw(p, b, c, d, pays_from, float(numpy.sqrt((residuals**2).mean())), residuals)
 
 
 def resampled(fitted: numpy.ndarray, residuals: numpy.ndarray, parameters: int) -> numpy.ndarray:

@@ -130,11 +130,11 @@ def _published(results: StudyResults) -> Picture | None:
         return None
     figure, axes = panels(columns=1 + len(with_shapes), height=3.8)
     ours = {
-        arm: {float(numpy.mean([one.x for one in group])): numpy.mean([one.values["val_loss"] for one in group])
+        arm: {float(numpy.mean([one.x for one in group])): float(numpy.mean([one.values["val_loss"] for one in group]))
               for group in results.by_point(arm).values()}
         for arm in results.arms() if len(results.by_point(arm)) > 1
     }  # fmt: skip
-    curves = [("dsmoe, here", "held-out loss", ours)]
+    curves: list[tuple[str, str, dict[str, dict[float, float]]]] = [("dsmoe, here", "held-out loss", ours)]
     curves += [(one.source.partition(",")[0], one.quantity, one.values) for one in with_shapes]
     rows = []
     for axis, (source, quantity, values) in zip(axes[0], curves, strict=True):

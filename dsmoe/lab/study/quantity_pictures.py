@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy
 from matplotlib.ticker import FuncFormatter
@@ -67,7 +69,8 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
 
 
 def _over_x(results: StudyResults, axis, name: str) -> list[list]:
-    colors, places, rows = colors_of(results), [], []
+    colors, places = colors_of(results), []
+    rows: list[list[Any]] = []
     for arm in results.arms():
         points = []
         for group in results.by_point(arm).values():
@@ -124,7 +127,7 @@ def parts(results: StudyResults) -> Picture | None:
     arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in timed)]
     if not arms:
         return None
-    rows = []
+    rows: list[list] = []
     seen: dict = {}
     if has_axis(results):
         columns = min(COLUMNS, len(arms))

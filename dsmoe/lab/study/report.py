@@ -71,7 +71,7 @@ def _write(
     for name, results in every.items():
         folder = target / name
         written += save_results(results, folder)
-        tables, figures = tables_of(results), []
+        shown, figures = tables_of(results), []
         for picture in draw_pictures(results):
             if pictures is not None and picture.name not in pictures:
                 continue
@@ -83,8 +83,8 @@ def _write(
                 write_csv(csv_file, picture.headings, picture.rows)
                 written.append(csv_file)
             figures.append((picture, svg))
-        markdown.append(_markdown(name, results, tables, [picture for picture, _ in figures]))
-        sections.append(html_page.section(name, results, tables, figures))
+        markdown.append(_markdown(name, results, shown, [picture for picture, _ in figures]))
+        sections.append(html_page.section(name, results, shown, figures))
     texts = {MARKDOWN: "\n".join(markdown)}
     if pictures is None:
         texts[PAGE] = html_page.page(list(every), list(every.values()), sections)

@@ -61,7 +61,7 @@ def probe(run: Path, data: str | None = None, tokens: int = 4096) -> dict:
     batch = held.batch(0, len(held))
     layers = look(trained.model, batch["tokens"])
     kinds = kinds_of(batch["tokens"], corpus.tokenizer)
-    found = read_layers(layers, kinds, batch["tokens"].shape)
+    found = read_layers(layers, kinds, (len(held), length))
     norms = gradient_norms(trained.model, batch)
     before = _before(trained, batch["tokens"])
     for place, (layer, report) in enumerate(zip(layers, found, strict=True)):

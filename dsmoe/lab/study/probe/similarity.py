@@ -91,7 +91,8 @@ def matched(one_FK: Tensor, other_FK: Tensor) -> float:
 
 
 def _of_pairs(matrix_ee: Tensor) -> Tensor:
-    return matrix_ee[tuple(torch.triu_indices(*matrix_ee.shape, offset=1))]
+    rows, columns = torch.triu_indices(len(matrix_ee), len(matrix_ee), offset=1)
+    return matrix_ee[rows, columns]
 
 
 def _summary(values: Tensor) -> dict[str, float]:
