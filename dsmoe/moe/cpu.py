@@ -90,14 +90,16 @@ def _fastest(
     ways: dict[str, Callable[..., Tensor]], projections: Projections, down_eHF: Tensor, counts: list[int]
 ) -> str:
     """Measured forward and backward on random tensors of the same widths, with as many rows for each of a few experts
-    as these have on average, to a power of two."""
+    as these have on average, to a power of two. With gradients the first answer holds for these widths on all ranks."""
     mean = max(1, round(sum(counts) / max(1, len(counts))))
     rows = min(MAX_PROBE_ROWS, 1 << round(math.log2(mean)))
     weight_numbers = sum(t[0].numel() for t in (down_eHF, *(weight for _, weight in projections)))
     experts = max(1, min(len(counts), PROBE_EXPERTS, PROBE_NUMBERS // weight_numbers))
     widths = [source.size(1) for source, _ in projections]
     dtype = str(down_eHF.dtype).removeprefix("torch.")
-    shape = f"{dtype}, H={down_eHF.size(1)}, F={down_eHF.size(2)}, K={widths}, {experts} experts of {rows} rows"
+    tensors = f"{dtype}, H={down_eHF.size(1)}, F={down_eHF.size(2)}, K={widths}"
+    shape = f"{tensors}, {experts} experts of {rows} rows"
+    agreed_for = f"{tensors}, {len(counts)} experts with gradients" if torch.is_grad_enabled() else None
     problem: list = []
 
     def work(way: Callable[..., Tensor]) -> None:
@@ -108,7 +110,7 @@ def _fastest(
         with torch.enable_grad():
             torch.autograd.grad(way(pairs, down, probs, probe_counts), leaves, grad)
 
-    return fastest("experts", shape, {name: partial(work, way) for name, way in ways.items()})
+    return fastest("experts", shape, {name: partial(work, way) for name, way in ways.items()}, agreed_for)
 
 
 def _probe(projections: Projections, down_eHF: Tensor, experts: int, rows: int) -> tuple:

@@ -27,19 +27,24 @@ _chosen: dict[str, str] = {}
 _seconds: dict[str, dict[str, float]] = {}  # of every candidate of what this process has measured or read
 
 
-def fastest(kernel: str, shape: str, candidates: dict[str, Callable[[], object]]) -> str:
+def fastest(
+    kernel: str, shape: str, candidates: dict[str, Callable[[], object]], agreed_for: str | None = None
+) -> str:  # fmt: skip
     """The name of the candidate that takes least time; the only one without a measurement.
 
     Args:
-        kernel, shape: what the choice is known by, beside the number of threads.
+        kernel, shape: what a measurement is known by, beside the number of threads.
         candidates: each does the work once.
+        agreed_for: what the processes of a job choose one way for, from the first to the last time they ask; None: each
+            shape. Ranks that send each other gradients must take one: another graph may exchange them in another order.
     """
     if len(candidates) == 1:
         return next(iter(candidates))
     key = f"{kernel}, {shape}, {torch.get_num_threads()} threads"
-    if _chosen.get(key) not in candidates:
-        _chosen[key] = _agreed(key, lambda: _remembered(key, candidates))
-    return _chosen[key]
+    choice = f"{kernel}, {agreed_for or shape}, {torch.get_num_threads()} threads, of {' '.join(sorted(candidates))}"
+    if choice not in _chosen:
+        _chosen[choice] = _agreed(choice, lambda: _remembered(key, candidates))
+    return _chosen[choice]
 
 
 def choices() -> dict[str, str]:
