@@ -1,7 +1,7 @@
 """Every command in a ```bash block of README.md runs, in a fresh copy of the checkout whose path has spaces.
 
-The commands are the page's own; `SHORTER` lists what is appended to make them short. The first of each script starts as
-a reader would start it; a later one of the same script runs in forked processes. A ```console block is a command
+The commands are the page's own; `SHORTER` lists what is appended to make them short. The first of each program starts
+as a reader would start it; a later one of the same program runs in forked processes. A ```console block is a command
 with its output, which must be exactly that. Blocks of another kind (text, toml) are not run.
 """
 
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Result, forked, free_port, run
+from commands import ROOT, Result, beside_python, forked, free_port, run
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -28,7 +28,7 @@ TINY = (
     "training.warmup_steps=1 training.eval_sequences=2 logging.tensorboard=false"
 )
 SHORTER = [  # what a command contains -> what is appended; the first that fits
-    ("prepare_data.py stdlib", "--limit-mb 0.4"),
+    ("prepare-data stdlib", "--limit-mb 0.4"),
     ("training.steps=450", f"{TINY} training.steps=3"),
     ("launch/train.py", f"{TINY} training.steps=2"),
     ("make quickstart", f"ARGS='{TINY} training.steps=4'"),
@@ -63,21 +63,23 @@ def shell(command: str, folder: Path) -> Result:
     return run(["bash", "-c", command], cwd=folder, environment=environment(folder))
 
 
-def script(command: str) -> str | None:
-    """The Python file that a command starts."""
-    return next((word for word in shlex.split(command, comments=True) if word.endswith(".py")), None)
+def program(command: str) -> str | None:
+    """The Python file that a command starts, or `dsmoe` with the name of its command."""
+    words = shlex.split(command, comments=True)
+    if words and words[0] == "dsmoe":
+        return " ".join(words[:2])
+    return next((word for word in words if word.endswith(".py")), None)
 
 
 def shell_or_fork(command: str, folder: Path) -> Result:
-    path = script(command)
-    if path is None or path not in map(script, COMMANDS[: COMMANDS.index(command)]):
+    started = program(command)
+    if started is None or started not in map(program, COMMANDS[: COMMANDS.index(command)]):
         return shell(shortened(command), folder)
-    launcher, _, arguments = shortened(command).partition(path)
+    launcher, _, arguments = shortened(command).partition(started)
     processes = re.search(r"(?:--num_gpus|--nproc-per-node)[ =](\d+)", launcher)
-    arguments = [path, *shlex.split(arguments)]
-    return forked(
-        *arguments, processes=int(processes[1]) if processes else 1, cwd=folder, environment=environment(folder)
-    )
+    name, *before = started.split()
+    words = [beside_python(name) or name, *before, *shlex.split(arguments)]
+    return forked(*words, processes=int(processes[1]) if processes else 1, cwd=folder, environment=environment(folder))
 
 
 def shortened(command: str) -> str:
