@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dsmoe.moe import blocked, native
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
@@ -107,10 +108,15 @@ def _fastest(
             problem.extend(_probe(projections, down_eHF, experts, rows))
         pairs, down, probs, probe_counts, grad = problem
         leaves = [*(tensor for pair in pairs for tensor in pair), down, probs]
-        with torch.enable_grad():
+        # Inside a recomputed region its hooks would take what is saved here, and run the region again to give it back.
+        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
             torch.autograd.grad(way(pairs, down, probs, probe_counts), leaves, grad)
 
     return fastest("experts", shape, {name: partial(work, way) for name, way in ways.items()}, agreed_for)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _probe(projections: Projections, down_eHF: Tensor, experts: int, rows: int) -> tuple:
