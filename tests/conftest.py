@@ -15,6 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share the cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tokenizers warns where a process that used threads is forked
 os.environ.pop("DS_ACCELERATOR", None)  # DeepSpeed is to detect the device, as a user's run does
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, by whichever test imports it first
 
 SLOW = 20  # seconds
 
