@@ -38,7 +38,7 @@ lint: setup ## check style, formatting, imports and types with ruff and mypy
 test: setup ## run all tests (those that need a GPU are skipped without one)
 	$(PYTEST) $(ARGS)
 
-test-fast: setup ## run the unit tests only: under two minutes on two cores
+test-fast: setup ## run the unit tests only
 	$(PYTEST) tests/unit $(ARGS)
 
 # The library of kernels is built with AddressSanitizer, whose library must come before all others. Its own report of
