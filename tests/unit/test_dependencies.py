@@ -66,3 +66,9 @@ def test_every_dependency_is_pinned():
     extras = [lines for name, lines in PROJECT["optional-dependencies"].items() if name != "gpu"]
     lines = [line for lines in (PROJECT["dependencies"], *extras) for line in lines]
     assert [line for line in lines if normalised(line) not in pinned and "==" not in line] == []
+
+
+def test_no_folder_of_tests_hides_or_stands_for_a_package():
+    """pytest puts the folders of tests on the path, where a folder without __init__.py is a package to `import`."""
+    folders = {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir()}
+    assert folders & (OPTIONAL | packages_distributions().keys()) == {"tests"} & packages_distributions().keys()
