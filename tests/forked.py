@@ -22,8 +22,17 @@ from pathlib import Path
 
 import torch
 
+import dsmoe.routers
+
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["dsmoe.training.run", "dsmoe.hf.importing", "dsmoe.hf.observe"])
+context.set_forkserver_preload(
+    [
+        "dsmoe.training.run", "dsmoe.hf.importing", "dsmoe.hf.observe", "dsmoe.moe.two_level",
+        *(f"dsmoe.routers.{path.stem}" for path in Path(dsmoe.routers.__file__).parent.glob("*.py")),
+        "megatron.core.datasets.gpt_dataset",
+        "torch._dynamo",  # which every optimizer imports: more than a small training takes by itself
+    ]
+)  # fmt: skip
 
 
 def call(function: Callable, *args, deadline: float = 60.0):
