@@ -3,10 +3,15 @@
 dsmoe's model runs in this process, the folder in one of its own where dsmoe cannot be imported
 (`dsmoe/hf/observe.py`), one after the other, so that one model is in memory at a time. Both run in fp32 on the numbers
 that the folder holds. A folder in bf16 is looked at once more in bf16, as it will be used, beside the fp32 weights.
+
+Equal means equal up to rounding, which depends on the model: the logits' difference is measured in units of their
+root mean square, and where it is more than a few units in the last place, against what rounding does to dsmoe's own
+model, which is then run in fp64. Rounding may also decide between two experts or two tokens whose scores tie.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -30,7 +35,11 @@ from dsmoe.routers.base import Router
 from dsmoe.runtime.device import device_name
 
 OBSERVE = Path(observe.__file__)
-MAX_LOGIT_DIFFERENCE = 1e-4  # in fp32
+EPSILON = torch.finfo(torch.float32).eps
+CLOSE = 64 * EPSILON  # of the logits' root mean square: equal without a look at fp64
+ROUNDINGS = 8  # times the error of dsmoe's own fp32 logits that the folder's may have
+MAX_ROUNDING = 1e-3  # of the root mean square: beyond, fp32 says nothing about equality
+MAX_FLIPPED = 1e-3  # of all routes, by ties
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 16
 LOGITS_KEPT = 1 << 26  # numbers, 256 MiB: what bounds the text that is compared
@@ -73,6 +82,7 @@ class Observation:
     logits: Tensor  # fp32 [B, S, V]
     routes: Tensor | None  # bool [L, B * S, E], the tokens of a sequence together; None without MoE layers
     written: Tensor  # int64 [GREEDY_TOKENS]
+    written_from: Tensor | None = None  # fp32 [GREEDY_TOKENS, V], the logits that each token is the largest of
 
 
 @dataclass(frozen=True)
@@ -97,11 +107,89 @@ def compare(ours: Observation, theirs: Observation) -> Agreement:
         our_log, their_log = our_SV.double().log_softmax(-1), their_SV.double().log_softmax(-1)
         divergence += (our_log.exp() * (our_log - their_log)).sum().item()
     positions = ours.logits.shape[0] * ours.logits.shape[1]
-    flipped = None
-    if ours.routes is not None and theirs.routes is not None:
-        flipped = (ours.routes ^ theirs.routes).sum().item() / max(1, (ours.routes.sum() + theirs.routes.sum()).item())
     equal = torch.equal(ours.written, theirs.written)
-    return Agreement(largest, same / positions, max(0.0, divergence / positions), flipped, equal)
+    return Agreement(largest, same / positions, max(0.0, divergence / positions), _flipped(ours, theirs), equal)
+
+
+@dataclass(frozen=True)
+class Equality:
+    """Whether a difference is rounding.
+
+    Attributes:
+        logit_scale: root mean square of the logits.
+        difference: the largest of the compared logits; in fp32, or of the folder's from fp64 if that was needed.
+        allowed: what it may be.
+        rounding: the largest error of dsmoe's own fp32 logits; None where fp64 was not needed.
+        compared: share of positions without a route that rounding flipped there or before, whose logits are compared.
+        problems: why this is no rounding.
+    """
+
+    logit_scale: float
+    difference: float
+    allowed: float
+    rounding: float | None
+    compared: float
+    problems: list[str]
+
+
+def judge(ours: Observation, theirs: Observation, in_fp64: Callable[[], Observation]) -> Equality:
+    """Hold `theirs` to `ours`, and to `in_fp64()`, the same model as `ours`, if fp32 alone cannot tell."""
+    scale = torch.linalg.vector_norm(ours.logits, dtype=torch.float64).item() / math.sqrt(ours.logits.numel())
+    settled_BS = _settled(ours, theirs)
+    difference, allowed, rounding = _largest(ours, theirs, settled_BS), CLOSE * scale, None
+    if not (difference <= allowed and _tied_at_most(ours, theirs) <= 2 * allowed):
+        reference = in_fp64()
+        rounding = _largest(ours, reference, _settled(ours, reference))
+        settled_BS = _settled(theirs, reference)
+        difference = _largest(theirs, reference, settled_BS)
+        allowed = max(allowed, ROUNDINGS * min(rounding, MAX_ROUNDING * scale))
+    problems = []
+    if not difference <= allowed:
+        problems.append(
+            f"logits differ by up to {difference:.3g}, {difference / max(scale, 1e-300):.2g} of their size; rounding "
+            f"explains {allowed:.3g}"
+        )
+    flipped, compared = _flipped(ours, theirs), settled_BS.double().mean().item()
+    if flipped is not None and flipped > MAX_FLIPPED:
+        problems.append(f"{flipped:.2%} of the routes differ, rounding explains {MAX_FLIPPED:.1%}")
+    if not _tied_at_most(ours, theirs) <= 2 * allowed:
+        problems.append(f"the {GREEDY_TOKENS} likeliest tokens after a prompt differ")
+    return Equality(scale, difference, allowed, rounding, compared, problems)
+
+
+def _settled(one: Observation, other: Observation) -> Tensor:
+    """bool [B, S], positions before the first of their sequence where the routes differ, which later ones see."""
+    batch, length = one.logits.shape[:2]
+    if one.routes is None or other.routes is None:
+        return torch.ones(batch, length, dtype=torch.bool)
+    differs_BS = (one.routes ^ other.routes).any(-1).any(0).view(batch, length)
+    return differs_BS.cumsum(1) == 0
+
+
+def _largest(one: Observation, other: Observation, where_BS: Tensor) -> float:
+    """The largest difference of logits; infinite where none is left to compare, or one is no number."""
+    pairs = zip(one.logits, other.logits, where_BS, strict=True)
+    differences = [(a_SV[where_S] - b_SV[where_S]).abs() for a_SV, b_SV, where_S in pairs if where_S.any()]
+    return max((found.nan_to_num(torch.inf).max().item() for found in differences), default=torch.inf)
+
+
+def _tied_at_most(ours: Observation, theirs: Observation) -> float:
+    """By how much the first token that `theirs` wrote otherwise was less likely for `ours`; 0 if all are equal."""
+    different = (ours.written != theirs.written).nonzero().flatten().tolist()
+    if not different:
+        return 0.0
+    first = different[0]
+    if ours.written_from is None or theirs.written[first] >= ours.written_from.size(1):
+        return torch.inf
+    logits_V = ours.written_from[first]
+    return (logits_V[ours.written[first]] - logits_V[theirs.written[first]]).item()
+
+
+def _flipped(one: Observation, other: Observation) -> float | None:
+    """Routes that only one has, over the routes of both."""
+    if one.routes is None or other.routes is None:
+        return None
+    return (one.routes ^ other.routes).sum().item() / max(1, (one.routes.sum() + other.routes.sum()).item())
 
 
 def check_parity(
@@ -123,23 +211,19 @@ def check_parity(
     """
     exact = observe_run(checkpoint, sample)
     rounded = exact if dtype == torch.float32 else observe_run(checkpoint, sample, dtype_of)
-    agreement = compare(rounded, observe_folder(folder, sample, torch.float32))
+    folder_in_fp32 = observe_folder(folder, sample, torch.float32)
+    agreement = compare(rounded, folder_in_fp32)
+    equality = judge(rounded, folder_in_fp32, lambda: observe_run(checkpoint, sample, dtype_of, torch.float64))
     report: dict[str, Any] = {
         "tokens": sample.tokens.numel(),
         "prompt_tokens": sample.prompt.numel(),
         "greedy_tokens": GREEDY_TOKENS,
-        "max_logit_difference_allowed": MAX_LOGIT_DIFFERENCE,
+        "equality": {key: value for key, value in asdict(equality).items() if key != "problems"},
         "fp32": asdict(agreement),
     }
     if dtype != torch.float32:
         report["bf16"] = asdict(compare(exact, observe_folder(folder, sample, dtype)))
-    problems = []
-    if not agreement.max_logit_difference <= MAX_LOGIT_DIFFERENCE:
-        problems.append(
-            f"logits differ by up to {agreement.max_logit_difference:.3g}, allowed are {MAX_LOGIT_DIFFERENCE:g}"
-        )
-    if not agreement.greedy_equal:
-        problems.append(f"the {GREEDY_TOKENS} likeliest tokens after a prompt differ")
+    problems = equality.problems
     if problems:
         raise ConversionError(
             f"the converted model does not compute what its source does: {'; '.join(problems)} "
@@ -149,22 +233,24 @@ def check_parity(
     return report, exact
 
 
-def observe_run(checkpoint: Path, sample: Sample, dtype_of: DtypeOf | None = None) -> Observation:
-    """Run dsmoe's own model in fp32, its weights first rounded to what `dtype_of` says."""
+def observe_run(
+    checkpoint: Path, sample: Sample, dtype_of: DtypeOf | None = None, dtype: torch.dtype = torch.float32
+) -> Observation:
+    """Run dsmoe's own model, its weights first rounded to what `dtype_of` says; in fp64 it writes nothing."""
     model = TrainedModel.load(checkpoint).model
     for name, tensor in logical_tensors(model) if dtype_of else ():
         tensor.copy_(tensor.to(dtype_of(name)))
-    return _observe(model, sample)
+    return _observe(model.to(dtype), sample, GREEDY_TOKENS if dtype == torch.float32 else 0)
 
 
 @torch.no_grad()
-def _observe(model: LanguageModel, sample: Sample) -> Observation:
+def _observe(model: LanguageModel, sample: Sample, greedy_tokens: int) -> Observation:
     device = device_name()
 
     def logits_of(tokens: Tensor) -> Tensor:
-        found = model(tokens.to(device)).float()
+        logits = model(tokens.to(device))
         model.recorder.take()
-        return found
+        return logits
 
     routes: dict[nn.Module, list[Tensor]] = {module: [] for module in model.modules() if isinstance(module, Router)}
 
@@ -176,12 +262,15 @@ def _observe(model: LanguageModel, sample: Sample) -> Observation:
     logits = torch.cat([logits_of(part).cpu() for part in sample.tokens.split(SEQUENCES_AT_ONCE)])
     for hook in hooks:
         hook.remove()
-    tokens = sample.prompt.unsqueeze(0)
-    for _ in range(GREEDY_TOKENS):
-        likeliest = logits_of(tokens)[:, -1:, : sample.vocab_size].argmax(-1).cpu()
-        tokens = torch.cat((tokens, likeliest), dim=1)
+    tokens, written_from = sample.prompt.unsqueeze(0), []
+    for _ in range(greedy_tokens):
+        written_from.append(logits_of(tokens)[0, -1, : sample.vocab_size].cpu())
+        tokens = torch.cat((tokens, written_from[-1].argmax().view(1, 1)), dim=1)
     layers = [torch.cat(parts) for parts in routes.values()]
-    return Observation(logits, torch.stack(layers) if layers else None, tokens[0, sample.prompt.numel() :])
+    return Observation(
+        logits, torch.stack(layers) if layers else None, tokens[0, sample.prompt.numel() :],
+        torch.stack(written_from) if written_from else None,
+    )  # fmt: skip
 
 
 def observe_folder(folder: Path, sample: Sample, dtype: torch.dtype) -> Observation:

@@ -23,8 +23,9 @@ def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tenso
     CUDA's kernel takes operands that lie on 16 bytes and fewer than 1024 groups. A weight that does not, as a view into
     ZeRO-3's flat memory may not, is copied; experts beyond `MAX_GROUPS` cost a second call, and the host a wait.
     """
-    if rows_RK.size(1) * rows_RK.element_size() % 16 or weight_eNK.size(1) * weight_eNK.element_size() % 16:
-        return loop_linear(rows_RK, weight_eNK, ends_e)  # of a latent on a CPU; elsewhere such widths are refused
+    odd = rows_RK.size(1) * rows_RK.element_size() % 16 or weight_eNK.size(1) * weight_eNK.element_size() % 16
+    if odd or rows_RK.dtype == torch.float64:  # of a latent on a CPU, elsewhere such widths are refused; of a check
+        return loop_linear(rows_RK, weight_eNK, ends_e)
     if len(weight_eNK) > MAX_GROUPS:
         first = int(ends_e[MAX_GROUPS - 1])
         return torch.cat(
