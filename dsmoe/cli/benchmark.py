@@ -113,8 +113,9 @@ def measure_layer(arguments: argparse.Namespace, tree: dict, console) -> None:
 
 
 def measure_steps(arguments: argparse.Namespace, tree: dict, console) -> None:
-    from dsmoe.lab.benchmark.report import show_steps, write_json
+    from dsmoe.lab.benchmark.report import show_parts, show_steps, write_json
     from dsmoe.lab.benchmark.step import StepJob
+    from dsmoe.lab.benchmark.step_parts import time_parts
     from dsmoe.lab.benchmark.steps import growth_jobs, peer_jobs, router_jobs, run_steps
 
     quick, experts = arguments.quick, arguments.experts or ([16] if arguments.quick else [16, 64])
@@ -129,6 +130,10 @@ def measure_steps(arguments: argparse.Namespace, tree: dict, console) -> None:
     comparisons[f"Routers, {bases[0].experts} experts"] = router_jobs(bases[0])
     if growth:
         comparisons["More experts at the same active compute"] = growth_jobs(bases[0], growth)
+    rounds = arguments.rounds or (3 if quick else 7)
+    if not arguments.only or "parts" in arguments.only:
+        tree["parts"] = time_parts(bases[0], rounds)
+        show_parts(tree["parts"], console)
     tree["step"] = {}
     for title, jobs in comparisons.items():
         wanted = [part.lower() for part in arguments.only] or [""]
@@ -137,7 +142,7 @@ def measure_steps(arguments: argparse.Namespace, tree: dict, console) -> None:
             continue
         if arguments.no_huge_pages:
             chosen = [replace(job, huge_pages=False) for job in chosen]
-        rows = run_steps(chosen, arguments.rounds or (3 if quick else 7))
+        rows = run_steps(chosen, rounds)
         tree["step"][title] = rows
         show_steps(title, rows, console)
         if arguments.json:

@@ -5,8 +5,9 @@ Shapes: S tokens, B sequences, n query heads, g key/value heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe.model import native_attention, rotary
+from dsmoe.native import ways
 from dsmoe.runtime.step_timer import REST, step_timer
+
+PROBE_SEQUENCES = 2  # on which ways to attend are compared
 
 
 class KeyValueCache:
@@ -58,7 +62,7 @@ class KeyValueCache:
 
 class CausalAttention(nn.Module):
     """Megatron's core-attention slot. Rotary embedding, then causal, grouped-query attention without dropout: torch's
-    scaled_dot_product_attention, and on a CPU dsmoe's own kernel where it can do it.
+    scaled_dot_product_attention, or on a CPU dsmoe's own kernel where that is faster.
 
     Args:
         rotary_base: of the angles; None leaves queries and keys as they come.
@@ -89,10 +93,10 @@ class CausalAttention(nn.Module):
         if self.cache is not None:  # it keeps keys as they are turned
             query, key, angles = rotary.turn(query, angles), rotary.turn(key, angles), None
             key, value = self.cache.extend(self.layer, key, value)
-        if attention_mask is None and not seen and native_attention.supports(query, key, value):
+        if attention_mask is None and not seen and _attends_natively(query, key, value, self.rotary_base):
             out = native_attention.causal_attention(query, key, value, self.scale, angles)
         else:
-            out = self._with_torch(rotary.turn(query, angles), rotary.turn(key, angles), value, attention_mask, seen)
+            out = torch_attention(query, key, value, self.scale, angles, attention_mask, seen)
         return step_timer.mark_region("attention", REST, out)[0].flatten(2)
 
     def _angles(self, query: Tensor, seen: int) -> rotary.Angles | None:
@@ -101,17 +105,54 @@ class CausalAttention(nn.Module):
         positions_S = torch.arange(seen, seen + query.size(0), device=query.device)
         return rotary.angles(positions_S, query.size(-1), self.rotary_base)
 
-    def _with_torch(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seen: int) -> Tensor:
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        allowed = None
-        if mask is not None or seen:
-            masked = query.new_zeros(query.size(2), key.size(2)).bool() if mask is None else mask
-            allowed = (~masked).tril(seen)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=self.scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )  # fmt: skip
-        return out.permute(2, 0, 1, 3)
+
+def torch_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, angles: rotary.Angles | None,
+    mask: Tensor | None = None, seen: int = 0,
+) -> Tensor:  # fmt: skip
+    """By torch's scaled_dot_product_attention: queries [S, B, n, d] after `seen` others, keys and values
+    [seen + S, B, g, d]; queries and keys turned by `angles` first -> [S, B, n, d]."""
+    query, key = rotary.turn(query, angles), rotary.turn(key, angles)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    allowed = None
+    if mask is not None or seen:
+        masked = query.new_zeros(query.size(2), key.size(2)).bool() if mask is None else mask
+        allowed = (~masked).tril(seen)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scale,
+        enable_gqa=query.size(1) != key.size(1),
+    )  # fmt: skip
+    return out.permute(2, 0, 1, 3)
+
+
+def _attends_natively(query: Tensor, key: Tensor, value: Tensor, rotary_base: float | None) -> bool:
+    """Whether dsmoe's kernel can do it and was faster than torch's operators here, one answer for any batch."""
+    if not native_attention.supports(query, key, value):
+        return False
+    length, _, heads, size = query.shape
+    shape = f"{length} positions, {heads} heads of {size}, {key.size(2)} of keys, rotary {rotary_base is not None}"
+    return ways.fastest("attention", shape, attention_candidates(length, heads, key.size(2), size, rotary_base)) == (
+        "native"
+    )
+
+
+def attention_candidates(
+    length: int, heads: int, groups: int, size: int, rotary_base: float | None, batch: int = PROBE_SEQUENCES
+) -> dict[str, Callable[[], None]]:
+    """Forward and backward of fp32 random tensors by dsmoe's kernel ("native") and by torch's operators ("torch")."""
+
+    @lru_cache(maxsize=1)  # made by the first one that runs
+    def problem() -> tuple[list[Tensor], rotary.Angles | None, Tensor]:
+        random = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(length, batch, n, size, generator=random) for n in (heads, groups, groups)]
+        angles = None if rotary_base is None else rotary.angles(torch.arange(length), size, rotary_base)
+        return [leaf.requires_grad_() for leaf in leaves], angles, torch.ones(length, batch, heads, size)
+
+    def work(attend: Callable[..., Tensor]) -> None:
+        leaves, angles, grad = problem()
+        ways.forward_and_backward(lambda: attend(*leaves, None, angles), leaves, grad)
+
+    return {"native": partial(work, native_attention.causal_attention), "torch": partial(work, torch_attention)}
 
 
 class RecomputedAttentionLayer(TransformerLayer):

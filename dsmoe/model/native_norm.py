@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dsmoe import native
+from dsmoe.native import ways
 
+PROBE_NUMBERS = 1 << 19  # on which ways are compared
 STRIP, STRIPS_PER_THREAD = 256, 4  # rows that a thread takes at a time; strips that are worth a thread
 
 
@@ -22,12 +27,34 @@ class _Norm(ctypes.Structure):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, over the last dimension, and through the kernel where that can do it: fp32, widths in eights."""
+    """torch's, over the last dimension, or through the kernel where that can do it (fp32, widths in eights) and is
+    faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.eps is None or x.numel() == 0 or not native.supports(x, self.weight) or native.unavailable():
             return super().forward(x)
+        width = x.size(-1)
+        if ways.fastest("RMSNorm", f"rows of {width}", norm_candidates(width)) == "torch":
+            return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+def norm_candidates(width: int, numbers: int = PROBE_NUMBERS) -> dict[str, Callable[[], None]]:
+    """Forward and backward of random rows by dsmoe's kernel ("native") and by torch's operators ("torch")."""
+
+    @lru_cache(maxsize=1)  # made by the first one that runs
+    def problem() -> tuple[Tensor, Tensor, Tensor]:
+        x = torch.randn(max(1, numbers // width), width, generator=torch.Generator().manual_seed(0))
+        return x.requires_grad_(), torch.ones(width, requires_grad=True), torch.ones_like(x)
+
+    def work(norm: Callable[[Tensor, Tensor], Tensor]) -> None:
+        x, weight, grad = problem()
+        ways.forward_and_backward(lambda: norm(x, weight), (x, weight), grad)
+
+    return {
+        "native": partial(work, lambda x, weight: _RMSNorm.apply(x, weight, 1e-6)),
+        "torch": partial(work, lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-6)),
+    }
 
 
 class _RMSNorm(torch.autograd.Function):

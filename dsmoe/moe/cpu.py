@@ -17,13 +17,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from dsmoe.moe import blocked, native
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
 from dsmoe.moe.linear import grouped_linear, loop_linear
 from dsmoe.native import supports, unavailable
-from dsmoe.native.ways import fastest, multiplies_bf16
+from dsmoe.native.ways import fastest, forward_and_backward, multiplies_bf16
 
 Projections = Sequence[tuple[Tensor, Tensor]]  # rows [R, K] and weight [e, 2F, K], or one pair for gate and one for up
 PROBE_EXPERTS, PROBE_NUMBERS = 16, 1 << 24  # of the problem that ways are compared on, at most
@@ -108,15 +107,9 @@ def _fastest(
             problem.extend(_probe(projections, down_eHF, experts, rows))
         pairs, down, probs, probe_counts, grad = problem
         leaves = [*(tensor for pair in pairs for tensor in pair), down, probs]
-        # Inside a recomputed region its hooks would take what is saved here, and run the region again to give it back.
-        with torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            torch.autograd.grad(way(pairs, down, probs, probe_counts), leaves, grad)
+        forward_and_backward(lambda: way(pairs, down, probs, probe_counts), leaves, grad)
 
     return fastest("experts", shape, {name: partial(work, way) for name, way in ways.items()}, agreed_for)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _probe(projections: Projections, down_eHF: Tensor, experts: int, rows: int) -> tuple:

@@ -10,11 +10,13 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.distributed_c10d import _get_default_store
 
 from dsmoe import native
@@ -85,6 +87,19 @@ def _remembered(key: str, candidates: dict[str, Callable[[], object]]) -> str:
                 _write(file, _read(file) | {key: seconds})
     _seconds[key] = seconds
     return min(seconds, key=seconds.get)
+
+
+def forward_and_backward(work: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> None:
+    """What a candidate does: `work`'s result and the gradients of `leaves`, whatever the surroundings record.
+
+    Inside a recomputed region its hooks would take what is saved here, and run the region again to give it back.
+    """
+    with torch.enable_grad(), saved_tensors_hooks(_same, _same):
+        torch.autograd.grad(work(), leaves, grad)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:

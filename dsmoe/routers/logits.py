@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +34,25 @@ def recomputes_logits(low_precision: bool, num_experts: int, hidden_size: int) -
 def _fastest(hidden_TH: Tensor, weight_EH: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """The kernel or torch, whichever takes less time for such a gate here: one way for any number of tokens, so that
     logits that are made again in blocks are the same to the last bit."""
-    ways = {"torch": _with_torch}
-    if supports(hidden_TH, weight_EH, dtypes=DTYPES) and len(weight_EH) % LANES == 0 and not unavailable():
-        ways["native"] = _products
+    experts, hidden = weight_EH.shape
+    if not _supports(hidden_TH, weight_EH):
+        return _with_torch
+    candidates = logits_candidates(PROBE_TOKENS, experts, hidden)
+    return _products if fastest("bf16 gate logits", f"E={experts}, H={hidden}", candidates) == "native" else _with_torch
 
-    def work(way: Callable[[Tensor, Tensor], Tensor]) -> None:
-        with torch.no_grad():
-            way(weight_EH.new_ones(PROBE_TOKENS, weight_EH.size(1)), weight_EH)
 
-    shape = f"E={len(weight_EH)}, H={weight_EH.size(1)}"
-    return ways[fastest("bf16 gate logits", shape, {name: partial(work, way) for name, way in ways.items()})]
+def _supports(hidden_TH: Tensor, weight_EH: Tensor) -> bool:
+    return supports(hidden_TH, weight_EH, dtypes=DTYPES) and len(weight_EH) % LANES == 0 and not unavailable()
+
+
+def logits_candidates(tokens: int, experts: int, hidden: int) -> dict[str, Callable[[], Tensor]]:
+    """Logits of bf16 ones by the kernel ("native") and by torch ("torch")."""
+
+    @lru_cache(maxsize=1)  # made by the first one that runs
+    def problem() -> list[Tensor]:
+        return [torch.ones(rows, hidden, dtype=torch.bfloat16) for rows in (tokens, experts)]
+
+    return {"native": lambda: _products(*problem()), "torch": lambda: _with_torch(*problem())}
 
 
 def _with_torch(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:

@@ -53,12 +53,17 @@ def test_steps_of_all_models(tmp_path):
     path = tmp_path / "step.json"
     options = [
         "--step", "--quick", "--rounds", "2", "--experts", "4", *SIZES, "--layers", "2",
-        "--heads", "4", "--vocabulary", "64", "--sequence", "16", "--only", "matmuls and,dsmoe ep,relu,huge",
+        "--heads", "4", "--vocabulary", "64", "--sequence", "16", "--only", "parts,matmuls and,dsmoe ep,relu,huge",
         "--json", str(path),
     ]  # fmt: skip
     result = forked(TOOL, *options, environment=ENVIRONMENT)
     assert result.code == 0, result.output
-    found = json.loads(path.read_text(), parse_constant=pytest.fail)["step"]
+    tree = json.loads(path.read_text(), parse_constant=pytest.fail)
+    parts = [row["part"] for row in tree["parts"]]
+    expected = set() if native.unavailable() else {"attention with rotary embedding", "RMSNorm of tokens"}
+    assert expected <= set(parts) and all(part in result.output for part in parts)
+    assert all(row["native"] > 0 < row["torch"] for row in tree["parts"])
+    found = tree["step"]
     rows = {row["name"]: row for rows in found.values() for row in rows}
     assert [row for row in rows.values() if "error" in row] == []
     assert set(rows) == {

@@ -181,6 +181,15 @@ def _ratio(row: dict | None) -> str:
     return "[red]error[/]" if "error" in row else f"{row['over_limit']:.2f}"
 
 
+def show_parts(rows: list[dict], console: Console) -> None:
+    """A table of the parts of a step, by dsmoe's kernels and by torch's operators."""
+    table = _table("part of a step, one thread", "native", "torch", "torch / native")
+    for row in rows:
+        native, other = (f"{1e3 * row[name]:.2f} ms" for name in ("native", "torch"))
+        table.add_row(row["part"], native, other, f"{row['torch'] / row['native']:.2f}")
+    console.print(table)
+
+
 def show_steps(title: str, rows: list[dict], console: Console) -> None:
     """A table of whole training steps; the share is of what the matrix products alone would allow."""
     limit = next((row["tokens_per_second"] for row in rows if row["kind"] == "matmuls" and "error" not in row), None)

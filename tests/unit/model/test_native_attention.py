@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe import native
-from dsmoe.model import native_attention, rotary
+from dsmoe.model import attention, native_attention, rotary
+from dsmoe.native import ways
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no C++ kernels here")
+
+KERNEL = native_attention.causal_attention
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scale: float | None, by=None) -> Tensor:
@@ -66,3 +69,23 @@ def test_what_the_kernel_leaves_to_torch():
     assert not native_attention.supports(query[:1], key, value), "one new token and a cache"
     assert not native_attention.supports(query.bfloat16(), key.bfloat16(), value.bfloat16())
     assert not native_attention.supports(*inputs(8, 1, 2, 2, 12))
+
+
+@pytest.mark.parametrize("way", ["native", "torch"])
+def test_the_faster_way_is_taken(way, monkeypatch):
+    called = []
+    monkeypatch.setattr(ways, "fastest", lambda *question: way)
+    monkeypatch.setattr(
+        attention.native_attention, "causal_attention", lambda *x, kernel=KERNEL: called.append(1) or kernel(*x)
+    )
+    tensors = inputs(8, 2, 4, 2, 8)
+    found = attention.CausalAttention(None, 1, None, "self", rotary_base=100.0)(*tensors)
+    assert bool(called) == (way == "native")
+    expected = reference(*tensors, None, rotary.angles(torch.arange(8), 8, 100.0))
+    torch.testing.assert_close(found, expected.flatten(2), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rotary_base", [None, 100.0])
+def test_what_is_compared_runs(rotary_base):
+    for work in attention.attention_candidates(8, 4, 2, 8, rotary_base, batch=1).values():
+        work()

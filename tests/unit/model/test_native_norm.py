@@ -8,13 +8,15 @@ import torch
 from dsmoe import native
 from dsmoe.model import native_norm
 from dsmoe.model.native_norm import RMSNorm
+from dsmoe.native import ways
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no C++ kernels here")
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (3, 5, 16), (300, 2, 4, 24), (513, 256)])
 @pytest.mark.parametrize("apart", [False, True])
-def test_the_kernel_is_torchs_norm(shape, threads, apart):
+def test_the_kernel_is_torchs_norm(shape, threads, apart, monkeypatch):
+    monkeypatch.setattr(ways, "fastest", lambda *question: "native")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*shape[:-1], 3 * shape[-1], generator=generator).chunk(3, dim=-1)[1]
     x = (x if apart else x.contiguous()).detach().requires_grad_()
@@ -36,3 +38,15 @@ def test_the_kernel_is_torchs_norm(shape, threads, apart):
 def test_what_the_kernel_leaves_to_torch(x):
     norm, plain = RMSNorm(x.size(-1), eps=1e-5).to(x.dtype), torch.nn.RMSNorm(x.size(-1), eps=1e-5).to(x.dtype)
     assert torch.equal(norm(x), plain(x))
+
+
+def test_the_faster_way_is_taken(monkeypatch):
+    x, norm = torch.randn(3, 16, requires_grad=True), RMSNorm(16, eps=1e-5)
+    for way, is_ours in ("native", True), ("torch", False):
+        monkeypatch.setattr(ways, "fastest", lambda *question, way=way: way)
+        assert isinstance(norm(x).grad_fn, native_norm._RMSNorm._backward_cls) == is_ours
+
+
+def test_what_is_compared_does_the_same_work():
+    for work in native_norm.norm_candidates(16, numbers=64).values():
+        work()
