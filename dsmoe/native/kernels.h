@@ -18,7 +18,11 @@
 namespace {  // a copy for each file
 
 constexpr int64_t LANES = 8;    // numbers of a vector; widths of fp32 matrices are multiples of it, those of bf16 of twice it
-constexpr int64_t COLUMNS = 16;  // rows that become columns are padded to a multiple of this, a micro-kernel's vector
+#if defined(__AVX512F__)  // rows that become columns are padded to a multiple of a micro-kernel's vector
+constexpr int64_t COLUMNS = 16;
+#else
+constexpr int64_t COLUMNS = 8;
+#endif
 constexpr int64_t GROUP = 64;   // rows that become columns together
 constexpr int64_t BLOCK = 64;   // rows of a weight that are multiplied at a time
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

@@ -34,8 +34,9 @@ def time_parts(job: StepJob, rounds: int) -> list[dict[str, Any]]:
         "RMSNorm of heads": norm_candidates(size, tokens * job.hidden),
         "vocabulary loss": loss_candidates(tokens, job.vocabulary, job.hidden, torch.float32),
         "vocabulary loss, bf16": loss_candidates(tokens, job.vocabulary, job.hidden, torch.bfloat16),
-        "logits of a gate, bf16, forward": logits_candidates(tokens, job.experts, job.hidden),
     }
+    if job.experts % native.LANES == 0:
+        parts["logits of a gate, bf16, forward"] = logits_candidates(tokens, job.experts, job.hidden)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
