@@ -13,6 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 UserPath = Annotated[str, AfterValidator(expanduser)]  # ~ is the home folder, as in a shell
 
 
+# Keys of dsmoe/moe/activations.py.
+ExpertActivation = Literal["swiglu", "geglu", "geglu_tanh", "reglu", "swigluoai", "silu", "gelu", "relu", "relu2"]
+
+
 class Section(BaseModel):
     """A part of the configuration: unknown keys and silent type conversions are refused."""
 
@@ -38,7 +42,7 @@ class TensorInitialization(Section):
 
 
 class ModelConfig(Section):
-    """The transformer: Megatron-Core's names, RMSNorm, RoPE and SwiGLU throughout."""
+    """The transformer: Megatron-Core's names, RMSNorm and RoPE; SwiGLU where `expert_activation` says nothing else."""
 
     num_layers: int = Field(4, ge=1, le=10_000)
     hidden_size: int = Field(256, ge=8)
@@ -49,7 +53,9 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(None, ge=2)  # None: the tokenizer's size, rounded up to a multiple of 64
     ffn_hidden_size: int | None = Field(None, ge=1)  # a dense layer's SwiGLU; None: 4 x moe_ffn_hidden_size
     num_experts: int = Field(8, ge=1)
-    moe_ffn_hidden_size: int = Field(512, ge=1)  # width of one expert's SwiGLU
+    moe_ffn_hidden_size: int = Field(512, ge=1)  # width of one expert
+    expert_activation: ExpertActivation = "swiglu"  # of routed experts; names with glu are gated by a second projection
+    expert_bias: bool = False  # whether each projection of a routed expert adds one
     moe_layer_freq: int | list[Literal[0, 1]] = 1  # n: every n-th from the first is MoE; list: 1 MoE, 0 dense
     moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)  # of every token; None: no such expert
     tie_embeddings: bool = True  # one matrix for the input embedding and the output layer

@@ -51,7 +51,8 @@ def _model(config: RunConfig, report: dict[str, Any]) -> str:
         "parameters": f"{size['total']:,}",
         "active for a token": f"{size['active_measured']:,} (at the measured experts per token)",
         "layers": f"{model.num_layers}, {layers} of them with experts",
-        "experts of a layer": f"{model.num_experts}, SwiGLU of width {model.moe_ffn_hidden_size}"
+        "experts of a layer": f"{model.num_experts}, {model.expert_activation} of width {model.moe_ffn_hidden_size}"
+        + (" with biases" if model.expert_bias else "")
         + (f", and a shared one of width {shared}" if shared else ""),
         "experts per token": f"{held_out['experts_per_token']:.2f}, measured on {held_out['tokens']:,} held-out "
         f"tokens; by layer {', '.join(f'{mean:.2f}' for mean in held_out['experts_per_token_by_layer'])}",

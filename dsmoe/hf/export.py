@@ -34,13 +34,15 @@ from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, tr
 from dsmoe.hf.table import PACKED, TABLES, Link, check_tensors, links, routing_name
 from dsmoe.hf.tokenizer import check_tokenizer, encode_alike, write_tokenizer
 from dsmoe.model.size import model_size
+from dsmoe.moe import activations
+from dsmoe.moe.expert_mlp import ExpertMLP
 from dsmoe.routers import get
 from dsmoe.routers.base import Router
 
 REPORT = "export_report.json"
 TRAINING_STATE = "training_state.json"
 REMOTE = Path(__file__).with_name("remote")
-ROUTING_FILE = "routing_dsmoe.py"
+ROUTING_FILE, ACTIVATIONS_FILE = "routing_dsmoe.py", "activations_dsmoe.py"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -146,8 +148,9 @@ class Target:
     def links(self) -> list[Link]:
         manifest = self.source.reader.manifest
         shapes = {name: tuple(shape) for name, shape in manifest.tensors.items()}
-        fixed = not self.is_native and self.source.router.fixed_experts_per_token(self.source.options)
-        return links((PACKED if fixed else TABLES)[self.architecture], self.source.config.model, shapes)
+        config, router = self.source.config, self.source.router
+        packed = not self.is_native and packed_experts_per_token(config, router, self.source.options)
+        return links((PACKED if packed else TABLES)[self.architecture], config.model, shapes)
 
     def buffers(self) -> dict[str, Tensor]:
         """The controller's state that decides routes, by name in the folder."""
@@ -179,9 +182,19 @@ class Target:
     def write_code(self, folder: Path) -> None:
         if self.is_native:
             return
-        for name in ("configuration_dsmoe.py", "modeling_dsmoe.py"):
-            shutil.copyfile(REMOTE / name, folder / name)
-        shutil.copyfile(self.routing_file, folder / ROUTING_FILE)
+        write_code(folder, self.routing_file)
+
+
+def write_code(folder: Path, routing: Path) -> None:
+    """The stand-alone files of a model of architecture dsmoe."""
+    sources = {path.name: path for path in REMOTE.glob("*_dsmoe.py")}
+    for name, path in (sources | {ACTIVATIONS_FILE: Path(activations.__file__), ROUTING_FILE: routing}).items():
+        shutil.copyfile(path, folder / name)
+
+
+def packed_experts_per_token(config: RunConfig, router: type[Router], options) -> int | None:
+    """k, where transformers and vLLM have kernels for the experts: SwiGLU without biases, as many for each token."""
+    return router.fixed_experts_per_token(options) if ExpertMLP.of(config.model).is_plain_swiglu else None
 
 
 def routing_file(router: type[Router]) -> Path:
@@ -221,10 +234,12 @@ def remote_config(config: RunConfig, router: type[Router], options) -> dict[str,
         "mlp_layer_types": ["sparse" if is_moe else "dense" for is_moe in model.moe_layers()],
         "num_experts": model.num_experts,
         "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "expert_activation": model.expert_activation,
+        "expert_bias": model.expert_bias,
         "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "expert_rank": router.latent_rank(options),
         "router": {"name": config.router.name, **options.model_dump(mode="json")},
-        "num_experts_per_tok": router.fixed_experts_per_token(options),
+        "num_experts_per_tok": packed_experts_per_token(config, router, options),
         "output_router_logits": False,
         "router_aux_loss_coef": router.switch_loss_coefficient(options, sum(model.moe_layers())),
         "router_dtype": "float32",

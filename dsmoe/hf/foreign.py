@@ -142,6 +142,8 @@ def _of_dsmoe(config: DsmoeConfig) -> dict[str, Any]:
         "ffn_hidden_size": config.intermediate_size,
         "num_experts": config.num_experts,
         "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "expert_activation": config.expert_activation,
+        "expert_bias": config.expert_bias,
         "moe_shared_expert_intermediate_size": config.shared_expert_intermediate_size,
         "moe_layer_freq": [int(kind == "sparse") for kind in config.mlp_layer_types],
         "qk_layernorm": config.qk_norm,

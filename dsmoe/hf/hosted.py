@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dsmoe.errors import ConversionError
 from dsmoe.hf.observe import record_routes
+from dsmoe.moe import activations
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers import available
@@ -121,6 +122,6 @@ def foreign_code(folder: Path) -> list[str]:
         raise ConversionError(f"cannot read {folder / 'config.json'}: {error}") from error
     if not classes:
         return []
-    known = {path.read_bytes() for path in REMOTE.glob("*.py")}
+    known = {path.read_bytes() for path in (*REMOTE.glob("*.py"), Path(activations.__file__))}
     known |= {Path(router.inference_file).read_bytes() for router in available().values() if router.inference_file}
     return sorted(path.name for path in folder.glob("**/*.py") if path.read_bytes() not in known)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from dsmoe.config import ModelConfig, RunConfig, validate_config
 from dsmoe.config.load import apply_overrides
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import ConfigError, ConversionError
-from dsmoe.hf.export import REMOTE, ROUTING_FILE, TRAINING_STATE, routing_file
+from dsmoe.hf.export import TRAINING_STATE, routing_file, write_code
 from dsmoe.hf.foreign import ForeignModel, read_foreign
 from dsmoe.hf.parity import Sample, check_parity, compare, observe_folder, observe_run, sequences_compared
 from dsmoe.hf.shards import INDEX, ShardReader, new_folder, track
@@ -349,8 +348,6 @@ def _without_its_code(source: Source) -> Iterator[Path]:
                 "AutoConfig": "configuration_dsmoe.DsmoeConfig",
                 "AutoModelForCausalLM": "modeling_dsmoe.DsmoeForCausalLM",
             }
-            for file in ("configuration_dsmoe.py", "modeling_dsmoe.py"):
-                shutil.copyfile(REMOTE / file, place / file)
-            shutil.copyfile(routing_file(get(source.config.router.name)), place / ROUTING_FILE)
+            write_code(place, routing_file(get(source.config.router.name)))
         (place / "config.json").write_text(json.dumps(content), encoding="utf-8")
         yield place

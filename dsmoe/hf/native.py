@@ -15,6 +15,7 @@ from typing import Any
 
 from dsmoe.config import ModelConfig, RouterConfig, RunConfig
 from dsmoe.errors import ConversionError
+from dsmoe.moe.expert_mlp import ExpertMLP
 from dsmoe.routers import get
 from dsmoe.routers.base import SoftmaxTopK
 
@@ -52,6 +53,12 @@ def reasons_against(host: str, model: ModelConfig, router: RouterConfig) -> list
         found.append("gates are not renormalised (router.renormalize, router.softmax), it always renormalises")
     if model.qk_layernorm != _QK_NORM[host]:
         found.append(f"model.qk_layernorm is {model.qk_layernorm}, it has {_QK_NORM_IN_WORDS[_QK_NORM[host]]}")
+    if not ExpertMLP.of(model).is_plain_swiglu:
+        bias = str(model.expert_bias).lower()
+        found.append(
+            f"model.expert_activation is {model.expert_activation}, model.expert_bias {bias}, its experts are swiglu "
+            "without biases"
+        )
     if model.moe_shared_expert_intermediate_size:
         found.append("model.moe_shared_expert_intermediate_size is set, it has no shared expert")
     if host != "qwen3_moe" and not all(model.moe_layers()):

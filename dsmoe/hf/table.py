@@ -92,6 +92,7 @@ _EXPERTS = (
     ),
     _row("mlp.experts.{expert}.down_proj", "mlp.experts.{expert}.down_proj.weight"),
 )
+_ROUTED_EXPERTS = (_row("mlp.experts.{expert}.{name}", "mlp.routed_experts.{name}", transform=STACK),)
 _PACKED_EXPERTS = tuple(
     _row(f"mlp.experts.{{expert}}.{name}", f"mlp.experts.{name}", transform=STACK)
     for name in ("gate_up_proj", "down_proj")
@@ -118,11 +119,9 @@ _DSMOE = (
     _row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight"),
 )
 
-_ROUTED_EXPERTS = (_row("mlp.experts.{expert}.{name}", "mlp.routed_experts.{name}", transform=STACK),)
-
 # The Hub's names, which every reader knows; transformers 5 can also write the names of `PACKED`. The first row that
-# fits a name counts. An export of ours calls experts `routed_experts` where their number differs from token to token,
-# and `experts`, packed as in transformers, where it is fixed.
+# fits a name counts. An export of ours calls experts `experts`, packed as in transformers, where they are SwiGLU
+# without biases and of a fixed number for each token, and else `routed_experts`.
 TABLES: dict[str, tuple[Row, ...]] = {
     "dsmoe": (*_TRUNK, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE, *_ROUTED_EXPERTS),
     "qwen3_moe": (*_TRUNK, *_QK_NORM, *_DENSE, *_GATE, *_EXPERTS),

@@ -27,6 +27,7 @@ from dsmoe.errors import ConversionError
 from dsmoe.hf.table import LAYER
 from dsmoe.model.initialize import generator_of
 from dsmoe.model.skeleton import initial_router
+from dsmoe.moe.expert_mlp import ExpertMLP
 from dsmoe.routers import get
 from dsmoe.routers.topk import TopKRouter
 
@@ -100,6 +101,11 @@ class Upcycler:
         if self.config.model.moe_shared_expert_intermediate_size:
             raise ConversionError(
                 "model.moe_shared_expert_intermediate_size: upcycling makes routed experts only; leave it out"
+            )
+        if not ExpertMLP.of(self.config.model).is_plain_swiglu:
+            raise ConversionError(
+                "model.expert_activation, model.expert_bias: experts begin as the dense model's MLP, which is swiglu "
+                "without biases; leave them out"
             )
 
     @property

@@ -144,7 +144,7 @@ def transformer_config(model: ModelConfig, expert_parallel: int) -> TransformerC
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         qk_layernorm=bool(model.qk_layernorm),
-        gated_linear_unit=True,
+        gated_linear_unit=True,  # of dense layers and shared experts
         activation_func=F.silu,
         bias_activation_fusion=False,
         add_bias_linear=False,
@@ -196,7 +196,15 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
     router_class, options = router
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     fused = use_fused(model.fused_kernels)
-    experts = ModuleSpec(module=GroupedExperts, params={"implementation": model.experts_implementation, "fused": fused})
+    experts = ModuleSpec(
+        module=GroupedExperts,
+        params={
+            "implementation": model.experts_implementation,
+            "fused": fused,
+            "activation": model.expert_activation,
+            "bias": model.expert_bias,
+        },
+    )
     if rank := router_class.latent_rank(options):
         experts = ModuleSpec(module=LowRankExperts, params={**experts.params, "rank": rank})
     return ModuleSpec(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsmoe.config import RunConfig
+from dsmoe.moe.expert_mlp import ExpertMLP
 from dsmoe.routers import get
 
 
@@ -26,8 +27,7 @@ def model_size(config: RunConfig) -> ModelSize:
     attention = hidden * head * (2 * model.num_attention_heads + 2 * model.key_value_heads)
     heads = model.num_attention_heads + model.key_value_heads if model.qk_layernorm == "full" else 2
     norms = 2 * hidden + (heads * head if model.qk_layernorm else 0)
-    rank = router_class.latent_rank(options)
-    expert = model.moe_ffn_hidden_size * (2 * hidden + (rank or hidden))
+    expert = ExpertMLP.of(model, router_class.latent_rank(options)).parameters
     shared = 3 * hidden * (model.moe_shared_expert_intermediate_size or 0)
     router = router_class.parameter_count(model, options)
     moe_layers = sum(model.moe_layers())

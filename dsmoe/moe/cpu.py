@@ -1,7 +1,7 @@
-"""SwiGLU experts on a CPU, by whichever way is fastest there.
+"""Experts on a CPU, by whichever way is fastest there.
 
-native      C++ around torch's micro-kernels (`dsmoe.moe.native`)
-blocked     torch's products, a block of rows through all projections (`dsmoe.moe.blocked`)
+native      C++ around torch's micro-kernels (`dsmoe.moe.native`); SwiGLU without biases only
+blocked     torch's products, a block of rows through all projections (`dsmoe.moe.blocked`); the same
 grouped_mm  torch's grouped GEMM, all rows through one projection after another
 loop        one expert after another: the reference
 
@@ -12,38 +12,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmoe.moe import blocked, native
+from dsmoe.moe import blocked, expert_mlp, native
+from dsmoe.moe.expert_mlp import ExpertMLP, Linear, Projections
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
 from dsmoe.moe.linear import grouped_linear, loop_linear
 from dsmoe.native import supports, unavailable
 from dsmoe.native.ways import fastest, forward_and_backward, multiplies_bf16
 
-Projections = Sequence[tuple[Tensor, Tensor]]  # rows [R, K] and weight [e, 2F, K], or one pair for gate and one for up
 PROBE_EXPERTS, PROBE_NUMBERS = 16, 1 << 24  # of the problem that ways are compared on, at most
 MAX_PROBE_ROWS = 512  # of an expert
 
 
-def swiglu_experts(
-    implementation: str, projections: Projections, down_eHF: Tensor, probs_R: Tensor, counts: list[int],
-    sums: ChunkedGradAccumulator | None = None,
+def weighted_outputs(
+    implementation: str, mlp: ExpertMLP, projections: Projections, down_eHF: Tensor, probs_R: Tensor,
+    counts_e: Tensor, biases: Sequence[Tensor] = (), sums: ChunkedGradAccumulator | None = None,
 ) -> Tensor:  # fmt: skip
     """Weighted expert outputs [R, H].
 
     Args:
         implementation: a way, or "auto". Native goes blocked where it does not support the tensors.
-        counts: rows of each expert.
+        counts_e: rows of each expert.
+        biases: of `mlp.biases`.
         sums: of the weights' gradients, shared with other parts of the pass; native and blocked add to them.
     """
-    ways = available(projections, down_eHF)
+    counts = counts_e.tolist()  # on a CPU nothing waits
+    ways = available(mlp, projections, down_eHF, biases)
     name = implementation
     if name == "auto":
-        name = _fastest(ways, projections, down_eHF, counts)
+        name = _fastest(ways, mlp, projections, down_eHF, counts)
     elif name not in ways:
         name = "blocked"
     if sums is None or name not in ("native", "blocked"):
@@ -53,17 +56,19 @@ def swiglu_experts(
     return ways[name](list(zip(rows, shared, strict=True)), down_eHF, probs_R, counts, sums.sums)
 
 
-def available(projections: Projections, down_eHF: Tensor) -> dict[str, Callable[..., Tensor]]:
-    """The ways that can work with such tensors here, by name."""
+def available(
+    mlp: ExpertMLP, projections: Projections, down_eHF: Tensor, biases: Sequence[Tensor] = ()
+) -> dict[str, Callable[..., Tensor]]:
+    """The ways that can work with such tensors here, by name: (projections, down_eHF, probs_R, counts) -> [R, H]."""
     rows, weights = zip(*projections, strict=True)
     weights = (*weights, down_eHF)
     row_bytes = [size * down_eHF.element_size() for weight in weights for size in weight.shape[1:]]
-    ways: dict[str, Callable[..., Tensor]] = {
-        "blocked": blocked.swiglu_experts,
-        "loop": partial(by_projection, loop_linear),
-    }
+    ways: dict[str, Callable[..., Tensor]] = {"loop": partial(_by_projection, mlp, loop_linear, biases)}
     if hasattr(F, "grouped_mm") and all(size % 16 == 0 for size in row_bytes):
-        ways["grouped_mm"] = partial(by_projection, grouped_linear)
+        ways["grouped_mm"] = partial(_by_projection, mlp, grouped_linear, biases)
+    if not mlp.is_plain_swiglu:
+        return ways
+    ways["blocked"] = blocked.swiglu_experts
     fits = supports(*rows, *weights, dtypes=native.DTYPES) and row_bytes[-2] % 32 == 0
     if fits and not unavailable():
         computes_bf16 = down_eHF.dtype == torch.bfloat16 and multiplies_bf16()
@@ -71,33 +76,29 @@ def available(projections: Projections, down_eHF: Tensor) -> dict[str, Callable[
     return ways
 
 
-def by_projection(
-    linear: Callable[[Tensor, Tensor, Tensor], Tensor], projections: Projections, down_eHF: Tensor, probs_R: Tensor,
-    counts: list[int],
+def _by_projection(
+    mlp: ExpertMLP, linear: Linear, biases: Sequence[Tensor], projections: Projections, down_eHF: Tensor,
+    probs_R: Tensor, counts: list[int],
 ) -> Tensor:  # fmt: skip
-    """All rows through one projection after another, each by `linear(rows, weight, ends)`."""
-    ends_e = torch.tensor(counts).cumsum(0).to(torch.int32)
-    parts = [linear(rows, weight, ends_e) for rows, weight in projections]
-    h_RF = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    gate_RF, up_RF = h_RF.chunk(2, dim=1)
-    out_RH = linear(F.silu(gate_RF) * up_RF * probs_R.unsqueeze(1).to(h_RF.dtype), down_eHF, ends_e)
-    if out_RH.requires_grad:
-        out_RH.register_hook(Tensor.contiguous)  # grouped_mm refuses an expanded gradient, as that of a sum is
-    return out_RH
+    counts_e = torch.tensor(counts)
+    return expert_mlp.weighted_outputs(mlp, linear, projections, down_eHF, probs_R, counts_e, biases)
 
 
 def _fastest(
-    ways: dict[str, Callable[..., Tensor]], projections: Projections, down_eHF: Tensor, counts: list[int]
-) -> str:
+    ways: dict[str, Callable[..., Tensor]], mlp: ExpertMLP, projections: Projections, down_eHF: Tensor,
+    counts: list[int],
+) -> str:  # fmt: skip
     """Measured forward and backward on random tensors of the same widths, with as many rows for each of a few experts
-    as these have on average, to a power of two. With gradients the first answer holds for these widths on all ranks."""
+    as these have on average, to a power of two; biases cost all alike. With gradients the first answer holds for these
+    widths on all ranks."""
     mean = max(1, round(sum(counts) / max(1, len(counts))))
     rows = min(MAX_PROBE_ROWS, 1 << round(math.log2(mean)))
     weight_numbers = sum(t[0].numel() for t in (down_eHF, *(weight for _, weight in projections)))
     experts = max(1, min(len(counts), PROBE_EXPERTS, PROBE_NUMBERS // weight_numbers))
     widths = [source.size(1) for source, _ in projections]
     dtype = str(down_eHF.dtype).removeprefix("torch.")
-    tensors = f"{dtype}, H={down_eHF.size(1)}, F={down_eHF.size(2)}, K={widths}"
+    other = "" if mlp.is_plain_swiglu else f", {mlp.activation}{' and biases' if mlp.bias else ''}"
+    tensors = f"{dtype}, H={down_eHF.size(1)}, F={down_eHF.size(2)}, K={widths}{other}"
     shape = f"{tensors}, {experts} experts of {rows} rows"
     agreed_for = f"{tensors}, {len(counts)} experts with gradients" if torch.is_grad_enabled() else None
     problem: list = []
@@ -109,7 +110,8 @@ def _fastest(
         leaves = [*(tensor for pair in pairs for tensor in pair), down, probs]
         forward_and_backward(lambda: way(pairs, down, probs, probe_counts), leaves, grad)
 
-    return fastest("experts", shape, {name: partial(work, way) for name, way in ways.items()}, agreed_for)
+    without_biases = available(replace(mlp, bias=False), projections, down_eHF)
+    return fastest("experts", shape, {name: partial(work, without_biases[name]) for name in ways}, agreed_for)
 
 
 def _probe(projections: Projections, down_eHF: Tensor, experts: int, rows: int) -> tuple:

@@ -18,11 +18,13 @@ class DsmoeConfig(PreTrainedConfig):
         head_dim: None: `hidden_size / num_attention_heads`.
         mlp_layer_types: "sparse" or "dense" for each layer; None: all sparse.
         num_experts, moe_intermediate_size: routed experts of a sparse layer, and the width of one.
+        expert_activation: of routed experts, a name in activations_dsmoe.py.
+        expert_bias: whether each projection of a routed expert adds one.
         shared_expert_intermediate_size: width of the expert that every token has; None: no such expert.
         expert_rank: width of the latent that scores an expert and enters its gate; 0: experts do not score themselves.
         router: {"name": ..., and every option it was trained with}.
-        num_experts_per_tok: experts of every token, of a router with a fixed k whose experts do not score themselves;
-            None: the number differs from token to token.
+        num_experts_per_tok: experts of every token, of a router with a fixed k whose experts do not score themselves
+            and are SwiGLU without biases; None: the number may differ from token to token.
         qk_norm: True: RMSNorm of queries and keys for each head; "full": over all heads together; False: none.
         max_position_embeddings: length of the training sequences.
         initializer_range: standard deviation of new weights.
@@ -49,6 +51,8 @@ class DsmoeConfig(PreTrainedConfig):
         mlp_layer_types: list[str] | None = None,
         num_experts: int = 8,
         moe_intermediate_size: int = 512,
+        expert_activation: str = "swiglu",
+        expert_bias: bool = False,
         shared_expert_intermediate_size: int | None = None,
         expert_rank: int = 0,
         router: dict | None = None,
@@ -86,6 +90,8 @@ class DsmoeConfig(PreTrainedConfig):
         self.mlp_layer_types = mlp_layer_types or ["sparse"] * num_hidden_layers
         self.num_experts = num_experts
         self.moe_intermediate_size = moe_intermediate_size
+        self.expert_activation = expert_activation
+        self.expert_bias = expert_bias
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.expert_rank = expert_rank
         self.router = router or {"name": "topk", "k": 1, "softmax": "before", "renormalize": False}

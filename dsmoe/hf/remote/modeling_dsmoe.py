@@ -1,7 +1,7 @@
 """A dsmoe language model in transformers: a LLaMA-like decoder whose MoE layers give every token 0..E experts.
 
-Stand-alone: this file travels with the weights and imports torch, transformers and the two files beside it. How tokens
-are routed is in routing_dsmoe.py. Written for and tested with transformers 5.23.
+Stand-alone: this file travels with the weights and imports torch, transformers and the files beside it. How tokens are
+routed is in routing_dsmoe.py. Written for and tested with transformers 5.23.
 
 Shapes: B sequences, S tokens of each in this call, T = B * S, H hidden, E experts, F width of an expert, r latent
 width, N routes. A route is a (token, expert) pair that is active, with a weight; routes are ordered by expert.
@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .activations_dsmoe import ACTIVATIONS
 from .configuration_dsmoe import DsmoeConfig
 from .routing_dsmoe import build_routing
 
@@ -128,13 +129,15 @@ def weighted_outputs(
     map_TE: Tensor,
     latents_TEr: Tensor | None,
     weights: list[Tensor],
+    activation: str,
     grouped: bool,
 ) -> Tensor:
     """The experts' weighted outputs summed for each token [T, H]; exactly 0 for a token without an expert.
 
     Args:
-        weights: gate_up_proj [E, 2F, H] and down_proj [E, H, F]; with latents gate_proj [E, F, r], up_proj [E, F, H]
-            and down_proj.
+        weights: gate_up_proj [E, 2F, H] (up_proj [E, F, H] without a gate) and down_proj [E, H, F]; with latents
+            gate_proj [E, F, r], up_proj [E, F, H] and down_proj; then the bias [E, N] of each, if they have any.
+        activation: key of `ACTIVATIONS`.
         grouped: one grouped GEMM rather than one expert after another.
     """
     linear = grouped_linear if grouped else loop_linear
@@ -142,16 +145,20 @@ def weighted_outputs(
     if token_N.numel() == 0:
         return torch.zeros_like(hidden_TH)
     ends_E = map_TE.sum(0).cumsum(0).to(torch.int32)
-    rows_NH = hidden_TH.index_select(0, token_N)
+    sources = [hidden_TH.index_select(0, token_N)]
     if latents_TEr is not None:
-        gate_proj, up_proj, down_proj = weights
-        gate = linear(latents_TEr[token_N, expert_N], gate_proj, ends_E)
-        up = linear(rows_NH, up_proj, ends_E)
-    else:
-        gate_up_proj, down_proj = weights
-        gate, up = linear(rows_NH, gate_up_proj, ends_E).chunk(2, dim=-1)
-    weight_N = probs_TE[token_N, expert_N].to(gate.dtype)
-    out_NH = linear(F.silu(gate) * up * weight_N.unsqueeze(1), down_proj, ends_E)
+        sources.insert(0, latents_TEr[token_N, expert_N])
+    *projections, down = weights[: len(sources) + 1]
+    biases = [bias_EN[expert_N] for bias_EN in weights[len(sources) + 1 :]]
+    h = [linear(rows, weight, ends_E) for rows, weight in zip(sources, projections, strict=True)]
+    if biases:
+        h = [x + bias for x, bias in zip(h, biases, strict=False)]
+    function = ACTIVATIONS[activation]
+    inputs = h[0].chunk(2, dim=-1) if function.gated and len(h) == 1 else h
+    weight_N1 = probs_TE[token_N, expert_N].unsqueeze(1)
+    out_NH = linear(function.forward(*inputs) * weight_N1.to(h[0].dtype), down, ends_E)
+    if biases:
+        out_NH = out_NH + (weight_N1 * biases[-1]).to(out_NH.dtype)
     return torch.zeros_like(hidden_TH).index_add(0, token_N, out_NH)
 
 
@@ -162,85 +169,94 @@ def weighted_outputs_backward(
     map_TE: Tensor,
     latents_TEr: Tensor | None,
     weights: list[Tensor],
+    activation: str,
 ) -> list[Tensor]:
     """Gradients of `weighted_outputs`, one expert after another: of hidden_TH, probs_TE, latents_TEr where there are
     any, and the weights. Written out, since autograd does not look inside an operator."""
     inputs = [hidden_TH, probs_TE, *([] if latents_TEr is None else [latents_TEr]), *weights]
     grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     grad_hidden, grad_probs, *grad_latents = grads[: -len(weights)]
-    *grad_projections, grad_down = grads[-len(weights) :]
-    *projections, down = weights
+    count, function = 2 if latents_TEr is None else 3, ACTIVATIONS[activation]
+    *projections, down = weights[:count]
+    *grad_projections, grad_down = grads[-len(weights) :][:count]
+    biases, grad_biases = weights[count:], grads[-len(weights) :][count:]
     for expert in map_TE.any(0).nonzero().flatten().tolist():
         token = map_TE[:, expert].nonzero().flatten()
         sources = [hidden_TH[token]] if latents_TEr is None else [latents_TEr[token, expert], hidden_TH[token]]
-        h = torch.cat([F.linear(x, w[expert]) for x, w in zip(sources, projections, strict=True)], dim=1)
-        gate, up = h.chunk(2, dim=1)
-        silu, weight, grad_out = F.silu(gate), probs_TE[token, expert].to(h.dtype).unsqueeze(1), grad_TH[token]
-        inner = silu * up
+        *own, own_down = [bias[expert] for bias in biases] or [None] * count
+        h = [F.linear(x, w[expert], b) for x, w, b in zip(sources, projections, own, strict=True)]
+        parts = list(h[0].chunk(2, dim=1)) if function.gated and len(h) == 1 else h
+        weight, grad_out = probs_TE[token, expert].to(h[0].dtype).unsqueeze(1), grad_TH[token]
+        inner = function.forward(*parts)
         grad_scaled = grad_out @ down[expert]
         grad_down[expert] = grad_out.t() @ (inner * weight)
-        grad_probs[token, expert] = (grad_scaled.float() * inner.float()).sum(1).to(grad_probs.dtype)
-        grad_inner = grad_scaled * weight
-        grad_gate = torch.ops.aten.silu_backward(grad_inner * up, gate)
-        grad_h = [torch.cat((grad_gate, grad_inner * silu), dim=1)]
+        grad_weight = (grad_scaled.float() * inner.float()).sum(1)
+        if biases:
+            grad_weight = grad_weight + grad_out.float() @ own_down.float()
+        grad_probs[token, expert] = grad_weight.to(grad_probs.dtype)
+        grad_h = function.backward(grad_scaled * weight, *parts)
+        if len(h) == 1:
+            grad_h = [torch.cat(grad_h, dim=1)]
         if latents_TEr is not None:
-            grad_h = [grad_gate, grad_inner * silu]
-            grad_latents[0][token, expert] = grad_gate @ projections[0][expert]
+            grad_latents[0][token, expert] = grad_h[0] @ projections[0][expert]
         grad_hidden[token] += grad_h[-1] @ projections[-1][expert]
         for grad, source, to in zip(grad_h, sources, grad_projections, strict=True):
             to[expert] = grad.t() @ source
+        for grad, to in zip([*grad_h, grad_out * weight], grad_biases, strict=False):
+            to[expert] = grad.sum(0)
     return grads
 
 
 # How many routes there are depends on the data, which torch.compile and torch.export cannot follow without breaking
 # the graph. To them the experts are one operator, [T, H] to [T, H], that makes its forward pass again in its backward.
-if not hasattr(torch.ops.dsmoe, "routed_experts"):  # another export in this process may have brought it
+if not hasattr(torch.ops.dsmoe, "expert_outputs"):  # another export in this process may have brought it
 
-    @torch.library.custom_op("dsmoe::routed_experts", mutates_args=())
-    def _routed_experts(
+    @torch.library.custom_op("dsmoe::expert_outputs", mutates_args=())
+    def _expert_outputs(
         hidden_TH: Tensor, probs_TE: Tensor, map_TE: Tensor, latents_TEr: Tensor | None, weights: list[Tensor],
-        grouped: bool,
+        activation: str, grouped: bool,
     ) -> Tensor:  # fmt: skip
-        return weighted_outputs(hidden_TH, probs_TE, map_TE, latents_TEr, weights, grouped)
+        return weighted_outputs(hidden_TH, probs_TE, map_TE, latents_TEr, weights, activation, grouped)
 
-    @_routed_experts.register_fake
-    def _(hidden_TH, probs_TE, map_TE, latents_TEr, weights, grouped):
+    @_expert_outputs.register_fake
+    def _(hidden_TH, probs_TE, map_TE, latents_TEr, weights, activation, grouped):
         return torch.empty_like(hidden_TH)
 
-    @torch.library.custom_op("dsmoe::routed_experts_backward", mutates_args=())
-    def _routed_experts_backward(
+    @torch.library.custom_op("dsmoe::expert_outputs_backward", mutates_args=())
+    def _expert_outputs_backward(
         grad_TH: Tensor, hidden_TH: Tensor, probs_TE: Tensor, map_TE: Tensor, latents_TEr: Tensor | None,
-        weights: list[Tensor], grouped: bool,
+        weights: list[Tensor], activation: str,
     ) -> list[Tensor]:  # fmt: skip
-        return weighted_outputs_backward(grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, weights)
+        return weighted_outputs_backward(grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, weights, activation)
 
-    @_routed_experts_backward.register_fake
-    def _(grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, weights, grouped):
+    @_expert_outputs_backward.register_fake
+    def _(grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, weights, activation):
         inputs = [hidden_TH, probs_TE, *([] if latents_TEr is None else [latents_TEr]), *weights]
         return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
 
     def _keep_for_backward(ctx, inputs, output):
-        *tensors, weights, ctx.grouped = inputs
+        *tensors, weights, ctx.activation, _ = inputs
         ctx.has_latents = tensors[3] is not None
         ctx.save_for_backward(*(x for x in tensors if x is not None), *weights)
 
     def _backward(ctx, grad_TH):
         hidden_TH, probs_TE, map_TE, *others = ctx.saved_tensors
         latents_TEr = others.pop(0) if ctx.has_latents else None
-        grads = torch.ops.dsmoe.routed_experts_backward(
-            grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, others, ctx.grouped
+        grads = torch.ops.dsmoe.expert_outputs_backward(
+            grad_TH, hidden_TH, probs_TE, map_TE, latents_TEr, others, ctx.activation
         )
         latents_grad = grads.pop(2) if ctx.has_latents else None
-        return grads[0], grads[1], None, latents_grad, grads[2:], None
+        return grads[0], grads[1], None, latents_grad, grads[2:], None, None
 
-    _routed_experts.register_autograd(_backward, setup_context=_keep_for_backward)
+    _expert_outputs.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
 class DsmoeRoutedExperts(nn.Module):
-    """SwiGLU experts over a flat list of routes: any number of experts for each token, no padding, none dropped.
+    """Experts over a flat list of routes: any number of experts for each token, no padding, none dropped.
 
-    `gate_up_proj` [E, 2F, H] (gate first) and `down_proj` [E, H, F]. Experts that score themselves have `gate_proj`
-    [E, F, r], which continues from the latent that scored them, and `up_proj` [E, F, H].
+    `gate_up_proj` [E, 2F, H] (gate first), or `up_proj` [E, F, H] where the activation has no gate, and `down_proj`
+    [E, H, F]. Experts that score themselves have `gate_proj` [E, F, r], which continues from the latent that scored
+    them, and `up_proj` [E, F, H]. With biases each has one, `gate_up_proj_bias` [E, 2F] and so on.
     """
 
     def __init__(self, config: DsmoeConfig):
@@ -248,22 +264,26 @@ class DsmoeRoutedExperts(nn.Module):
         experts, hidden, ffn, rank = (
             config.num_experts, config.hidden_size, config.moe_intermediate_size, config.expert_rank,
         )  # fmt: skip
-        self.backend, self.low_rank = config.experts_backend, bool(rank)
+        self.backend, self.low_rank, self.activation = config.experts_backend, bool(rank), config.expert_activation
+        shapes = {"up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
         if rank:
-            self.gate_proj = nn.Parameter(torch.empty(experts, ffn, rank))
-            self.up_proj = nn.Parameter(torch.empty(experts, ffn, hidden))
-        else:
-            self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * ffn, hidden))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, ffn))
+            shapes = {"gate_proj": (ffn, rank), **shapes}
+        elif ACTIVATIONS[self.activation].gated:
+            shapes = {"gate_up_proj": (2 * ffn, hidden), "down_proj": (hidden, ffn)}
+        if config.expert_bias:
+            shapes |= {f"{name}_bias": shape[:1] for name, shape in shapes.items()}
+        self.names = tuple(shapes)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(experts, *shape)))
 
     def forward(self, hidden_TH: Tensor, probs_TE: Tensor, map_TE: Tensor, latents_TEr: Tensor | None) -> Tensor:
         """As `weighted_outputs`."""
-        names = ("gate_proj", "up_proj", "down_proj") if self.low_rank else ("gate_up_proj", "down_proj")
-        weights = [getattr(self, name) for name in names]
-        grouped = all(map(can_group, weights)) if self.backend == "auto" else self.backend == "grouped_mm"
-        opaque = torch.compiler.is_compiling()
-        run = torch.ops.dsmoe.routed_experts if opaque else weighted_outputs
-        return run(hidden_TH, probs_TE, map_TE, latents_TEr if self.low_rank else None, weights, grouped)
+        weights = [getattr(self, name) for name in self.names]
+        matrices = [weight for weight in weights if weight.dim() == 3]
+        grouped = all(map(can_group, matrices)) if self.backend == "auto" else self.backend == "grouped_mm"
+        run = torch.ops.dsmoe.expert_outputs if torch.compiler.is_compiling() else weighted_outputs
+        latents_TEr = latents_TEr if self.low_rank else None
+        return run(hidden_TH, probs_TE, map_TE, latents_TEr, weights, self.activation, grouped)
 
 
 @use_experts_implementation
@@ -289,8 +309,8 @@ class DsmoeExperts(nn.Module):
         probs_TE = top_k_weights.new_zeros(shape).scatter(1, top_k_index, top_k_weights)
         map_TE = torch.zeros(shape, dtype=torch.bool, device=probs_TE.device).scatter(1, top_k_index, True)
         weights = [self.gate_up_proj, self.down_proj]
-        run = torch.ops.dsmoe.routed_experts if torch.compiler.is_compiling() else weighted_outputs
-        return run(hidden_states, probs_TE, map_TE, None, weights, False)
+        run = torch.ops.dsmoe.expert_outputs if torch.compiler.is_compiling() else weighted_outputs
+        return run(hidden_states, probs_TE, map_TE, None, weights, "swiglu", False)
 
 
 class DsmoeSparseMLP(nn.Module):
@@ -394,8 +414,11 @@ class DsmoePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, (DsmoeRoutedExperts, DsmoeExperts)):
-            for parameter in module.parameters(recurse=False):
-                initialization.normal_(parameter, mean=0.0, std=std)
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    initialization.zeros_(parameter)
+                else:
+                    initialization.normal_(parameter, mean=0.0, std=std)
         elif hasattr(module, "path_in_routing"):
             # Vectors and buffers begin as their module makes them; this one may have been made without memory.
             with torch.device("cpu"):

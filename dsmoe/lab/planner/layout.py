@@ -13,6 +13,7 @@ from dsmoe.errors import ConfigError
 from dsmoe.lab.planner.hardware import Hardware
 from dsmoe.model.size import ModelSize, model_size
 from dsmoe.moe.expected_rows import ExpectedRows, chance_of_need, expected_rows, resolve_dispatcher
+from dsmoe.moe.expert_mlp import ExpertMLP
 from dsmoe.routers import get
 from dsmoe.routers.base import RouterOptions
 
@@ -61,6 +62,11 @@ class Layout:
     def latent(self) -> int:
         """r; 0 for a router with a gate."""
         return get(self.config.router.name).latent_rank(self.options)
+
+    @cached_property
+    def expert(self) -> ExpertMLP:
+        """Of every MoE layer."""
+        return ExpertMLP.of(self.model, self.latent)
 
     @cached_property
     def shards_latents(self) -> bool:

@@ -8,6 +8,7 @@ layer is at work.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from dsmoe.lab.planner.layout import Layout
@@ -89,7 +90,7 @@ def layer_parameters(layout: Layout) -> float:
 def largest_parameter(layout: Layout) -> float:
     """Elements of a rank's largest tensor under the optimizer."""
     model = layout.model
-    experts = layout.local_experts * 2 * model.moe_ffn_hidden_size * model.hidden_size / layout.replicas
+    experts = layout.local_experts * max(map(math.prod, layout.expert.shapes.values())) / layout.replicas
     return max(experts if layout.moe_layers else 0.0, model.vocab_size * model.hidden_size / layout.ranks)
 
 
@@ -128,7 +129,7 @@ def routing(layout: Layout) -> float:
 def moe_activations(layout: Layout) -> float:
     """Kept of one MoE layer: routing, rows by expert, gate and up, and what a shared expert keeps."""
     model = layout.model
-    rows = layout.routes * (model.hidden_size + 2 * model.moe_ffn_hidden_size + layout.latent) * layout.element
+    rows = layout.routes * (model.hidden_size + layout.expert.activation_width + layout.latent) * layout.element
     return routing(layout) + rows + dense(layout, model.moe_shared_expert_intermediate_size or 0)
 
 

@@ -144,10 +144,10 @@ def combine(layout: Layout) -> Work:
 
 
 def experts(layout: Layout) -> Work:
-    """Three projections of every route; each expert's weights are read forward and backward, and gradients written."""
+    """The projections of every route; each expert's weights are read forward and backward, and gradients written."""
     model, times = layout.model, layout.moe_layers * layout.micro_steps
     again = model.recompute != "none"
-    matrices = model.moe_ffn_hidden_size * (2 * model.hidden_size + (layout.latent or model.hidden_size))
+    matrices = layout.expert.multiplications
     flops = 2 * matrices * (PASSES + again) * layout.routes * times
     elements = layout.routes * (14 + 4 * again) * model.moe_ffn_hidden_size * layout.element * times
     used = min(layout.local_experts, layout.routes) * model.moe_chunks  # each chunk goes through its experts' weights

@@ -15,6 +15,7 @@ from dsmoe.config import RunConfig, load_config
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.grid import ACTIVE, BUDGET, GRANULARITY, SIZE, Cell, Compute, Preset, Study
 from dsmoe.lab.study.results import flops_per_token, sized
+from dsmoe.moe.expert_mlp import ExpertMLP
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.schedule import decay_start
@@ -89,8 +90,9 @@ def _at_equal_compute(study: Study, cell: Cell, settings: dict[str, Any], comput
     if not study.arm(cell.arm).derive_width:
         return settings
     hidden, rank = model.hidden_size, router.latent_rank(options)
-    wanted = total * hidden + experts * 3 * hidden * width
-    scores, each = router.parameter_count(model, options), experts * (2 * hidden + (rank or hidden))
+    wanted = total * hidden + experts * ExpertMLP.of(model).multiplications / model.moe_ffn_hidden_size * width
+    each = experts * ExpertMLP.of(model, rank).multiplications / model.moe_ffn_hidden_size
+    scores = router.parameter_count(model, options)
     fitting = round((wanted - scores) / each)
     if fitting < 1 or abs(scores + fitting * each - wanted) > TOLERANCE * wanted:
         problem = (

@@ -4,6 +4,7 @@ not compute what the run does never appears. Runs are made up, not trained."""
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dsmoe.checkpoint.load import CheckpointReader
 from dsmoe.checkpoint.write import write_weights
 from dsmoe.config import RunConfig, validate_config
 from dsmoe.data.prepare import prepare
 from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError
 from dsmoe.hf.export import ExportOptions, export, summary
+from dsmoe.hf.importing import ImportOptions, import_model
 from dsmoe.hf.parity import Agreement, Observation, compare
 from dsmoe.model.skeleton import logical_shapes
 from dsmoe.routers import get
@@ -29,7 +32,8 @@ MODEL = dict(
     vocab_size=320, init_std=0.1,
 )  # fmt: skip
 FILES = {
-    "README.md", "config.json", "configuration_dsmoe.py", "modeling_dsmoe.py", "routing_dsmoe.py", "tokenizer.json",
+    "README.md", "config.json", "activations_dsmoe.py", "configuration_dsmoe.py", "modeling_dsmoe.py",
+    "routing_dsmoe.py", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "generation_config.json", "export_report.json", "training_state.json",
 }  # fmt: skip
 
@@ -145,9 +149,34 @@ def test_a_plain_top_k_model_needs_no_code(tmp_path, dataset, groups):
     report = export(tmp_path / "run", tmp_path / "out", ExportOptions(format="auto"))
     assert report["architecture"] == "qwen3_moe" and report["parity"]["fp32"]["flipped_routes"] == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == FILES - {"configuration_dsmoe.py", "modeling_dsmoe.py", "routing_dsmoe.py"} | {"model.safetensors"}
+    assert names == {name for name in FILES if not name.endswith(".py")} | {"model.safetensors"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "trust_remote_code" not in card
+
+
+@pytest.mark.parametrize(
+    ("router", "activation", "bias"),
+    [({"name": "topk", "k": 2}, "reglu", True), ({"name": "relu", "k": 1}, "relu2", False)],
+)
+def test_other_experts_leave_and_come_back(tmp_path, dataset, groups, router, activation, bias):
+    """Both ways are held to transformers' own logits."""
+    model = {"expert_activation": activation, "expert_bias": bias}
+    made_up_run(tmp_path / "run", dataset, router, **model)
+    with pytest.raises(
+        ConversionError, match=f"model.expert_activation is {activation}, model.expert_bias {str(bias).lower()}"
+    ):
+        export(tmp_path / "run", tmp_path / "native", ExportOptions(format="auto"))
+    report = export(tmp_path / "run", tmp_path / "out", ExportOptions())
+    assert report["parity"]["fp32"]["max_logit_difference"] <= 1e-4
+    assert f"{activation} of width 16" in (tmp_path / "out" / "README.md").read_text()
+    report = import_model(tmp_path / "out", tmp_path / "again", ImportOptions())
+    assert report["parity"]["fp32"]["max_logit_difference"] <= 1e-4
+    readers = [CheckpointReader(next((tmp_path / name / "checkpoints").iterdir())) for name in ("run", "again")]
+    tensors = readers[0].manifest.tensors
+    assert tensors == readers[1].manifest.tensors and any(name.endswith("_bias") for name in tensors) == bias
+    for name, shape in tensors.items():
+        first, second = (reader.read("weight", name, 0, math.prod(shape)) for reader in readers)
+        assert torch.equal(first, second), name
 
 
 @pytest.fixture(scope="module")

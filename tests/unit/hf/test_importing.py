@@ -271,8 +271,9 @@ def assert_same_run(run, model) -> None:
 @pytest.mark.parametrize("router", ROUTERS)
 def test_an_export_of_ours_comes_back_bit_for_bit(groups, tmp_path, router):
     shapes = dict(
-        num_layers=3, moe_layer_freq=[0, 1, 1], qk_layernorm=True, moe_shared_expert_intermediate_size=8, kv_channels=12
-    )
+        num_layers=3, moe_layer_freq=[0, 1, 1], qk_layernorm=True, moe_shared_expert_intermediate_size=8,
+        kv_channels=12, expert_activation="geglu", expert_bias=True,
+    )  # fmt: skip
     options = {"name": router} | ({"threshold": 0.01} if router == "routing_free" else {})
     config, router_options, model = own_model(groups, shapes, options)
     content = remote_config(config, get(router), router_options)

@@ -73,12 +73,25 @@ def test_weights_that_a_folder_lacks_begin_anew(model, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items() if name not in missing)
 
 
-@pytest.mark.parametrize("name", ["topk", "relu", "routing_free"])  # fixed k; any number; experts of a latent
-def test_it_compiles_in_one_graph(name):
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("topk", {}),  # fixed k
+        ("relu", {}),  # any number
+        ("routing_free", {}),  # experts of a latent
+        ("relu", {"expert_activation": "swigluoai", "expert_bias": True}),
+        ("relu", {"expert_activation": "relu2", "expert_bias": True}),
+        ("routing_free", {"expert_activation": "reglu", "expert_bias": True}),
+    ],
+)
+def test_it_compiles_in_one_graph(name, experts):
     """Training: loss, gradients of all weights. The compiler's own code is not at stake, so it is left out."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = DsmoeForCausalLM(config(name))
+    model = DsmoeForCausalLM(config(name, **experts))
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):
+            parameter.data.normal_()
     plain, compiled = copy.deepcopy(model).train(), copy.deepcopy(model).train()
     graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     losses = [m(TOKENS, labels=TOKENS).loss for m in (plain, graph)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsmoe.config import validate_config
-from dsmoe.hf.export import remote_config
+from dsmoe.hf.export import packed_experts_per_token, remote_config
 from dsmoe.hf.remote.configuration_dsmoe import DsmoeConfig
 from dsmoe.hf.remote.modeling_dsmoe import DsmoeForCausalLM, DsmoeRoutedExperts, grouped_linear, loop_linear
 from dsmoe.hf.table import PACKED, TABLES, links, routing_name
@@ -38,6 +38,8 @@ SHAPES = {
     "shared expert": {"moe_shared_expert_intermediate_size": 24},
     "qk norm": {"qk_layernorm": True},
     "qk norm over all heads": {"qk_layernorm": "full"},
+    "experts without a gate": {"expert_activation": "relu2"},
+    "experts of another gate with biases": {"expert_activation": "swigluoai", "expert_bias": True},
     "wide heads": {"kv_channels": 16, "rotary_base": 500.0},
 }  # fmt: skip
 
@@ -59,7 +61,10 @@ def both_models(groups, router: str, **shape) -> tuple[LanguageModel, DsmoeForCa
         }
         ours.controller.load(state)
     tensors = dict(logical_tensors(ours))
-    rows = PACKED if router_class.fixed_experts_per_token(options) else TABLES
+    for name, tensor in tensors.items():
+        if name.endswith("_bias"):  # of experts, which begins at 0
+            tensor.data.normal_(generator=generator)
+    rows = PACKED if packed_experts_per_token(config, router_class, options) else TABLES
     plan = links(rows["dsmoe"], config.model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     state = {}
     for link in plan:
@@ -106,6 +111,14 @@ def test_logits_are_dsmoes(models):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_dsmoes_in_every_shape(groups, shape):
     ours, theirs = both_models(groups, "expert_threshold", **SHAPES[shape])
+    tokens = text(2, 24)
+    assert (theirs(tokens).logits - logits_of(ours, tokens)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("router", ["topk", "aoe"])  # a fixed k, which SwiGLU has kernels for; experts of a latent
+def test_logits_are_dsmoes_with_biases(groups, router):
+    ours, theirs = both_models(groups, router, expert_activation="geglu", expert_bias=True)
     tokens = text(2, 24)
     assert (theirs(tokens).logits - logits_of(ours, tokens)).abs().max() < 1e-5
 

@@ -40,6 +40,7 @@ VARIANTS = {
     "qk norm": {"qk_layernorm": True},
     "one qk norm over all heads": {"qk_layernorm": "full"},
     "heads of another size": {"kv_channels": 12, "qk_layernorm": "full", "num_attention_heads": 6},
+    "experts with biases": {"expert_activation": "geglu", "expert_bias": True},
     "all of it": {
         "num_layers": 3, "moe_layer_freq": [0, 1, 1], "tie_embeddings": False, "qk_layernorm": True,
         "moe_shared_expert_intermediate_size": 8,
@@ -66,6 +67,13 @@ def at_expert_parallel(groups, size: int, rank: int):
 def text(config, sequences: int = 3, seed: int = 0) -> torch.Tensor:
     shape = (sequences, config.model.sequence_length)
     return torch.randint(0, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_experts_without_a_gate_are_a_third_smaller(groups):
+    config, gated = config_of(expert_activation="relu2"), config_of()
+    model = build(config, groups)
+    assert model_size(config).total == sum(parameter.numel() for parameter in model.parameters())
+    assert model_size(config).expert * 3 == model_size(gated).expert * 2
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_where_there_is_no_library_torch_does_the_work(small_sources, monkeypatc
     assert expected in native.unavailable()
     experts = build_experts("auto")
     tensors = [torch.ones(2, 16), experts.gate_up_proj, experts.down_proj]
-    assert set(cpu.available([tuple(tensors[:2])], tensors[2])) == {"blocked", "loop", "grouped_mm"}
+    assert set(cpu.available(experts.mlp, [tuple(tensors[:2])], tensors[2])) == {"blocked", "loop", "grouped_mm"}
     experts(tensors[0], torch.tensor([1, 1]), torch.ones(2))
     with pytest.raises(
         ConfigError, match="experts_implementation: found native, but .*expected auto, grouped_mm or loop"

@@ -29,7 +29,8 @@ def similarity(layer: VariableMoELayer, hidden_TH: Tensor) -> dict[str, dict[str
     outputs_eNH = all_outputs(layer, hidden_TH[order[:count].to(hidden_TH.device)])
     units_eFK = hidden_units(layer)
     # Random units of the same shape, and of the same size in gate, up and down.
-    size_K = units_eFK.unflatten(2, (3, -1)).square().mean((0, 1, 3)).sqrt().repeat_interleave(units_eFK.size(2) // 3)
+    hidden = layer.experts.mlp.hidden
+    size_K = units_eFK.unflatten(2, (-1, hidden)).square().mean((0, 1, 3)).sqrt().repeat_interleave(hidden)
     random = torch.randn(2, *units_eFK.shape[1:], generator=torch.Generator().manual_seed(0))
     chance = matched(*(random.to(units_eFK.device) * size_K))
     return {
@@ -65,15 +66,17 @@ def cka(outputs_eNH: Tensor) -> Tensor:
 
 
 def hidden_units(layer: VariableMoELayer) -> Tensor:
-    """[e, F, 3H]: of each hidden unit what it looks for (gate and up) and what it writes (down). A gate of low rank is
-    multiplied out."""
+    """[e, F, 3H], or 2H without a gate: of each hidden unit what it looks for (gate and up) and what it writes (down).
+    A gate of low rank is multiplied out; biases are left out."""
     experts = layer.experts
     if isinstance(experts, LowRankExperts):
         reduce = layer.router.own_reduce_erH
-        gate, up = experts.gate_proj.float() @ reduce.float(), experts.up_proj.float()
+        inputs: tuple[Tensor, ...] = (experts.gate_proj.float() @ reduce.float(), experts.up_proj.float())
+    elif experts.mlp.function.gated:
+        inputs = tuple(experts.gate_up_proj.float().chunk(2, dim=1))
     else:
-        gate, up = experts.gate_up_proj.float().chunk(2, dim=1)
-    return torch.cat((gate, up, experts.down_proj.float().mT), dim=-1)
+        inputs = (experts.up_proj.float(),)
+    return torch.cat((*inputs, experts.down_proj.float().mT), dim=-1)
 
 
 def weight_similarities(units_eFK: Tensor) -> Tensor:
