@@ -59,7 +59,7 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
 
 
 def run_study(arguments: argparse.Namespace) -> int:
-    from dsmoe.lab.study.grid import load_study
+    from dsmoe.lab.study.check import load_study
     from dsmoe.lab.study.runner import run_study
 
     study = load_study(arguments.study)

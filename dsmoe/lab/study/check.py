@@ -6,12 +6,29 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from dsmoe.config import RunConfig
+from dsmoe.config import RunConfig, read_yaml, validated
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.grid import LIMITS, MEASURED, Cell, Study, slug
+from dsmoe.lab.study.plan import is_plan, study_of_plan
 from dsmoe.lab.study.results import sized
 from dsmoe.lab.study.settings import cell_config
 from dsmoe.optim.registry import optimizer_class
+
+
+def load_study(path: str | Path, to_run: bool = True) -> Study:
+    """Read and check a study, or a plan of the earlier compare_routers (`dsmoe.lab.study.plan`).
+
+    Args:
+        to_run: also check the configuration of each of its runs, and whether they can run on this machine.
+
+    Raises:
+        ConfigError: with every mistake of the study, or every mistake of all its runs.
+    """
+    tree = read_yaml(path)
+    study = validated(study_of_plan(tree, str(path)) if is_plan(tree) else tree, Study, str(path))
+    if to_run and (problems := study_problems(study) or cell_problems(study)):
+        raise ConfigError(problems, str(path))
+    return study
 
 
 def study_problems(study: Study) -> list[str]:

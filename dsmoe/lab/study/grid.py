@@ -39,9 +39,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dsmoe.config import RouterConfig, Section, read_yaml, validated
-from dsmoe.errors import ConfigError
-from dsmoe.lab.study.plan import is_plan, study_of_plan
+from dsmoe.config import RouterConfig, Section
 from dsmoe.lab.study.results import BRANCH
 
 ACTIVE, GRANULARITY, SIZE, BUDGET = "active_experts", "granularity", "size", "budget"
@@ -201,24 +199,6 @@ class Cell:
         point = "".join(f", {axis.rpartition('.')[2]} {value}" for axis, value in self.point)
         length = f", length {self.length:g}" if self.length != 1 else ""
         return f"{self.arm}{point}, seed {self.seed}{length}" + ("" if self.gate is None else f", gate {self.gate + 1}")
-
-
-def load_study(path: str | Path, to_run: bool = True) -> Study:
-    """Read and check a study, or a plan of the earlier compare_routers (`dsmoe.lab.study.plan`).
-
-    Args:
-        to_run: also check the configuration of each of its runs, and whether they can run on this machine.
-
-    Raises:
-        ConfigError: with every mistake of the study, or every mistake of all its runs.
-    """
-    from dsmoe.lab.study.check import cell_problems, study_problems
-
-    tree = read_yaml(path)
-    study = validated(study_of_plan(tree, str(path)) if is_plan(tree) else tree, Study, str(path))
-    if to_run and (problems := study_problems(study) or cell_problems(study)):
-        raise ConfigError(problems, str(path))
-    return study
 
 
 def _order(value: Any) -> tuple:

@@ -27,10 +27,11 @@ from dsmoe.checkpoint.files import write_atomically
 from dsmoe.config import RunConfig
 from dsmoe.errors import ConfigError, TrainingError
 from dsmoe.lab.children import Child, commit, cores, launcher, machine, start, stop, train_script
+from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.display import Display, Row
 from dsmoe.lab.study.energy import find_meter
 from dsmoe.lab.study.gates import reason_to_skip
-from dsmoe.lab.study.grid import Cell, Study, load_study
+from dsmoe.lab.study.grid import Cell, Study
 from dsmoe.lab.study.results import finished, matching_steps, read_result, run_lines
 from dsmoe.lab.study.settings import cell_config, cell_overrides, config_file
 from dsmoe.training.schedule import decay_start

@@ -22,7 +22,7 @@ from dsmoe.lab.planner.hardware import load_hardware
 from dsmoe.lab.planner.layout import Layout
 from dsmoe.lab.planner.memory import routing
 from dsmoe.lab.planner.predict import predict
-from dsmoe.lab.study.grid import load_study
+from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.results import target_density
 from dsmoe.lab.study.settings import cell_config
 from dsmoe.model.gpt import LanguageModel

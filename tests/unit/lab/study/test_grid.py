@@ -9,7 +9,8 @@ from plan_files import edit
 
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study import check
-from dsmoe.lab.study.grid import LIMITS, load_study
+from dsmoe.lab.study.check import load_study
+from dsmoe.lab.study.grid import LIMITS
 from dsmoe.lab.study.limits import SHOWN_BY
 from dsmoe.lab.study.measures import MEASURES
 from dsmoe.lab.study.results import flops_per_token, router_parameters, sized

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.lab.planner.replay import replay
+from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.energy import find_meter
-from dsmoe.lab.study.grid import load_study
 from dsmoe.lab.study.inside import Inside, idle, weak
 from dsmoe.lab.study.measures import read_results
 from dsmoe.lab.study.report import write_report

@@ -13,7 +13,8 @@ from plan_files import edit
 from rich.console import Console
 
 from dsmoe.errors import ConfigError, TrainingError
-from dsmoe.lab.study.grid import Cell, load_study
+from dsmoe.lab.study.check import load_study
+from dsmoe.lab.study.grid import Cell
 from dsmoe.lab.study.results import read_result, run_config
 from dsmoe.lab.study.runner import RECORD, read_record, run_study
 

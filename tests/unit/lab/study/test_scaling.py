@@ -13,8 +13,8 @@ from plan_files import edit
 from rich.console import Console
 
 from dsmoe.errors import ConfigError
+from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.gates import reason_to_skip
-from dsmoe.lab.study.grid import load_study
 from dsmoe.lab.study.measures import centre_and_band, flops, read_results, smoothed, spikes, wall
 from dsmoe.lab.study.report import rebuild, write_report
 from dsmoe.lab.study.results import run_config, run_lines
