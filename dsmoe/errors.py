@@ -72,3 +72,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for a name that looks like a known one, else nothing: to be added to a message."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def one_of(name: str, known: Iterable[str]) -> str:
+    """`one of a, b (did you mean 'a'?)`, for messages."""
+    known = list(known)
+    return f"one of {', '.join(known)}{nearest(name, known)}"

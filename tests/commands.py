@@ -16,7 +16,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from forked import context
+
+from dsmoe.parallel.place import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 400.0  # seconds: of a hang, not of a busy machine; an idle one needs about 10 for a short run
@@ -78,7 +79,7 @@ def forked(
     The code is that of the first process that fails, or 0. What of the environment is read while a library is imported
     has no effect here.
     """
-    began, port = time.monotonic(), str(free_port())
+    began, port = time.monotonic(), free_port()
     variables = {**os.environ, **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "output")
@@ -167,18 +168,12 @@ def beside_python(name: str) -> str | None:
 
 def deepspeed(processes: int | None, *arguments: str) -> list[str]:
     number = [] if processes is None else ["--num_gpus", str(processes)]
-    return [beside_python("deepspeed"), "--master_port", str(free_port()), *number, *arguments]
+    return [beside_python("deepspeed"), "--master_port", free_port(), *number, *arguments]
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
-    port = str(free_port())
+    port = free_port()
     return [beside_python("torchrun"), "--nproc-per-node", str(processes), "--master-port", port, *arguments]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+
+from dsmoe.errors import nearest
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> dict[str, str]:
@@ -16,7 +17,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, .
         field = ".".join((*prefix, *path))
         expected = item["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines[field] = f"{field}: unknown key{nearest(path[-1], known)}"
+            lines[field] = f"{field}: unknown key{nearest_or_all(path[-1], known)}"
         elif item["type"] == "missing":
             lines[field] = f"{field}: not set, but has no default"
         elif item["type"] == "model_type":
@@ -67,7 +68,6 @@ def _shortened(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """' (did you mean X?)', or the list of what there is."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(sorted(known))})"
+def nearest_or_all(name: str, known: list[str]) -> str:
+    """` (did you mean 'x'?)`, or the list of what there is."""
+    return nearest(name, known) or f" (known: {', '.join(sorted(known))})"

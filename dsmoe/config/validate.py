@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dsmoe.config.explain import explain, nearest
-from dsmoe.config.plugins import expected_name, token_dispatchers
+from dsmoe.config.explain import explain, nearest_or_all
 from dsmoe.config.schema import SECTIONS, ModelConfig, ParallelConfig, RouterConfig, RunConfig, TrainingConfig
-from dsmoe.errors import ConfigError
+from dsmoe.errors import ConfigError, one_of
+from dsmoe.runtime.plugins import token_dispatchers
 
 # DeepSpeed's own keys that dsmoe sets itself, and where to say it instead.
 REFUSED_DEEPSPEED_KEYS = {
@@ -57,7 +57,7 @@ def validate_config(
     found = _Mistakes(problems or [])
     for name in map(str, tree):
         if name not in SECTIONS and name != "deepspeed":
-            found.lines.append(f"{name}: unknown section{nearest(name, [*SECTIONS, 'deepspeed'])}")
+            found.lines.append(f"{name}: unknown section{nearest_or_all(name, [*SECTIONS, 'deepspeed'])}")
     valid: dict[str, Any] = {
         name: _validate_section(name, section, {} if tree.get(name) is None else tree[name], found)
         for name, section in SECTIONS.items()
@@ -116,8 +116,7 @@ def _validate_router(
     router: RouterConfig, routers: Mapping[str, type[BaseModel]], model: ModelConfig, found: _Mistakes
 ) -> RouterConfig:
     if router.name not in routers:
-        known = f"one of {', '.join(sorted(routers))}{nearest(router.name, list(routers))}"
-        found.add("router.name", repr(router.name), known)
+        found.add("router.name", repr(router.name), one_of(router.name, sorted(routers)))
         return router
     options = _validate_section("router", routers[router.name], router.options, found)
     if not any(field.startswith(("router.", "model.")) for field in found.fields) and hasattr(
@@ -137,8 +136,7 @@ def _check_optimizer(
     if optimizers is None or not found.none_in("training.optimizer", "training.optimizer_options"):
         return
     if name not in optimizers:
-        known = f"one of {', '.join(sorted(optimizers))}{nearest(name, list(optimizers))}"
-        found.add("training.optimizer", repr(name), known)
+        found.add("training.optimizer", repr(name), one_of(name, sorted(optimizers)))
     else:
         _validate_section("training.optimizer_options", optimizers[name], training.optimizer_options, found)
 
@@ -146,7 +144,7 @@ def _check_optimizer(
 def _check_token_dispatcher(model: ModelConfig, found: _Mistakes) -> None:
     name, known = model.token_dispatcher, ["auto", *token_dispatchers.available()]
     if name not in known and found.none_in("model.token_dispatcher"):
-        found.add("model.token_dispatcher", repr(name), expected_name(name, known))
+        found.add("model.token_dispatcher", repr(name), one_of(name, known))
 
 
 def is_allowed(key: str, resume_with: list[str]) -> bool:
@@ -159,7 +157,8 @@ def _check_resume_with(training: TrainingConfig, found: _Mistakes) -> None:
         section, _, key = name.partition(".")
         known = SECTIONS.get(section)
         if known is None or (key and section != "router" and key not in known.model_fields):
-            close = nearest(name, [*SECTIONS, *(f"{s}.{k}" for s, c in SECTIONS.items() for k in c.model_fields)])
+            keys = [f"{section}.{key}" for section, kind in SECTIONS.items() for key in kind.model_fields]
+            close = nearest_or_all(name, [*SECTIONS, *keys])
             found.add("training.resume_with", repr(name), f"a section or a key, such as data or training.seed{close}")
 
 

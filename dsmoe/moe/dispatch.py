@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from dsmoe.config.plugins import token_dispatchers
 from dsmoe.moe.exchange import sum_rows, take_rows
 from dsmoe.moe.expected_rows import resolve_dispatcher
 from dsmoe.moe.plan import DispatchPlan, LocalPlan, start_local_plan
+from dsmoe.runtime.plugins import token_dispatchers
 from dsmoe.runtime.step_timer import step_timer
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 
 from forked import call_each
+
+from dsmoe.parallel.place import free_port
 
 
 def once(function):
@@ -36,17 +37,15 @@ def run_ranks(world_size: int, function, *args, deadline: float = 120.0) -> list
     the rank's traceback if one fails, and with the stacks of those that did not answer if the deadline (seconds)
     passes.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     jobs = [(_rank, (rank, world_size, port, function, args)) for rank in range(world_size)]
     return call_each(jobs, deadline, name="rank")
 
 
-def _rank(rank: int, world_size: int, port: int, function, args):
+def _rank(rank: int, world_size: int, port: str, function, args):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
     )  # fmt: skip
     from dsmoe.parallel.groups import start_processes
 

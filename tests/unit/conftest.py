@@ -37,10 +37,11 @@ def plugin_router(monkeypatch):
     """The router class of tests/plugin_router, found as if its package were installed."""
     from importlib.metadata import EntryPoint
 
-    from dsmoe.routers import available, get, registry
+    from dsmoe.routers import available, get
+    from dsmoe.routers.registry import routers
 
-    monkeypatch.setattr(registry, "_routers", dict(available()))
+    monkeypatch.setattr(routers, "_classes", dict(available()))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "plugin_router"))
-    point = EntryPoint("sigmoid_threshold", "sigmoid_threshold:SigmoidThresholdRouter", registry.GROUP)
-    monkeypatch.setattr(registry, "installed_plugins", lambda group: [point])
+    point = EntryPoint("sigmoid_threshold", "sigmoid_threshold:SigmoidThresholdRouter", routers.group)
+    monkeypatch.setattr(routers, "installed", lambda: [point])
     return get("sigmoid_threshold")

@@ -7,10 +7,10 @@ import re
 import pytest
 
 from dsmoe.config import validate_config
-from dsmoe.config.plugins import token_dispatchers
 from dsmoe.errors import ConfigError
 from dsmoe.moe.dispatch import LocalDispatcher, build_dispatcher, register
 from dsmoe.routers.registry import option_classes
+from dsmoe.runtime.plugins import token_dispatchers
 
 
 @pytest.fixture(autouse=True)

@@ -113,7 +113,7 @@ def test_what_is_no_optimizer_is_refused():
 
 
 def test_a_plugin_that_cannot_be_loaded_is_named(monkeypatch):
-    broken = EntryPoint("broken", "no_such_package:Broken", registry.GROUP)
-    monkeypatch.setattr(registry, "installed_plugins", lambda group: [broken])
-    with pytest.raises(ConfigError, match="plugin 'broken'.*no_such_package"):
+    broken = EntryPoint("broken", "no_such_package:Broken", registry.optimizers.group)
+    monkeypatch.setattr(registry.optimizers, "installed", lambda: [broken])
+    with pytest.raises(ConfigError, match="optimizer 'broken'.*no_such_package"):
         registry.available()

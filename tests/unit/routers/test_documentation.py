@@ -23,7 +23,7 @@ def sigmoid():
         exec(compile(EXAMPLE, "docs/routers.md", "exec"), names)
         yield names["SigmoidRouter"]
     finally:
-        registry._routers.pop("sigmoid", None)
+        registry.routers._classes.pop("sigmoid", None)
 
 
 def test_the_example_is_a_router_in_under_40_lines(sigmoid):

@@ -44,14 +44,14 @@ class Everywhere(Router):
 @pytest.fixture
 def entry_point(monkeypatch):
     """Pretend that an installed package registers routers under these names."""
-    monkeypatch.setattr(registry, "_routers", dict(available()))
+    monkeypatch.setattr(registry.routers, "_classes", dict(available()))
 
     def install(**values):
         module = types.ModuleType("a_plugin")
         module.Everywhere, module.number = Everywhere, 7
         monkeypatch.setitem(sys.modules, "a_plugin", module)
-        points = [importlib.metadata.EntryPoint(n, f"a_plugin:{v}", registry.GROUP) for n, v in values.items()]
-        monkeypatch.setattr(registry, "installed_plugins", lambda group: points)
+        points = [importlib.metadata.EntryPoint(n, f"a_plugin:{v}", registry.routers.group) for n, v in values.items()]
+        monkeypatch.setattr(registry.routers, "installed", lambda: points)
 
     return install
 
@@ -78,18 +78,20 @@ def test_an_installed_router_that_cannot_be_used_says_why(entry_point, point, sa
 
 def test_a_package_that_is_installed_later_is_found(tmp_path, monkeypatch):
     """The list of plugins is kept, and read again when a folder of the search path has changed."""
-    monkeypatch.setattr(registry, "_routers", dict(available()))
+    monkeypatch.setattr(registry.routers, "_classes", dict(available()))
     monkeypatch.syspath_prepend(str(tmp_path))
     assert "late" not in available()
     info = tmp_path / "late_router-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late-router\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\nlate = {__name__}:Everywhere\n")
+    (info / "entry_points.txt").write_text(f"[{registry.routers.group}]\nlate = {__name__}:Everywhere\n")
     assert get("late") is Everywhere
 
 
 def test_an_unknown_name_lists_what_there_is():
-    with pytest.raises(RouterError, match=r"no router is called 'relo' \(did you mean 'relu'\?\); available: .*topk"):
+    with pytest.raises(
+        RouterError, match=r"router.name: found 'relo', expected one of .*topk.* \(did you mean 'relu'\?\)"
+    ):
         get("relo")
 
 

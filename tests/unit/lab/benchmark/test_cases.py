@@ -96,7 +96,8 @@ def test_every_router_is_measured(entries):
 
 def test_rows_of_a_job_are_complete(groups, monkeypatch):
     own = {name: router for name, router in available().items() if router.__module__.startswith("dsmoe.")}
-    monkeypatch.setattr(registry, "_routers", own)  # other tests of the session have routers without options to compare
+    # Other tests of the session have routers without options to compare.
+    monkeypatch.setattr(registry.routers, "_classes", own)
     job = Job(Problem(experts=4, tokens=64, hidden=32, ffn=16), ["balanced", LOAD], "", budget=0, least=2)
     world = World(job.problem, groups, "cpu")
     rows = measure(job, world)
