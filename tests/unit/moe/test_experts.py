@@ -104,7 +104,8 @@ def test_latents_of_any_width_on_a_cpu(rank, dtype):
         outputs.append((out, rows.grad, reduce.grad))
     for found in outputs[:2]:
         for tensor, expected in zip(found, outputs[2], strict=True):
-            torch.testing.assert_close(tensor, expected, **TOLERANCE[dtype])
+            scale = expected.detach().abs().max()  # a gradient is a sum of 24 terms of this size, rounded in any order
+            torch.testing.assert_close(tensor / scale, expected / scale, **TOLERANCE[dtype])
 
 
 def test_a_latent_that_grouped_gemm_cannot_take_is_refused_with_the_widths():
