@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from commands import forked
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from dsmoe.hf.remote import configuration_dsmoe, modeling_dsmoe
+from dsmoe.hf.export import write_code
 from dsmoe.routers import available, get, routing_dsmoe
 from dsmoe.routers.routing_dsmoe import build_routing
 
@@ -152,8 +152,7 @@ def test_an_unknown_router_is_named():
 
 def test_the_files_that_travel_do_not_import_dsmoe(tmp_path):
     """In a process of its own, in which dsmoe cannot be imported."""
-    for file in (routing_dsmoe, modeling_dsmoe, configuration_dsmoe):
-        shutil.copy(file.__file__, tmp_path)
+    write_code(tmp_path, Path(routing_dsmoe.__file__))
     (tmp_path / "stranger.py").write_text(
         "import sys, types; package = types.ModuleType('export');"
         f"package.__path__ = [{str(tmp_path)!r}]; sys.modules['export'] = package;"
