@@ -80,8 +80,8 @@ def _by_projection(
     mlp: ExpertMLP, linear: Linear, biases: Sequence[Tensor], projections: Projections, down_eHF: Tensor,
     probs_R: Tensor, counts: list[int],
 ) -> Tensor:  # fmt: skip
-    counts_e = torch.tensor(counts)
-    return expert_mlp.weighted_outputs(mlp, linear, projections, down_eHF, probs_R, counts_e, biases)
+    ends_e = torch.tensor(counts).cumsum(0).to(torch.int32)
+    return expert_mlp.weighted_outputs(mlp, linear, projections, down_eHF, probs_R, ends_e, biases)
 
 
 def _fastest(

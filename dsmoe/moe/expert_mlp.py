@@ -101,21 +101,20 @@ class ExpertMLP:
 
 
 def weighted_outputs(
-    mlp: ExpertMLP, linear: Linear, projections: Projections, down_eHF: Tensor, probs_R: Tensor, counts_e: Tensor,
+    mlp: ExpertMLP, linear: Linear, projections: Projections, down_eHF: Tensor, probs_R: Tensor, ends_e: Tensor,
     biases: Sequence[Tensor] = (), activate: Callable[..., Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Weighted expert outputs [R, H], all rows through one projection after another. The weight enters before the down
     projection, where rows are F wide.
 
     Args:
-        counts_e: int64, rows of each expert.
+        ends_e: int32, where each expert's rows end.
         biases: [e, N] of `mlp.biases`.
         activate: the activation times each row's weight, (gate, up or None, probs) -> [R, F]; None: torch's operators.
     """
-    ends_e = counts_e.cumsum(0).to(torch.int32)
     h = [linear(rows, weight, ends_e) for rows, weight in projections]
     if biases:
-        h = [rows + per_row(bias, counts_e, len(rows)) for rows, bias in zip(h, biases, strict=False)]
+        h = [rows + per_row(bias, ends_e, len(rows)) for rows, bias in zip(h, biases, strict=False)]
     gate, up = h if len(h) == 2 else h[0].chunk(2, dim=1) if mlp.function.gated else (h[0], None)
     if activate is None:
         inner_RF = mlp.function.forward(gate, up) * probs_R.unsqueeze(1).to(gate.dtype)
@@ -125,14 +124,15 @@ def weighted_outputs(
     if out_RH.requires_grad:
         out_RH.register_hook(Tensor.contiguous)  # grouped_mm refuses an expanded gradient, as that of a sum is
     if biases:
-        weighted = probs_R.unsqueeze(1) * per_row(biases[-1], counts_e, len(out_RH))
+        weighted = probs_R.unsqueeze(1) * per_row(biases[-1], ends_e, len(out_RH))
         out_RH = out_RH + weighted.to(out_RH.dtype)
     return out_RH
 
 
 class _PerRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, bias_eN: Tensor, counts_e: Tensor, rows: int) -> Tensor:
+    def forward(ctx, bias_eN: Tensor, ends_e: Tensor, rows: int) -> Tensor:
+        counts_e = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).long()
         expert_R = torch.repeat_interleave(counts_e, output_size=rows)
         ctx.save_for_backward(counts_e, expert_R)
         ctx.dtype = bias_eN.dtype
@@ -150,6 +150,6 @@ class _PerRow(torch.autograd.Function):
         return total_eN.to(ctx.dtype), None, None
 
 
-def per_row(bias_eN: Tensor, counts_e: Tensor, rows: int) -> Tensor:
+def per_row(bias_eN: Tensor, ends_e: Tensor, rows: int) -> Tensor:
     """[R, N]: each row's expert's bias. Its gradient is summed in fp32 and in the order of rows on any device."""
-    return _PerRow.apply(bias_eN, counts_e, rows)
+    return _PerRow.apply(bias_eN, ends_e, rows)

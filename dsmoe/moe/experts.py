@@ -105,8 +105,9 @@ class GroupedExperts(ExpertModule):
         return self._outputs([rows_RH], routes_per_expert_e, probs_R, sums), None
 
     def _outputs(
-        self, sources: list[Tensor], counts_e: Tensor, probs_R: Tensor, sums: ChunkedGradAccumulator | None
-    ) -> Tensor:
+        self, sources: list[Tensor], counts_e: Tensor, probs_R: Tensor, sums: ChunkedGradAccumulator | None,
+        ends_e: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Of the rows that each of `mlp.projections` takes."""
         weights = [getattr(self, name) for name in self.mlp.projections]
         biases = [getattr(self, name) for name in self.mlp.biases]
@@ -119,9 +120,8 @@ class GroupedExperts(ExpertModule):
             )
         linear, (*weights, down) = self._shared(sums, *weights, self.down_proj)
         projections = list(zip(sources, weights, strict=True))
-        return weighted_outputs(
-            self.mlp, linear, projections, down, probs_R, counts_e, biases, self._fused_activation()
-        )
+        ends_e = _ends(counts_e) if ends_e is None else ends_e
+        return weighted_outputs(self.mlp, linear, projections, down, probs_R, ends_e, biases, self._fused_activation())
 
     def _shared(self, sums: ChunkedGradAccumulator | None, *weights: Tensor):
         """The product of a part of a pass, and its weights; gradients of all parts add up in place if `fused`."""
@@ -157,6 +157,12 @@ class LowRankExperts(GroupedExperts):
         sums: ChunkedGradAccumulator | None = None, latents_Rr: Tensor | None = None, reduce_erH: Tensor | None = None,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Weighted expert outputs [R, H], from the latents of these rows or from the matrices A that give them."""
+        ends_e = None
         if latents_Rr is None:
-            latents_Rr = self.linear(rows_RH, reduce_erH, routes_per_expert_e.cumsum(0).to(torch.int32))
-        return self._outputs([latents_Rr, rows_RH], routes_per_expert_e, probs_R, sums), None
+            ends_e = _ends(routes_per_expert_e)
+            latents_Rr = self.linear(rows_RH, reduce_erH, ends_e)
+        return self._outputs([latents_Rr, rows_RH], routes_per_expert_e, probs_R, sums, ends_e), None
+
+
+def _ends(counts_e: Tensor) -> Tensor:
+    return counts_e.cumsum(0).to(torch.int32)

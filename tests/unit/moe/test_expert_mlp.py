@@ -163,7 +163,9 @@ def test_a_bias_is_a_vector_and_begins_at_zero(spec):
 def test_the_gradient_of_a_bias_is_summed_in_fp32():
     """4096 rows of 1: bf16 would stop counting at 256."""
     bias = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
-    per_row(bias, torch.tensor([4096, 0]), 4096).backward(torch.ones(4096, 3, dtype=torch.bfloat16))
+    per_row(bias, torch.tensor([4096, 4096], dtype=torch.int32), 4096).backward(
+        torch.ones(4096, 3, dtype=torch.bfloat16)
+    )
     assert bias.grad.tolist() == [[4096.0] * 3, [0.0] * 3]
 
 
