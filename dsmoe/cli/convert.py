@@ -33,7 +33,8 @@ def _add_export(commands) -> None:
     command = commands.add_parser("export", help="write a run as a Hugging Face model")
     command.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist")
-    command.add_argument("--format", choices=("dsmoe", "auto", "qwen3_moe", "mixtral", "olmoe"), default="dsmoe",
+    formats = ("dsmoe", "auto", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+    command.add_argument("--format", choices=formats, default="dsmoe",
                          help="dsmoe: any router, with code of its own; others: an architecture of transformers, where "
                               "one holds the model exactly (default: %(default)s)")  # fmt: skip
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")

@@ -58,6 +58,8 @@ class ModelConfig(Section):
     expert_bias: bool = False  # whether each projection of a routed expert adds one
     moe_layer_freq: int | list[Literal[0, 1]] = 1  # n: every n-th from the first is MoE; list: 1 MoE, 0 dense
     moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)  # of every token; None: no such expert
+    moe_shared_expert_gate: bool = False  # its output times sigmoid(x w), as in Qwen2-MoE
+    add_qkv_bias: bool = False  # biases of the projections to queries, keys and values
     tie_embeddings: bool = True  # one matrix for the input embedding and the output layer
     qk_layernorm: bool | Literal["full"] = False  # RMSNorm on queries and keys: per head; full: over all heads at once
     rotary_base: float = Field(10000.0, gt=0)

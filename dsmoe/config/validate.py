@@ -192,6 +192,8 @@ def _check_model(model: ModelConfig, found: _Mistakes) -> None:
         if odd and found.none_in("model.hidden_size", "model.num_attention_heads"):
             size = f"{hidden}, heads of size {hidden // heads}"
             found.add("model.hidden_size", size, "heads of an even size, for rotary embedding")
+    if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
+        found.add("model.moe_shared_expert_gate", True, "false, or model.moe_shared_expert_intermediate_size")
     if not found.none_in("model.moe_layer_freq", "model.num_layers"):
         return
     frequency = model.moe_layer_freq

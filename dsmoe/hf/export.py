@@ -59,7 +59,7 @@ class ExportOptions:
         license, language: for the model card, as the Hub spells them.
     """
 
-    format: Literal["dsmoe", "auto", "qwen3_moe", "mixtral", "olmoe"] = "dsmoe"
+    format: Literal["dsmoe", "auto", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe"] = "dsmoe"
     dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = "5GB"
     data: str | None = None
@@ -237,6 +237,8 @@ def remote_config(config: RunConfig, router: type[Router], options) -> dict[str,
         "expert_activation": model.expert_activation,
         "expert_bias": model.expert_bias,
         "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "shared_expert_gate": model.moe_shared_expert_gate,
+        "qkv_bias": model.add_qkv_bias,
         "expert_rank": router.latent_rank(options),
         "router": {"name": config.router.name, **options.model_dump(mode="json")},
         "num_experts_per_tok": packed_experts_per_token(config, router, options),

@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dsmoe.hf.export import TRAINING_STATE, routing_file, write_code
 from dsmoe.hf.foreign import ForeignModel, read_foreign
 from dsmoe.hf.parity import Sample, check_parity, compare, observe_folder, observe_run, sequences_compared
 from dsmoe.hf.shards import INDEX, ShardReader, new_folder, track
-from dsmoe.hf.table import Link, check_tensors, links, routing_name
+from dsmoe.hf.table import CONTROLLERS, Link, check_tensors, links, routing_name
 from dsmoe.hf.tokenizer import PROBES
 from dsmoe.hf.upcycle import ROUTER, Upcycler, UpcyclingOptions
 from dsmoe.model.skeleton import logical_shapes
@@ -175,10 +175,9 @@ class Source:
             self.left_out.append("lm_head.weight")
         for name in self.left_out:
             del found[name]
-        if self.foreign.architecture == "dsmoe":
-            expected |= {
-                name: tuple(value.shape) for name, value in self._inference_state(_fresh_controller(self.config))
-            }
+        if self.upcycler is None:
+            state = self._inference_state(_fresh_controller(self.config))
+            expected |= {name: tuple(value.shape) for name, value in state}
         check_tensors(expected, found, str(self.folder))
 
     def _inference_state(self, controller: Controller | None) -> Iterator[tuple[str, Tensor]]:
@@ -186,12 +185,18 @@ class Source:
         layers = [layer for layer, is_moe in enumerate(self.config.model.moe_layers()) if is_moe]
         for place, layer in enumerate(layers):
             for name, value in router.inference_state(controller, place).items():
-                yield routing_name(layer, name), value.to(torch.float32)
+                theirs = routing_name(layer, name, self.foreign.architecture)
+                if theirs is not None:
+                    yield theirs, value.to(torch.float32)
 
     def _controller(self) -> Controller | None:
-        """As the training left it, for an export of ours; as training begins with it for other models."""
-        controller = _fresh_controller(self.config)
-        if controller is None or self.foreign.architecture != "dsmoe":
+        """As the training left it, for an export of ours; what the weights hold of it for other models, and otherwise
+        as training begins."""
+        controller, architecture = _fresh_controller(self.config), self.foreign.architecture
+        if controller is None or architecture not in (*CONTROLLERS, "dsmoe"):
+            return controller
+        if architecture in CONTROLLERS:
+            controller.load(controller.state | self._state_in_weights(CONTROLLERS[architecture]))
             return controller
         path = self.folder / TRAINING_STATE
         try:
@@ -210,6 +215,11 @@ class Source:
         if differing:
             raise ConversionError(f"{path} and the weights do not belong together: {', '.join(differing[:5])} differ")
         return controller
+
+    def _state_in_weights(self, names: Iterable[str]) -> dict[str, Tensor]:
+        layers = [layer for layer, is_moe in enumerate(self.config.model.moe_layers()) if is_moe]
+        theirs = {name: [routing_name(layer, name, self.foreign.architecture) for layer in layers] for name in names}
+        return {name: torch.stack([self.reader.read(x).float() for x in found]) for name, found in theirs.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The run's tensors, one after another."""

@@ -2,11 +2,13 @@
 
     host        QK-norm                  gates                          layers
     qwen3_moe   of each head             renormalised or not            MoE and dense
+    qwen2_moe   none                     renormalised or not            MoE and dense
     olmoe       over all heads at once   renormalised or not            MoE only
     mixtral     none                     renormalised                   MoE only
 
-All are softmax top-k over SwiGLU experts without biases or shared experts. What does not fit is refused with every
-reason, since a flag that a reader ignores would give another model in silence.
+All are softmax top-k over SwiGLU experts. Qwen2-MoE has a shared expert with a gate, and may have biases of queries,
+keys and values; the others have neither. What does not fit is refused with every reason, since a flag that a reader
+ignores would give another model in silence.
 """
 
 from __future__ import annotations
@@ -19,9 +21,14 @@ from dsmoe.moe.expert_mlp import ExpertMLP
 from dsmoe.routers import get
 from dsmoe.routers.base import SoftmaxTopK
 
-ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM", "mixtral": "MixtralForCausalLM"}
+ARCHITECTURES = {
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
 HOSTS = tuple(ARCHITECTURES)
-_QK_NORM = {"qwen3_moe": True, "olmoe": "full", "mixtral": False}
+_QK_NORM = {"qwen3_moe": True, "qwen2_moe": False, "olmoe": "full", "mixtral": False}
 _QK_NORM_IN_WORDS = {True: "QK-norm of each head", "full": "QK-norm over all heads at once", False: "no QK-norm"}
 
 
@@ -59,9 +66,14 @@ def reasons_against(host: str, model: ModelConfig, router: RouterConfig) -> list
             f"model.expert_activation is {model.expert_activation}, model.expert_bias {bias}, its experts are swiglu "
             "without biases"
         )
-    if model.moe_shared_expert_intermediate_size:
+    shared = bool(model.moe_shared_expert_intermediate_size)
+    if host == "qwen2_moe" and not (shared and model.moe_shared_expert_gate):
+        found.append("model.moe_shared_expert_gate is false, it has a shared expert with a gate")
+    elif host != "qwen2_moe" and shared:
         found.append("model.moe_shared_expert_intermediate_size is set, it has no shared expert")
-    if host != "qwen3_moe" and not all(model.moe_layers()):
+    if host != "qwen2_moe" and model.add_qkv_bias:
+        found.append("model.add_qkv_bias is true, it has no such biases")
+    if host not in ("qwen2_moe", "qwen3_moe") and not all(model.moe_layers()):
         dense = [str(layer) for layer, is_moe in enumerate(model.moe_layers()) if not is_moe]
         found.append(f"layers {', '.join(dense)} are dense (model.moe_layer_freq), it has MoE layers only")
     if host == "olmoe" and model.head_size * model.num_attention_heads != model.hidden_size:
@@ -110,10 +122,14 @@ def native_config(host: str, config: RunConfig) -> dict[str, Any]:
         }
     else:
         content |= {"num_experts": model.num_experts, "norm_topk_prob": top_k.renormalize}
+    if host == "qwen2_moe":
+        content |= {"qkv_bias": model.add_qkv_bias}
+        content |= {"shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size}
+    elif host != "mixtral":
         content |= {"attention_bias": False}
     if host == "olmoe":
         content |= {"intermediate_size": model.moe_ffn_hidden_size, "clip_qkv": None}
-    if host == "qwen3_moe":
+    if host in ("qwen2_moe", "qwen3_moe"):
         content |= {
             "num_local_experts": model.num_experts,
             "intermediate_size": model.dense_ffn_hidden_size,

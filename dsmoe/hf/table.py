@@ -74,6 +74,7 @@ _TRUNK = (
     _row("self_attention.linear_qkv.weight", *(f"self_attn.{x}_proj.weight" for x in "qkv"), transform=QKV),
     _row("self_attention.linear_proj.weight", "self_attn.o_proj.weight"),
 )
+_QKV_BIAS = (_row("self_attention.linear_qkv.bias", *(f"self_attn.{x}_proj.bias" for x in "qkv"), transform=QKV),)
 _QK_NORM = tuple(_row(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight") for x in "qk")
 _QK_NORM_OF_ALL_HEADS = tuple(
     _row(f"self_attention.{x}_layernorm.norm.weight", f"self_attn.{x}_norm.weight") for x in "qk"
@@ -107,23 +108,34 @@ _MIXTRAL = (
     ),
     _row("mlp.experts.{expert}.down_proj", "block_sparse_moe.experts.{expert}.w2.weight"),
 )
-_DSMOE = (
+_ROUTING = (
     _row("mlp.router.{expert}.{name}", "mlp.routing.{name}", transform=STACK),
     _row("mlp.router.{name}", "mlp.routing.{name}"),
-    _row(
-        "mlp.shared_experts.linear_fc1.weight",
-        "mlp.shared_experts.gate_proj.weight",
-        "mlp.shared_experts.up_proj.weight",
-        transform=HALVES,
-    ),
-    _row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight"),
 )
+
+
+def _shared_expert(theirs: str) -> tuple[Row, ...]:
+    return (
+        _row(
+            "mlp.shared_experts.linear_fc1.weight",
+            f"mlp.{theirs}.gate_proj.weight",
+            f"mlp.{theirs}.up_proj.weight",
+            transform=HALVES,
+        ),
+        _row("mlp.shared_experts.linear_fc2.weight", f"mlp.{theirs}.down_proj.weight"),
+        _row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight"),
+    )
+
+
+_DSMOE = (*_ROUTING, *_shared_expert("shared_experts"))
 
 # The Hub's names, which every reader knows; transformers 5 can also write the names of `PACKED`. The first row that
 # fits a name counts. An export of ours calls experts `experts`, packed as in transformers, where they are SwiGLU
 # without biases and of a fixed number for each token, and else `routed_experts`.
 TABLES: dict[str, tuple[Row, ...]] = {
-    "dsmoe": (*_TRUNK, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE, *_ROUTED_EXPERTS),
+    "dsmoe": (*_TRUNK, *_QKV_BIAS, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE, *_ROUTED_EXPERTS),
+    "qwen2_moe": (*_TRUNK, *_QKV_BIAS, *_DENSE, *_GATE, *_shared_expert("shared_expert"), *_EXPERTS),
+    "dots1": (*_TRUNK, *_QK_NORM, *_DENSE, *_GATE, *_shared_expert("shared_experts"), *_EXPERTS),
     "qwen3_moe": (*_TRUNK, *_QK_NORM, *_DENSE, *_GATE, *_EXPERTS),
     "olmoe": (*_TRUNK, *_QK_NORM_OF_ALL_HEADS, *_GATE, *_EXPERTS),
     "mixtral": (*_TRUNK, *_MIXTRAL),
@@ -131,16 +143,23 @@ TABLES: dict[str, tuple[Row, ...]] = {
     "qwen3": (*_TRUNK, *_QK_NORM, *_DENSE),
 }
 PACKED: dict[str, tuple[Row, ...]] = {
-    "dsmoe": (*_TRUNK, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE, *_PACKED_EXPERTS),
+    "dsmoe": (*_TRUNK, *_QKV_BIAS, *_QK_NORM, *_QK_NORM_OF_ALL_HEADS, *_DENSE, *_DSMOE, *_PACKED_EXPERTS),
+    "qwen2_moe": (*_TRUNK, *_QKV_BIAS, *_DENSE, *_GATE, *_shared_expert("shared_expert"), *_PACKED_EXPERTS),
+    "dots1": (*_TRUNK, *_QK_NORM, *_DENSE, *_GATE, *_shared_expert("shared_experts"), *_PACKED_EXPERTS),
     "qwen3_moe": (*_TRUNK, *_QK_NORM, *_DENSE, *_GATE, *_PACKED_EXPERTS),
     "olmoe": (*_TRUNK, *_QK_NORM_OF_ALL_HEADS, *_GATE, *_PACKED_EXPERTS),
     "mixtral": (*_TRUNK, *_GATE, *_PACKED_EXPERTS),
 }
 
 
-def routing_name(layer: int, name: str) -> str:
-    """What an export of architecture `dsmoe` calls a tensor of a layer's router."""
-    return THEIR_LAYER.format(layer=layer) + f"mlp.routing.{name}"
+# What of a controller's state decides routes, by its name in `Router.inference_state`.
+CONTROLLERS: dict[str, dict[str, str]] = {"dots1": {"bias": "mlp.gate.e_score_correction_bias"}}
+
+
+def routing_name(layer: int, name: str, architecture: str = "dsmoe") -> str | None:
+    """What a folder calls a tensor of a layer's controller; None where the architecture has none of it."""
+    theirs = f"mlp.routing.{name}" if architecture == "dsmoe" else CONTROLLERS.get(architecture, {}).get(name)
+    return None if theirs is None else THEIR_LAYER.format(layer=layer) + theirs
 
 
 @dataclass(frozen=True)

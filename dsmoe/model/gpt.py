@@ -148,11 +148,13 @@ def transformer_config(model: ModelConfig, expert_parallel: int) -> TransformerC
         activation_func=F.silu,
         bias_activation_fusion=False,
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         num_moe_experts=model.num_experts,
         moe_ffn_hidden_size=model.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
+        moe_shared_expert_gate=model.moe_shared_expert_gate,
         moe_layer_freq=[int(is_moe) for is_moe in model.moe_layers()],
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="allgather",  # the one whose constructor runs without CUDA; it is replaced

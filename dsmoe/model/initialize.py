@@ -18,6 +18,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.errors import ConfigError
 from dsmoe.model.names import parameter_pieces
 
+ZERO = "linear_qkv.bias"
 INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_proj")
 
 
@@ -25,13 +26,15 @@ INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "down_proj")
 def initialize(model: nn.Module, seed: int, config: ModelConfig) -> None:
     """Draw every matrix from N(0, init_std), projections into the residual stream from N(0, init_std / sqrt(2 layers)).
 
-    `config.initialization` has exceptions by canonical name. Vectors (norm scales, and what a router sets in its
-    constructor) keep the values their module gave them. A router's matrix may ask for another standard deviation with
-    an attribute `init_std`.
+    `config.initialization` has exceptions by canonical name. Biases are 0; other vectors (norm scales, and what a
+    router sets in its constructor) keep the values their module gave them. A router's matrix may ask for another
+    standard deviation with an attribute `init_std`.
     """
     into_residual = config.init_std / math.sqrt(2 * config.num_layers)
     for parameter, pieces in parameter_pieces(model):
         for piece in pieces:
+            if piece.name.endswith(ZERO):
+                parameter.data.zero_()
             if len(piece.shape) < 2:
                 continue
             drawn, generator = torch.empty(piece.numel, dtype=torch.float32), generator_of(seed, piece.name)

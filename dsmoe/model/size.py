@@ -25,10 +25,12 @@ def model_size(config: RunConfig) -> ModelSize:
     options = router_class.Options.model_validate(config.router.options)
     hidden, head = model.hidden_size, model.head_size
     attention = hidden * head * (2 * model.num_attention_heads + 2 * model.key_value_heads)
+    attention += head * (model.num_attention_heads + 2 * model.key_value_heads) if model.add_qkv_bias else 0
     heads = model.num_attention_heads + model.key_value_heads if model.qk_layernorm == "full" else 2
     norms = 2 * hidden + (heads * head if model.qk_layernorm else 0)
     expert = ExpertMLP.of(model, router_class.latent_rank(options)).parameters
     shared = 3 * hidden * (model.moe_shared_expert_intermediate_size or 0)
+    shared += hidden if model.moe_shared_expert_gate else 0
     router = router_class.parameter_count(model, options)
     moe_layers = sum(model.moe_layers())
     dense = (model.num_layers - moe_layers) * 3 * hidden * model.dense_ffn_hidden_size

@@ -21,6 +21,8 @@ class DsmoeConfig(PreTrainedConfig):
         expert_activation: of routed experts, a name in activations_dsmoe.py.
         expert_bias: whether each projection of a routed expert adds one.
         shared_expert_intermediate_size: width of the expert that every token has; None: no such expert.
+        shared_expert_gate: multiply that expert's output by the sigmoid of a score of the token.
+        qkv_bias: biases of the projections to queries, keys and values.
         expert_rank: width of the latent that scores an expert and enters its gate; 0: experts do not score themselves.
         router: {"name": ..., and every option it was trained with}.
         num_experts_per_tok: experts of every token, of a router with a fixed k whose experts do not score themselves
@@ -54,6 +56,8 @@ class DsmoeConfig(PreTrainedConfig):
         expert_activation: str = "swiglu",
         expert_bias: bool = False,
         shared_expert_intermediate_size: int | None = None,
+        shared_expert_gate: bool = False,
+        qkv_bias: bool = False,
         expert_rank: int = 0,
         router: dict | None = None,
         num_experts_per_tok: int | None = None,
@@ -93,6 +97,8 @@ class DsmoeConfig(PreTrainedConfig):
         self.expert_activation = expert_activation
         self.expert_bias = expert_bias
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
+        self.qkv_bias = qkv_bias
         self.expert_rank = expert_rank
         self.router = router or {"name": "topk", "k": 1, "softmax": "before", "renormalize": False}
         self.num_experts_per_tok = num_experts_per_tok

@@ -62,9 +62,9 @@ class DsmoeAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.is_causal = True
         heads, groups = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, groups, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, groups, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, heads, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, groups, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, groups, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads, config.hidden_size, bias=False)
         full = config.qk_norm == "full"
         self.q_width, self.k_width = (heads, groups) if full else (self.head_dim, self.head_dim)
@@ -328,6 +328,8 @@ class DsmoeSparseMLP(nn.Module):
             self.routed_experts = DsmoeRoutedExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_experts = DsmoeMLP(config.hidden_size, shared) if shared else None
+        gated = shared and config.shared_expert_gate
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if gated else None
 
     def forward(self, hidden_BSH: Tensor, real_BS: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The output [B, S, H], the router's scores fp32 [T, E], and their balance as `router_balance` gives it.
@@ -347,7 +349,10 @@ class DsmoeSparseMLP(nn.Module):
             out = self.routed_experts(hidden_TH, probs_TE, map_TE, latents_TEr)
         out = out.view_as(hidden_BSH)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(hidden_BSH)
+            shared_BSH = self.shared_experts(hidden_BSH)
+            if self.shared_expert_gate is not None:
+                shared_BSH = shared_BSH * self.shared_expert_gate(hidden_BSH).sigmoid()
+            out = out + shared_BSH
         return out, scores_TE, router_balance(scores_TE, map_TE, real_BS)
 
 

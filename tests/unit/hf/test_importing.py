@@ -42,6 +42,10 @@ COMMON = dict(
 )  # fmt: skip
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "rms_norm_eps": 1e-3, **ROPE}
+DOTS1 = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 24,
+    "n_shared_experts": 2, "routed_scaling_factor": 2.5, "sliding_window": None, **ROPE,
+}  # fmt: skip
 CONFIGS = {
     "mixtral": lambda: transformers.MixtralConfig(**COMMON, **MOE | {"num_local_experts": 4}, intermediate_size=16),
     "mixtral, wide heads": lambda: transformers.MixtralConfig(**COMMON, **MOE, intermediate_size=16, head_dim=12),
@@ -51,6 +55,17 @@ CONFIGS = {
     "qwen3_moe, dense layer, tied": lambda: transformers.Qwen3MoeConfig(
         **COMMON, **MOE, moe_intermediate_size=16, intermediate_size=24, mlp_only_layers=[0], norm_topk_prob=True,
         tie_word_embeddings=True,
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **COMMON, **MOE, moe_intermediate_size=16, intermediate_size=24, shared_expert_intermediate_size=20,
+    ),
+    "qwen2_moe, no biases, dense layer, renormalised": lambda: transformers.Qwen2MoeConfig(
+        **COMMON, **MOE, moe_intermediate_size=16, intermediate_size=24, shared_expert_intermediate_size=20,
+        mlp_only_layers=[1], qkv_bias=False, norm_topk_prob=True,
+    ),
+    "dots1": lambda: transformers.Dots1Config(**COMMON, **DOTS1, first_k_dense_replace=1, norm_topk_prob=True),
+    "dots1, groups": lambda: transformers.Dots1Config(
+        **COMMON, **DOTS1 | {"n_routed_experts": 8}, n_group=4, topk_group=2
     ),
     "llama": lambda: transformers.LlamaConfig(**COMMON, **ROPE, intermediate_size=32),
     "qwen3": lambda: transformers.Qwen3Config(
@@ -77,6 +92,9 @@ def random_model(case: str):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.3, 0.3)
     return model.eval()
 
 
@@ -112,6 +130,15 @@ def test_an_imported_model_has_the_same_logits(groups, tmp_path, case, original)
     assert problems_of(tmp_path / "run") == []
     assert json.loads((tmp_path / "run" / REPORT).read_text()) == report
     assert report["parity"] == "not checked" and report["architecture"] == case.split(",")[0]
+
+
+def test_a_selection_bias_comes_along(groups, tmp_path):
+    """It is no parameter, and a reader that drops it still computes something."""
+    model = saved("dots1", tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run", UNCHECKED)
+    state = CheckpointReader(tmp_path / "run" / "checkpoints" / "step_00000000").controller_state()
+    bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+    assert bias.abs().min() > 0 and torch.equal(state["bias"], bias.unsqueeze(0))
 
 
 def test_the_run_is_complete_and_says_where_it_is(groups, tmp_path):
@@ -272,7 +299,7 @@ def assert_same_run(run, model) -> None:
 def test_an_export_of_ours_comes_back_bit_for_bit(groups, tmp_path, router):
     shapes = dict(
         num_layers=3, moe_layer_freq=[0, 1, 1], qk_layernorm=True, moe_shared_expert_intermediate_size=8,
-        kv_channels=12, expert_activation="geglu", expert_bias=True,
+        moe_shared_expert_gate=True, add_qkv_bias=True, kv_channels=12, expert_activation="geglu", expert_bias=True,
     )  # fmt: skip
     options = {"name": router} | ({"threshold": 0.01} if router == "routing_free" else {})
     config, router_options, model = own_model(groups, shapes, options)
@@ -292,6 +319,11 @@ def test_an_export_of_ours_comes_back_bit_for_bit(groups, tmp_path, router):
         ("qwen3_moe", dict(qk_layernorm=True, moe_layer_freq=[1, 0], kv_channels=12), {}),
         ("olmoe", dict(qk_layernorm="full", tie_embeddings=False), {"softmax": "after"}),
         ("mixtral", dict(tie_embeddings=False), {"renormalize": True}),
+        (
+            "qwen2_moe",
+            dict(moe_shared_expert_intermediate_size=8, moe_shared_expert_gate=True, add_qkv_bias=True),
+            {"softmax": "after"},
+        ),
     ],
 )
 def test_a_native_export_comes_back_bit_for_bit(groups, tmp_path, host, shapes, router):
@@ -497,6 +529,17 @@ FEATURES = {
     },
     "llama": {"mlp_bias": True, "quantization_config": {"quant_method": "gptq", "bits": 4}},
 }  # fmt: skip
+ALWAYS = {
+    "deepseek_v2": (transformers.DeepseekV2Config, ["kv_lora_rank 512 (multi-head latent attention"]),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        ["kv_lora_rank 512 (multi-head latent", "num_nextn_predict_layers 1"],
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        ["sinks (", "biases of experts and router", "swiglu_limit 7.0", "rope_type 'yarn'", "sliding_window 128"],
+    ),
+}
 NAMES = {"rope_parameters": "rope_type 'yarn'", "use_sliding_window": "sliding_window 8"}
 
 
@@ -510,6 +553,15 @@ def test_features_without_a_place_are_all_refused_by_name(tmp_path, case):
         import_model(tmp_path / "hf", tmp_path / "run", UNCHECKED)
     for feature in FEATURES[case]:
         assert NAMES.get(feature, feature) in str(error.value)
+
+
+@pytest.mark.parametrize("family", ALWAYS)
+def test_a_family_that_has_no_place_is_refused_with_its_reasons(tmp_path, family):
+    config, named = ALWAYS[family]
+    config(architectures=["X"]).save_pretrained(tmp_path / "hf")
+    with pytest.raises(ConversionError, match="cannot express") as error:
+        import_model(tmp_path / "hf", tmp_path / "run", UNCHECKED)
+    assert [name for name in named if name not in str(error.value)] == []
 
 
 def test_a_window_that_is_never_reached_is_none(groups, tmp_path):

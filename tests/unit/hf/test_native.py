@@ -27,6 +27,13 @@ FITTING = {
         "qwen3_moe", dict(qk_layernorm=True, moe_layer_freq=[0, 1], ffn_hidden_size=24, kv_channels=12), PLAIN,
     ),
     "qwen3_moe, untied": ("qwen3_moe", dict(qk_layernorm=True, tie_embeddings=False), RENORMALISED),
+    "qwen2_moe": (
+        "qwen2_moe", dict(moe_shared_expert_intermediate_size=8, moe_shared_expert_gate=True, add_qkv_bias=True), PLAIN,
+    ),
+    "qwen2_moe, dense layers": (
+        "qwen2_moe", dict(moe_shared_expert_intermediate_size=24, moe_shared_expert_gate=True, moe_layer_freq=[0, 1]),
+        AFTER,
+    ),
     "olmoe": ("olmoe", dict(qk_layernorm="full"), PLAIN),
     "olmoe, renormalised": ("olmoe", dict(qk_layernorm="full", tie_embeddings=False), AFTER),
     "mixtral": ("mixtral", dict(tie_embeddings=False), AFTER),
@@ -78,6 +85,10 @@ REFUSED = {
     "QK-norm": ("mixtral", dict(qk_layernorm=True), AFTER, "topk", ["model.qk_layernorm is True"]),
     "not renormalised": ("mixtral", {}, PLAIN, "topk", ["not renormalised"]),
     "wide heads": ("olmoe", dict(qk_layernorm="full", kv_channels=12), {}, "topk", ["heads are 12 wide"]),
+    "no gate": (
+        "qwen2_moe", dict(moe_shared_expert_intermediate_size=8), PLAIN, "topk", ["moe_shared_expert_gate is false"],
+    ),
+    "biases": ("mixtral", dict(add_qkv_bias=True), AFTER, "topk", ["model.add_qkv_bias is true"]),
     "all at once": (
         "mixtral",
         dict(qk_layernorm="full", moe_layer_freq=[1, 0], moe_shared_expert_intermediate_size=8),
@@ -85,7 +96,7 @@ REFUSED = {
         "topk",
         ["not renormalised", "qk_layernorm is full", "no shared expert", "layers 1 are dense"],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)

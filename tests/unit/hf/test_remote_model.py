@@ -36,6 +36,9 @@ SHAPES = {
     "untied": {"tie_embeddings": False},
     "dense layers": {"num_layers": 4, "moe_layer_freq": [0, 1, 0, 1], "ffn_hidden_size": 40},
     "shared expert": {"moe_shared_expert_intermediate_size": 24},
+    "shared expert with a gate, biases": {
+        "moe_shared_expert_intermediate_size": 24, "moe_shared_expert_gate": True, "add_qkv_bias": True,
+    },
     "qk norm": {"qk_layernorm": True},
     "qk norm over all heads": {"qk_layernorm": "full"},
     "experts without a gate": {"expert_activation": "relu2"},
@@ -64,6 +67,8 @@ def both_models(groups, router: str, **shape) -> tuple[LanguageModel, DsmoeForCa
     for name, tensor in tensors.items():
         if name.endswith("_bias"):  # of experts, which begins at 0
             tensor.data.normal_(generator=generator)
+        if name.endswith("linear_qkv.bias"):  # 0 at first
+            tensor.data.uniform_(-1, 1, generator=generator)
     rows = PACKED if packed_experts_per_token(config, router_class, options) else TABLES
     plan = links(rows["dsmoe"], config.model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     state = {}

@@ -7,7 +7,7 @@ import torch
 
 from dsmoe.config import RouterConfig, validate_config
 from dsmoe.errors import CheckpointError
-from dsmoe.hf.table import PACKED, TABLES, check_tensors, links
+from dsmoe.hf.table import CONTROLLERS, PACKED, TABLES, check_tensors, links, routing_name
 from dsmoe.model.skeleton import logical_shapes
 from dsmoe.routers import available
 from dsmoe.routers.registry import option_classes
@@ -17,11 +17,18 @@ SHAPE = dict(
     moe_ffn_hidden_size=16, ffn_hidden_size=48, tie_embeddings=False,
 )  # fmt: skip
 FITTING = {
-    "dsmoe": dict(moe_layer_freq=[0, 1], moe_shared_expert_intermediate_size=24, qk_layernorm=True, kv_channels=16),
+    "dsmoe": dict(
+        moe_layer_freq=[0, 1], moe_shared_expert_intermediate_size=24, moe_shared_expert_gate=True, qk_layernorm=True,
+        kv_channels=16, add_qkv_bias=True,
+    ),
+    "qwen2_moe": dict(
+        moe_layer_freq=[0, 1], moe_shared_expert_intermediate_size=24, moe_shared_expert_gate=True, add_qkv_bias=True
+    ),
+    "dots1": dict(moe_layer_freq=[0, 1], moe_shared_expert_intermediate_size=32, qk_layernorm=True),
     "qwen3_moe": dict(moe_layer_freq=[0, 1], qk_layernorm=True, kv_channels=16),
     "olmoe": dict(qk_layernorm="full"),
     "mixtral": {},
-}
+}  # fmt: skip
 ROUTERS = {name: router for name, router in available().items() if router.__module__.startswith("dsmoe.")}
 
 
@@ -80,6 +87,16 @@ def transformers_config(architecture: str, packed: bool):
         return transformers.Qwen3MoeConfig(
             **common, head_dim=16, intermediate_size=48, moe_intermediate_size=16, num_experts=4, mlp_only_layers=[0]
         )
+    if architecture == "qwen2_moe":
+        return transformers.Qwen2MoeConfig(
+            **common, intermediate_size=48, moe_intermediate_size=16, num_experts=4, mlp_only_layers=[0],
+            shared_expert_intermediate_size=24,
+        )  # fmt: skip
+    if architecture == "dots1":
+        return transformers.Dots1Config(
+            **common, intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=2,
+            first_k_dense_replace=1,
+        )  # fmt: skip
     if architecture == "olmoe":
         return transformers.OlmoeConfig(**common, intermediate_size=16, num_experts=4)
     return transformers.MixtralConfig(**common, intermediate_size=16, num_local_experts=4)
@@ -98,6 +115,8 @@ def test_names_and_shapes_are_those_of_transformers(architecture):
     found = {}
     for link in links(PACKED[architecture], config.model, shapes):
         found |= link.theirs
+    for name in CONTROLLERS.get(architecture, ()):  # of the router, beside the run's tensors
+        found[routing_name(1, name, architecture)] = (4,)
     assert found == expected
 
 

@@ -43,7 +43,7 @@ VARIANTS = {
     "experts with biases": {"expert_activation": "geglu", "expert_bias": True},
     "all of it": {
         "num_layers": 3, "moe_layer_freq": [0, 1, 1], "tie_embeddings": False, "qk_layernorm": True,
-        "moe_shared_expert_intermediate_size": 8,
+        "moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True, "add_qkv_bias": True,
     },
 }  # fmt: skip
 
