@@ -60,7 +60,10 @@ def _add_import(commands) -> None:
     command.add_argument("folder", type=Path, metavar="HF_DIR", help="Mixtral, OLMoE, Qwen3-MoE, or an export of "
                          "dsmoe; LLaMA or Qwen3 to be upcycled")  # fmt: skip
     command.add_argument("run", type=Path, metavar="RUN", help="the run folder to make; it must not exist")
-    command.add_argument("--router", metavar="NAME", help="upcycling: any router (default: topk, k 2, gates sum to 1)")
+    command.add_argument("--router", metavar="NAME", help="of an MoE: another router with a gate, which starts from "
+                         "the model's; upcycling: any router (default: topk, k 2, gates sum to 1)")  # fmt: skip
+    command.add_argument("--config", type=Path, metavar="YAML", help="training, data and other sections of the run's "
+                         "configuration, such as configs/recipes/router_surgery.yaml")  # fmt: skip
     command.add_argument("--experts", type=int, metavar="E", help="upcycling: experts of a layer (default: 8)")
     command.add_argument("--granularity", type=int, metavar="G", help="upcycling: cut each MLP into G (default: 1)")
     command.add_argument("--noise", type=float, metavar="X", help="upcycling: added to experts, in units of each "
@@ -80,7 +83,7 @@ def _import(arguments) -> int:
     names = {"num_experts": arguments.experts, "granularity": arguments.granularity, "noise": arguments.noise}
     given = {name: value for name, value in names.items() if value is not None}
     options = ImportOptions(
-        router=arguments.router, upcycling=UpcyclingOptions(**given) if given else None,
+        router=arguments.router, config=arguments.config, upcycling=UpcyclingOptions(**given) if given else None,
         overrides=tuple(arguments.overrides), check=not arguments.skip_check,
     )  # fmt: skip
     print(summary(arguments.run, import_model(arguments.folder, arguments.run, options)))

@@ -22,19 +22,22 @@ from torch import Tensor
 
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.checkpoint.write import write_weights
-from dsmoe.config import ModelConfig, RunConfig, validate_config
-from dsmoe.config.load import apply_overrides
+from dsmoe.config import DataConfig, ModelConfig, RouterConfig, RunConfig, validate_config
+from dsmoe.config.load import apply_overrides, read_yaml
+from dsmoe.data.dataset import TrainingStream, heldout, open_corpus
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import ConfigError, ConversionError
 from dsmoe.hf.export import TRAINING_STATE, routing_file, write_code
 from dsmoe.hf.foreign import ForeignModel, read_foreign
 from dsmoe.hf.parity import Sample, check_parity, compare, observe_folder, observe_run, sequences_compared
 from dsmoe.hf.shards import INDEX, ShardReader, new_folder, track
+from dsmoe.hf.surgery import change_router, check_routers, tokens_to_fit
 from dsmoe.hf.table import CONTROLLERS, Link, check_tensors, links, routing_name
 from dsmoe.hf.tokenizer import PROBES
 from dsmoe.hf.upcycle import ROUTER, Upcycler, UpcyclingOptions
+from dsmoe.model.names import logical_tensors
 from dsmoe.model.skeleton import logical_shapes
-from dsmoe.routers import get
+from dsmoe.routers import available, get
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.registry import option_classes
 
@@ -50,14 +53,17 @@ class ImportOptions:
     """How a folder becomes a run.
 
     Attributes:
-        router: name of the router of an upcycled model; None: `dsmoe.hf.upcycle.ROUTER`.
+        router: name of the router; None: of an upcycled model `dsmoe.hf.upcycle.ROUTER`, of others their own. Another
+            one than a mixture of experts has starts from its gates (`dsmoe.hf.surgery`).
         upcycling: of a dense model; None: as it is by default.
+        config: YAML file with the sections of the run that are not the model's; None: defaults.
         overrides: `section.key=value` for the run's configuration.
         check: hold the run to transformers' model, which needs the memory of one whole model.
     """
 
     router: str | None = None
     upcycling: UpcyclingOptions | None = None
+    config: Path | None = None
     overrides: tuple[str, ...] = ()
     check: bool = True
 
@@ -71,11 +77,18 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, A
     """
     source = Source.open(folder, run, options)
     with new_folder(run) as place:
+        with_own_router = place / "with_own_router" if source.new_router is not None else place
+        with_own_router.mkdir(exist_ok=True)
         checkpoint = write_weights(
-            place, source.config, source.shapes, track(source.tensors(), len(source.shapes), "tensors"),
+            with_own_router, source.config, source.shapes, track(source.tensors(), len(source.shapes), "tensors"),
             None if source.controller is None else source.controller.state,
             copied_experts=source.upcycler is not None and source.upcycler.options.copies,
         )  # fmt: skip
+        parity = _parity(source, checkpoint) if options.check else NOT_CHECKED
+        surgery = None
+        if source.new_router is not None:
+            surgery = _change_router(source, checkpoint, place, options)
+            shutil.rmtree(with_own_router)
         if source.tokenizer is not None:
             source.tokenizer.copy_to(place)
         write_atomically(place / "config.yaml", source.config.to_yaml().encode())
@@ -88,7 +101,8 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, A
             "left_out": source.left_out,
             "upcycling": None if source.upcycler is None else source.upcycler.report(),
             "tokenizer": None if source.tokenizer is None else _compare_tokenizers(source.tokenizer, folder),
-            "parity": _parity(source, checkpoint) if options.check else NOT_CHECKED,
+            "parity": parity,
+            "surgery": surgery,
         }
         write_atomically(place / REPORT, json.dumps(report, indent=2).encode())
     return report
@@ -114,6 +128,13 @@ def summary(run: Path, report: dict[str, Any]) -> str:
             f"{what}: logits within {figures['max_logit_difference']:.2g}, top-1 agreement "
             f"{figures['top1_agreement']:.2%}, KL {figures['kl_divergence']:.2g} nats ({parity['text']})"
         )
+    if surgery := report["surgery"]:
+        lines.append(
+            f"router {surgery['router']} from the gates of {surgery['from']}: loss {surgery['loss_before']:.4f} -> "
+            f"{surgery['loss_after']:.4f} nats a token, logits within {surgery['max_logit_difference']:.2g}, top-1 "
+            f"agreement {surgery['top1_agreement']:.2%}, experts a token {surgery['experts_per_token_before']:.2f} -> "
+            f"{surgery['experts_per_token_after']:.2f} ({surgery['text']}); training closes it"
+        )
     lines.append(f"train on: launch/train.py --config {run / 'config.yaml'} data.path=DATASET")
     return "\n".join(lines)
 
@@ -131,6 +152,7 @@ class Source:
     shapes: dict[str, tuple[int, ...]]  # of the run's tensors
     controller: Controller | None
     upcycler: Upcycler | None
+    new_router: RouterConfig | None = None  # that takes over from the model's own
     left_out: list[str] = field(default_factory=list)  # tensors that the folder holds twice, or needlessly
 
     @classmethod
@@ -140,7 +162,9 @@ class Source:
             raise ConversionError(f"{folder} is not a folder; download the model first")
         foreign = read_foreign(folder)
         tokenizer = _tokenizer(folder, foreign)
-        config = _run_config(foreign, run, options, tokenizer)
+        config, new_router = _run_config(foreign, run, options, tokenizer), None
+        if not foreign.is_dense and config.router.name != foreign.router["name"]:
+            new_router, config = config.router, config.model_copy(update={"router": _own_router(foreign)})
         if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
             raise ConversionError(
                 f"{tokenizer.path} has {tokenizer.vocab_size} ids, more than the model's embedding "
@@ -156,7 +180,7 @@ class Source:
             dense = logical_shapes(everywhere, config.router)
         reader = ShardReader(folder)
         plan = links(foreign.rows(reader.shapes), config.model, dense)
-        source = cls(folder, foreign, config, tokenizer, reader, plan, shapes, None, upcycler)
+        source = cls(folder, foreign, config, tokenizer, reader, plan, shapes, None, upcycler, new_router)
         source._check_tensors()
         source.controller = source._controller()
         return source
@@ -259,25 +283,28 @@ def _tokenizer(folder: Path, foreign: ForeignModel) -> Tokenizer | None:
 
 def _run_config(foreign: ForeignModel, run: Path, options: ImportOptions, tokenizer: Tokenizer | None) -> RunConfig:
     """The run's configuration. Raises `ConfigError` or `ConversionError` for options that do not fit the model."""
-    tree: dict[str, Any] = {
-        "model": dict(foreign.model),
-        "router": foreign.router,
-        "training": {"lr": LEARNING_RATE},
-        "logging": {"run_dir": str(run)},
-    }
+    tree: dict[str, Any] = {} if options.config is None else read_yaml(options.config)
+    if of_the_model := [name for name in ("model", "router") if name in tree]:
+        raise ConfigError(
+            [f"{name}: the folder says it, or --set and --router" for name in of_the_model], str(options.config)
+        )
+    tree |= {"model": dict(foreign.model), "router": foreign.router}
+    tree.setdefault("training", {}).setdefault("lr", LEARNING_RATE)
+    tree.setdefault("logging", {})["run_dir"] = str(run)
     if tokenizer is not None:
         name = next(name for name in TOKENIZER_FILES if name in tokenizer.files())
-        tree["data"] = {"tokenizer": str(run / name)}
+        tree.setdefault("data", {})["tokenizer"] = str(run / name)
     if foreign.is_dense:
         upcycling, width = options.upcycling or UpcyclingOptions(), foreign.model["ffn_hidden_size"]
         upcycling.check(width)
         tree["model"] |= {"num_experts": upcycling.num_experts, "moe_ffn_hidden_size": width // upcycling.granularity}
         tree["router"] = {"name": options.router} if options.router not in (None, ROUTER["name"]) else dict(ROUTER)
-    elif options.upcycling is not None or options.router not in (None, foreign.router["name"]):
+    elif options.upcycling is not None:
         raise ConversionError(
-            f"{foreign.architecture} is a mixture of experts already: --router and the options of upcycling are for "
-            "dense models"
+            f"{foreign.architecture} is a mixture of experts already: the options of upcycling are for dense models"
         )
+    elif options.router not in (None, foreign.router["name"]):
+        tree["router"] = _router_from_gates(options.router, foreign)
     fixed = dict(tree["model"])
     problems = apply_overrides(tree, options.overrides)
     config = validate_config(tree, option_classes(), problems, source="the run's configuration")
@@ -286,11 +313,68 @@ def _run_config(foreign: ForeignModel, run: Path, options: ImportOptions, tokeni
         for key, value in fixed.items()
         if getattr(config.model, key) != value and key not in ("sequence_length", "init_std")
     ]
-    if not foreign.is_dense and config.router.name != foreign.router["name"]:
-        changed.append(f"router.name: found {config.router.name}, expected {foreign.router['name']} as in the folder")
+    if not foreign.is_dense and config.router.name != (options.router or foreign.router["name"]):
+        changed.append(
+            f"router.name: found {config.router.name}, expected {foreign.router['name']} as in the folder, or --router"
+        )
     if changed:
         raise ConfigError(changed, "--set")
     return config
+
+
+def _own_router(foreign: ForeignModel) -> RouterConfig:
+    options = get(foreign.router["name"]).Options.model_validate(
+        {k: v for k, v in foreign.router.items() if k != "name"}
+    )
+    return RouterConfig(name=foreign.router["name"], **options.model_dump())
+
+
+def _router_from_gates(name: str, foreign: ForeignModel) -> dict[str, Any]:
+    """A router that aims at as many experts per token as the model uses."""
+    own, experts = _own_router(foreign), foreign.model["num_experts"]
+    if name not in available():
+        return {"name": name}  # said where the configuration is checked
+    check_routers(own.name, name)
+    used = get(own.name).Options.model_validate(own.options).fixed_experts_per_token()
+    return {"name": name} | ({} if used is None else get(name).Options.aim_at(used, experts))
+
+
+def _change_router(source: Source, checkpoint: Path, place: Path, options: ImportOptions) -> dict[str, Any]:
+    """Write the run with its new router. Returns the report's part."""
+    config, router = source.config, source.new_router
+    chosen = {
+        line.partition("=")[0].removeprefix("router.") for line in options.overrides if line.startswith("router.")
+    }
+    length = min(config.model.sequence_length, 256)
+    counts = (
+        tokens_to_fit(config.model.num_layers, config.model.hidden_size) // length or 1,
+        sequences_compared(length, config.model.vocab_size),
+    )
+    to_fit, sample, text = _texts(source, options, length, *counts)
+    model, router, report = change_router(checkpoint, router, chosen, to_fit, sample)
+    source.config = config.model_copy(update={"router": router})
+    tensors = dict(logical_tensors(model))
+    write_weights(
+        place, source.config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.items(),
+        None if model.controller is None else model.controller.state,
+    )  # fmt: skip
+    return {"from": config.router.name, "text": text} | report
+
+
+def _texts(source: Source, options: ImportOptions, length: int, fit: int, compared: int) -> tuple[Tensor, Sample, str]:
+    """Sequences to fit on, others to compare on, and where they are from: the data that `--set data.path` names, or as
+    for the check."""
+    config = source.config
+    if config.data.path != DataConfig().path:
+        corpus = open_corpus(config.data)
+        corpus.check_vocabulary(config.model.vocab_size)
+        held = heldout(corpus, length, compared)
+        to_fit = TrainingStream(corpus, length, config.training.seed).batch(0, fit)["tokens"]
+        return to_fit, Sample(held.batch(0, len(held))["tokens"], config.model.vocab_size), str(config.data.path)
+    whole, text = _sample(source.tokenizer, fit + compared, length, config.model.vocab_size)
+    cut = max(1, len(whole.tokens) - compared)
+    rest = whole.tokens[cut:] if len(whole.tokens) > 1 else whole.tokens
+    return whole.tokens[:cut], Sample(rest, config.model.vocab_size), text
 
 
 def _compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:

@@ -240,11 +240,12 @@ def observe_run(
     model = TrainedModel.load(checkpoint).model
     for name, tensor in logical_tensors(model) if dtype_of else ():
         tensor.copy_(tensor.to(dtype_of(name)))
-    return _observe(model.to(dtype), sample, GREEDY_TOKENS if dtype == torch.float32 else 0)
+    return observe(model.to(dtype), sample, GREEDY_TOKENS if dtype == torch.float32 else 0)
 
 
 @torch.no_grad()
-def _observe(model: LanguageModel, sample: Sample, greedy_tokens: int) -> Observation:
+def observe(model: LanguageModel, sample: Sample, greedy_tokens: int) -> Observation:
+    """What a model in evaluation mode makes of a sample."""
     device = device_name()
 
     def logits_of(tokens: Tensor) -> Tensor:

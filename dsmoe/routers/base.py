@@ -31,6 +31,7 @@ from dsmoe.routers.renamed import OPTION_METHODS, refuse_old_methods
 from dsmoe.routers.routing import Routing, RoutingResult
 from dsmoe.routers.routing_map import count_columns
 from dsmoe.routers.scores import Scores
+from dsmoe.routers.trained_gate import TrainedGate
 
 # Whose tokens a balance loss counts: those of all ranks in a micro-step (then the layout does not change the loss), of
 # each rank alone (as Megatron and ReMoE's code do), or of all ranks in the optimizer step so far (arXiv 2501.11873).
@@ -241,6 +242,20 @@ class Router(megatron_router.Router):
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
         """Change thresholds so that these tokens use k experts on average, for benchmarks of untrained models. By
         default nothing changes, which is right where the number is fixed."""
+
+    @staticmethod
+    def start_from_gates(routers: list[Router], gates: list[TrainedGate]) -> dict[str, Any]:
+        """Decide as nearly as possible as the trained gates of another router, for an import with a router of choice.
+
+        Args:
+            routers: new ones of all MoE layers, sharing a controller; their weights are those of the trained gates.
+                Weights and the controller's state are changed in place.
+            gates: what each trained gate does on some tokens.
+
+        Returns:
+            Options to change, where the user does not set them. By default none, and the gates stay as they are.
+        """
+        return {}
 
     def has_row_per_expert(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a parameter of this router has a row for each expert, which a dead expert takes over from a busy one.

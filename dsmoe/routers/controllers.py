@@ -7,6 +7,7 @@ bit-identical on all of them without a broadcast, and nothing here waits for the
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -217,6 +218,13 @@ class CutoffController(Controller):
         """Use this cutoff for all experts of a layer."""
         self.skip_warmup()
         self.state["average"][layer] = cutoff * (1 - self.decay**self.updates)
+
+    def start_layer(self, layer: int, cutoff_E: Tensor, warmup_steps: int = 0) -> None:
+        """Continue from cutoffs found elsewhere, as after the warm-up and as many updates as fill the average."""
+        trusted = math.ceil(math.log(1e-3) / math.log(self.decay)) if self.decay else 1
+        self.updates = max(warmup_steps, trusted)
+        self.state["updates"] = torch.tensor(self.updates, dtype=torch.int64)
+        self.state["average"][layer] = cutoff_E * (1 - self.decay**self.updates)
 
     def value_E(self, layer: int) -> Tensor:
         """fp32 [E], the corrected average of a layer; 0 before the first update."""

@@ -120,6 +120,19 @@ class DTopPRouter(Router):
         self.controller = PIController(p, 0.0, 0.0, self.options.k / self.num_experts, 0.0, 1.0)
         self.controller.to(hidden_TH.device)
 
+    @staticmethod
+    def start_from_gates(routers, gates):
+        scores = []
+        for router, gate in zip(routers, gates, strict=True):
+            logits_TE = gate.logits_TE(router.weight)
+            router.scale.data.fill_(logits_TE.std(dim=-1, correction=0).mean())
+            scores.append(router._scores(logits_TE, router.scale.data))
+        controller, options = routers[0].controller, routers[0].options
+        p = p_for_mean(torch.cat(scores).softmax(dim=-1), options.k, options.rule)
+        p = min(max(p, options.p_min), options.p_max)
+        controller.state |= {"p": torch.tensor(p), "integral": torch.tensor(p - controller.initial)}
+        return {}
+
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH), self.scale.float())
 

@@ -33,6 +33,7 @@ from dsmoe.routers.base import INFERENCE_FILE, Router, RouterOptions, Routing
 from dsmoe.routers.controllers import SIGMOID_HISTOGRAM, CutoffController
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import exceeded_by
+from dsmoe.routers.trained_gate import cutoffs_E, shift_to_probabilities
 
 
 class ExpertThresholdOptions(RouterOptions):
@@ -74,6 +75,14 @@ class ExpertThresholdRouter(Router):
 
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
         self.controller.set_layer(self.index, exceeded_by(self.gating(hidden_TH), k / self.num_experts))
+
+    @staticmethod
+    def start_from_gates(routers, gates):
+        for router, gate in zip(routers, gates, strict=True):
+            shift_to_probabilities(router.weight.data, gate)
+            cutoffs = cutoffs_E(router.weight.data, gate, router.options.k)
+            router.controller.start_layer(router.index, cutoffs, router.options.warmup_steps)
+        return {}
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         logits_TE = self.gating(hidden_TH)

@@ -24,6 +24,7 @@ from dsmoe.routers.controllers import LambdaController
 from dsmoe.routers.losses import balance_product, mean_over_tokens
 from dsmoe.routers.registry import register
 from dsmoe.routers.scores import Decision, exceeded_by, in_blocks
+from dsmoe.routers.trained_gate import shift_to_zero
 
 
 class ReLUOptions(RouterOptions):
@@ -64,6 +65,12 @@ class ReLURouter(Router):
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
         threshold, gating = exceeded_by(self.gating(hidden_TH), k / self.num_experts), self.gating
         self.gating = lambda hidden_TH: gating(hidden_TH) - threshold
+
+    @staticmethod
+    def start_from_gates(routers, gates):
+        for router, gate in zip(routers, gates, strict=True):
+            shift_to_zero(router.weight.data, gate)
+        return {}
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(_decide, self.gate_scores(hidden_TH))

@@ -131,6 +131,13 @@ class TopPRouter(Router):
         p = p_for_mean(self.gating(hidden_TH).softmax(dim=-1), k, self.options.rule)
         self.options = self.options.model_copy(update={"p": p})
 
+    @staticmethod
+    def start_from_gates(routers, gates):
+        softmax_TE = torch.cat([g.logits_TE(r.weight).softmax(dim=-1) for r, g in zip(routers, gates, strict=True)])
+        mean = sum(gate.experts_per_token for gate in gates) / len(gates)
+        p = p_for_mean(softmax_TE, mean, routers[0].options.rule)
+        return {"p": p, "renormalize": all(gate.sums_to_one for gate in gates)}
+
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH))
 

@@ -84,6 +84,10 @@ class TopKRouter(Router):
         """One loss over the routes of all layers together there; a sum over layers and a mean over k here."""
         return options.balance_coefficient * num_moe_layers / options.k
 
+    @staticmethod
+    def start_from_gates(routers, gates):
+        return {"softmax": "after"} if routers[0].options.k > 1 and all(gate.sums_to_one for gate in gates) else {}
+
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         return in_blocks(self._decide, self.gate_scores(hidden_TH))
 

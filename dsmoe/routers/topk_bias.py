@@ -128,6 +128,14 @@ class TopKBiasRouter(Router):
     def inference_state(cls, controller, layer: int) -> dict[str, Tensor]:
         return {"bias": controller.state["bias"][layer]}
 
+    @staticmethod
+    def start_from_gates(routers, gates):
+        return {
+            "score": "softmax",
+            "renormalize": routers[0].options.k > 1 and all(gate.sums_to_one for gate in gates),
+            "route_scale": 1.0,
+        }
+
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
         balanced_by_quantile = self.options.bias_update == "quantile" and self.training and torch.is_grad_enabled()
         decide = partial(self._decide, sequence_T, self.num_sequences, balanced_by_quantile)

@@ -466,7 +466,6 @@ def test_options_that_do_not_fit_are_refused(groups, tmp_path, options, named):
 @pytest.mark.parametrize(
     "options",
     [
-        ImportOptions("relu"),
         ImportOptions(upcycling=UpcyclingOptions()),
         ImportOptions(overrides=("router.name=relu",)),
         ImportOptions(overrides=("model.rotary_base=7.0",)),
