@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 
 from dsmoe.config import RunConfig
+from dsmoe.hf.identity import Identity
 from dsmoe.routers import get
 
 
 def write_card(
     folder: Path, config: RunConfig, report: dict[str, Any], dataset: str | None, metrics: dict[str, Any] | None,
-    license: str | None = None, language: str | None = None,
+    license: str | None = None, language: str | None = None, identity: Identity | None = None,
 ) -> None:  # fmt: skip
     """Write README.md.
 
@@ -22,11 +23,13 @@ def write_card(
         report: content of export_report.json.
         dataset: name of the training data, where it has one.
         metrics: the line of metrics.jsonl of the last evaluation up to this checkpoint, if there is one.
-        license, language: as the Hub spells them; left out where not given.
+        license, language: as the Hub spells them; of a run that was imported, where not given, those of its base.
+        identity: of a run that was imported.
     """
     front = {
-        "license": license,
-        "language": language,
+        "license": license or (identity.license if identity else None),
+        "language": language or (identity.language if identity else None),
+        "base_model": identity.base_model if identity else None,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["mixture-of-experts", "moe", "dsmoe", config.router.name],
@@ -34,9 +37,9 @@ def write_card(
     front = yaml.safe_dump({key: value for key, value in front.items() if value is not None}, sort_keys=False)
     sections = (
         _model(config, report),
-        _data(config, report, dataset),
+        _data(config, report, dataset, identity),
         _evaluation(report, metrics),
-        _limits(config, report),
+        _limits(config, report, identity),
         _loading(report),
     )
     text = f"---\n{front}---\n\n# {report['run']}\n\n" + "\n\n".join(sections) + "\n"
@@ -70,9 +73,15 @@ def _model(config: RunConfig, report: dict[str, Any]) -> str:
     )
 
 
-def _data(config: RunConfig, report: dict[str, Any], dataset: str | None) -> str:
+def _data(config: RunConfig, report: dict[str, Any], dataset: str | None, identity: Identity | None) -> str:
     tokens = report["sequences_trained"] * config.model.sequence_length
     name = f"`{dataset}`" if dataset else "not recorded by name"
+    if identity is not None:
+        before = f" and {identity.trained_elsewhere:,} with transformers before" if identity.trained_elsewhere else ""
+        return (
+            f"## Training\n\nFine-tuned from `{identity.base_model}`: {report['step']:,} optimizer steps{before}, "
+            f"{tokens:,} tokens (repeated ones counted each time), in {config.training.precision}. Data: {name}."
+        )
     return (
         f"## Training\n\nData: {name}. {report['step']:,} optimizer steps, {tokens:,} tokens "
         f"(repeated ones counted each time), in {config.training.precision}."
@@ -95,13 +104,18 @@ def _evaluation(report: dict[str, Any], metrics: dict[str, Any] | None) -> str:
     )
 
 
-def _limits(config: RunConfig, report: dict[str, Any]) -> str:
+def _limits(config: RunConfig, report: dict[str, Any], identity: Identity | None) -> str:
     lines = [
-        "It continues text; it was not tuned to follow instructions or to be safe, and repeats what its data holds.",
+        "It continues text; dsmoe does not tune to follow instructions or to be safe. It repeats what its data holds.",
         f"It was trained on sequences of {config.model.sequence_length:,} tokens; longer ones are untested.",
-        "No token is added to a text: a document was trained to begin after the end of another one "
-        "(`bos_token` and `eos_token` are the same).",
     ]
+    if identity is None:
+        lines.append(
+            "No token is added to a text: a document was trained to begin after the end of another one "
+            "(`bos_token` and `eos_token` are the same)."
+        )
+    else:
+        lines.append("Tokenizer, special tokens and chat template are those of the model it was made from.")
     if report["architecture"] == "dsmoe":
         lines += [
             "Fine-tuning with this code has the language-model loss only: no router losses, no controller.",

@@ -28,6 +28,7 @@ from dsmoe.data.dataset import heldout
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError
 from dsmoe.hf.card import write_card
+from dsmoe.hf.identity import Identity
 from dsmoe.hf.native import native_config, native_host
 from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared, tokens_compared
 from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, track
@@ -78,6 +79,7 @@ class Source:
     tokenizer: Tokenizer | None
     corpus: Corpus
     run_dir: Path
+    identity: Identity | None  # of a run that was imported
 
     @classmethod
     def open(cls, path: Path, data: str | None) -> Source:
@@ -95,7 +97,9 @@ class Source:
         if tokenizer is not None and corpus.tokenizer is not None and not encode_alike(tokenizer, corpus.tokenizer):
             raise DataError(f"{data or config.data.path} was made with another tokenizer than the run {run_dir}")
         corpus.check_vocabulary(config.model.vocab_size)
-        return cls(reader, verification, config, get(config.router.name), tokenizer, corpus, run_dir)
+        return cls(
+            reader, verification, config, get(config.router.name), tokenizer, corpus, run_dir, Identity.of_run(run_dir)
+        )
 
     @property
     def options(self):
@@ -174,7 +178,7 @@ class Target:
             "bos_token_id": end,
             "eos_token_id": end,
             "pad_token_id": end,
-        }
+        } | ({} if self.source.identity is None else self.source.identity.token_ids)
         if self.is_native:
             return native_config(self.architecture, config) | common
         return remote_config(config, self.source.router, self.source.options) | common
@@ -277,7 +281,10 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
         _write_json(folder / TRAINING_STATE, _training_state(source))
         target.write_code(folder)
         if source.tokenizer is not None:
-            write_tokenizer(source.tokenizer, folder, source.config.model.sequence_length)
+            if source.identity is not None and source.identity.has_tokenizer:
+                source.identity.write_tokenizer(source.run_dir, folder)
+            else:
+                write_tokenizer(source.tokenizer, folder, source.config.model.sequence_length)
         report = {
             "format_version": 1,
             "architecture": target.architecture,
@@ -286,6 +293,7 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
             "step": source.reader.manifest.step,
             "sequences_trained": source.reader.manifest.samples,
             "router": source.config.router.name,
+            "fine_tuned_from": None if source.identity is None else source.identity.base_model,
             "weights": weights,
             **_check(target, folder),
             "versions": {"dsmoe": __version__}
@@ -294,7 +302,7 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
         described = source.corpus.description
         dataset = described.name if described is not None and not options.data else None
         metrics = _last_evaluation(source)
-        write_card(folder, source.config, report, dataset, metrics, options.license, options.language)
+        write_card(folder, source.config, report, dataset, metrics, options.license, options.language, source.identity)
         _write_json(folder / REPORT, report)
     return report
 
@@ -358,7 +366,8 @@ def _check(target: Target, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"tokenizer": None}
     if tokenizer is not None:
         texts = [tokenizer.decode(row) for row in batch["tokens"].tolist()]
-        found["tokenizer"] = check_tokenizer(tokenizer, folder, texts)
+        kept = source.identity is not None and source.identity.has_tokenizer
+        found["tokenizer"] = check_tokenizer(tokenizer, folder, texts, as_text=kept)
     found["parity"], seen = check_parity(source.reader.folder, folder, sample, target.dtype, target.dtype_of)
     loss = _loss(seen, batch["labels"])
     size, bytes_per_token = model_size(config), source.corpus.bytes_per_token
@@ -391,6 +400,7 @@ def _generation_config(source: Source) -> dict[str, Any]:
     if source.tokenizer is not None:
         end, ids = source.tokenizer.eod_id, source.tokenizer.vocab_size
         found |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        found |= {} if source.identity is None else source.identity.generation_config(source.run_dir)
         if ids < source.config.model.vocab_size:  # rows that fill the embedding up to a round size; no token has them
             found["suppress_tokens"] = list(range(ids, source.config.model.vocab_size))
     return found

@@ -59,6 +59,11 @@ def read_foreign(folder: Path) -> ForeignModel:
         raw = json.loads(path.read_text(encoding="utf-8"))
         architecture = raw.get("model_type")
     except OSError as error:
+        if (folder / "adapter_config.json").is_file():
+            raise ConversionError(
+                f"{folder} holds an adapter without its model; merge it first: "
+                "PeftModel.from_pretrained(model, ADAPTER).merge_and_unload().save_pretrained(FOLDER)"
+            ) from error
         raise ConversionError(f"{path} cannot be read: {error.strerror}; a Hugging Face model has one") from error
     except (ValueError, AttributeError) as error:
         raise ConversionError(f"{path} is damaged: {error}") from error

@@ -29,6 +29,8 @@ from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import ConfigError, ConversionError
 from dsmoe.hf.export import TRAINING_STATE, routing_file, write_code
 from dsmoe.hf.foreign import ForeignModel, read_foreign
+from dsmoe.hf.hosted import foreign_code
+from dsmoe.hf.identity import Identity
 from dsmoe.hf.parity import Sample, check_parity, compare, observe_folder, observe_run, sequences_compared
 from dsmoe.hf.shards import INDEX, ShardReader, new_folder, track
 from dsmoe.hf.surgery import change_router, check_routers, tokens_to_fit
@@ -44,6 +46,7 @@ from dsmoe.routers.registry import option_classes
 REPORT = "import_report.json"
 NOT_CHECKED = "not checked"
 LEARNING_RATE = 5e-5  # for a model that has been trained; training.lr replaces it
+HEAD = "score.weight"  # of a classifier of sequences
 # What old files hold beside the weights and any reader computes itself.
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -91,6 +94,7 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, A
             shutil.rmtree(with_own_router)
         if source.tokenizer is not None:
             source.tokenizer.copy_to(place)
+        identity = Identity.keep(folder, place)
         write_atomically(place / "config.yaml", source.config.to_yaml().encode())
         report = {
             "format_version": 1,
@@ -98,7 +102,9 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, A
             "router": source.config.router.name,
             "tensors": len(source.reader.shapes),
             "tensors_of_the_run": len(source.shapes),
+            "base_model": identity.base_model,
             "left_out": source.left_out,
+            "lost": source.lost,
             "upcycling": None if source.upcycler is None else source.upcycler.report(),
             "tokenizer": None if source.tokenizer is None else _compare_tokenizers(source.tokenizer, folder),
             "parity": parity,
@@ -111,6 +117,7 @@ def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, A
 def summary(run: Path, report: dict[str, Any]) -> str:
     """What an import did, in a few lines."""
     lines = [f"{run}: {report['tensors']} tensors of {report['architecture']}, router {report['router']}"]
+    lines += [f"lost: {what}" for what in report["lost"]]
     if upcycling := report["upcycling"]:
         lines.append(
             f"upcycled: {upcycling['experts']} experts a layer, each {upcycling['expert_width']} wide, "
@@ -154,6 +161,7 @@ class Source:
     upcycler: Upcycler | None
     new_router: RouterConfig | None = None  # that takes over from the model's own
     left_out: list[str] = field(default_factory=list)  # tensors that the folder holds twice, or needlessly
+    lost: list[str] = field(default_factory=list)  # what a fine-tuning or a cast left behind, or has no place here
 
     @classmethod
     def open(cls, folder: Path, run: Path, options: ImportOptions) -> Source:
@@ -181,6 +189,7 @@ class Source:
         reader = ShardReader(folder)
         plan = links(foreign.rows(reader.shapes), config.model, dense)
         source = cls(folder, foreign, config, tokenizer, reader, plan, shapes, None, upcycler, new_router)
+        source.lost = _left_behind(folder)
         source._check_tensors()
         source.controller = source._controller()
         return source
@@ -197,6 +206,9 @@ class Source:
                     "which of them holds?"
                 )
             self.left_out.append("lm_head.weight")
+        if HEAD in found and HEAD not in expected and self.config.model.tie_embeddings:
+            self.left_out.append(HEAD)
+            self.lost.append(f"the head of a classifier ({HEAD})")
         for name in self.left_out:
             del found[name]
         if self.upcycler is None:
@@ -223,6 +235,9 @@ class Source:
             controller.load(controller.state | self._state_in_weights(CONTROLLERS[architecture]))
             return controller
         path = self.folder / TRAINING_STATE
+        if not path.is_file():
+            self._restore(controller)
+            return controller
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))["controller"]
             state = {name: torch.tensor(values, dtype=controller.state[name].dtype) for name, values in saved.items()}
@@ -234,11 +249,24 @@ class Source:
             raise ConversionError(f"{path} is damaged, or of another router: {error}") from error
         controller.load(state)
         differing = [
-            name for name, value in self._inference_state(controller) if not torch.equal(value, self.reader.read(name))
+            name
+            for name, value in self._inference_state(controller)
+            if not _equal_as_stored(value, self.reader.read(name))
         ]
         if differing:
             raise ConversionError(f"{path} and the weights do not belong together: {', '.join(differing[:5])} differ")
         return controller
+
+    def _restore(self, controller: Controller) -> None:
+        """From what the weights hold of it: a model that transformers or peft saved has no other file of it."""
+        router = get(self.config.router.name)
+        layers = [layer for layer, is_moe in enumerate(self.config.model.moe_layers()) if is_moe]
+        names = list(router.inference_state(controller, 0))
+        states = [{name: self.reader.read(routing_name(layer, name)).float() for name in names} for layer in layers]
+        if names:
+            router.restore_controller(controller, states)
+        held = f"continues from the {' and '.join(names)} in the weights" if names else "begins anew"
+        self.lost.append(f"the state of the router's controller ({TRAINING_STATE}), which {held}")
 
     def _state_in_weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         layers = [layer for layer, is_moe in enumerate(self.config.model.moe_layers()) if is_moe]
@@ -263,6 +291,27 @@ class Source:
             yield from self.upcycler.routers()
 
 
+def _left_behind(folder: Path) -> list[str]:
+    """What lies in a folder, or is known of it, and does not come along."""
+    lost = []
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = content.get("dtype") or content.get("torch_dtype") or "float32"
+    if content.get("model_type") == "dsmoe" and dtype != "float32":
+        lost.append(f"what fp32 weights held beyond {dtype}")
+    if any((folder / name).is_file() for name in ("optimizer.pt", "optimizer.bin", "scheduler.pt")):
+        lost.append("the optimizer's state of transformers' Trainer; moments begin at 0")
+    if (folder / "adapter_model.safetensors").is_file():
+        lost.append("an adapter beside the weights (adapter_model.safetensors), which is not merged into them")
+    if code := foreign_code(folder):
+        lost.append(f"code that is not dsmoe's own ({', '.join(code)}), which is not run")
+    return lost
+
+
+def _equal_as_stored(value: Tensor, stored: Tensor) -> bool:
+    """Whether a folder's tensor is this value, in the dtype that it was saved in."""
+    return torch.equal(value.to(stored.dtype), stored)
+
+
 def _is_plain(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -274,10 +323,12 @@ def _fresh_controller(config: RunConfig) -> Controller | None:
 
 
 def _tokenizer(folder: Path, foreign: ForeignModel) -> Tokenizer | None:
-    """The folder's; of an export of ours the very file that its data was made with."""
-    own = folder / "tokenizer.model"
+    """The folder's; of an export of ours the very file that its data was made with, unless tokens were added."""
+    own, other = folder / "tokenizer.model", folder / "tokenizer.json"
     if foreign.architecture == "dsmoe" and own.is_file():
-        return Tokenizer.load(own)
+        tokenizer = Tokenizer.load(own)
+        grown = Tokenizer.load(other) if other.is_file() else tokenizer
+        return grown if grown.vocab_size > tokenizer.vocab_size else tokenizer
     return Tokenizer.load(folder) if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
 

@@ -139,11 +139,12 @@ def encode_alike(one: Tokenizer, other: Tokenizer) -> bool:
     return same and all(one.encode(text) == other.encode(text) for text in PROBES)
 
 
-def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str]) -> dict[str, int]:
+def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str], as_text: bool = False) -> dict[str, int]:
     """Hold the export's tokenizer, as transformers loads it, to the run's: equal ids, and equal text back.
 
     Args:
         texts: real text, beside the probes and beside pairs of neighbours in the vocabulary.
+        as_text: ask it for no special tokens and to read none, which a tokenizer with a template does by itself.
 
     Returns:
         How many texts and tokens were compared.
@@ -163,9 +164,10 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str]) ->
     pieces = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
     joined = ("".join(pieces[start : start + 64]) for start in range(0, len(pieces), 64))
     compared = {"texts": 0, "tokens": 0}
+    plain = {"add_special_tokens": False, "split_special_tokens": True} if as_text else {}
     for text in (*PROBES, *joined, *texts):
         ours = tokenizer.encode(text)
-        theirs = exported(text, verbose=False)["input_ids"]
+        theirs = exported(text, verbose=False, **plain)["input_ids"]
         if ours != theirs:
             first = next((i for i, pair in enumerate(zip(ours, theirs)) if len(set(pair)) > 1), 0)
             there, here = theirs[first : first + 8], ours[first : first + 8]
@@ -173,7 +175,10 @@ def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str]) ->
                 f"the exported tokenizer encodes {text[:80]!r} otherwise than dsmoe: {there} instead of {here} at "
                 f"token {first}"
             )
-        if (back := exported.decode(theirs, skip_special_tokens=True)) != (expected := tokenizer.decode(ours)):
+        back = exported.decode(
+            theirs, skip_special_tokens=True, **({"clean_up_tokenization_spaces": False} if as_text else {})
+        )
+        if back != (expected := tokenizer.decode(ours)):
             raise ConversionError(f"the exported tokenizer gives {back[:80]!r} back for {expected[:80]!r}")
         compared["texts"] += 1
         compared["tokens"] += len(ours)

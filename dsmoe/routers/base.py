@@ -179,6 +179,15 @@ class Router(megatron_router.Router):
         return {}
 
     @classmethod
+    def restore_controller(cls, controller: Controller, states: list[dict[str, Tensor]]) -> None:
+        """Set a fresh controller from the `inference_state` of all layers, where no more of it was kept: by default
+        what has the same name there, one row for each layer."""
+        for name in set(states[0]) & set(controller.state):
+            stacked = torch.stack([state[name] for state in states])
+            if stacked.shape == controller.state[name].shape:
+                controller.state[name] = stacked.to(controller.state[name].dtype)
+
+    @classmethod
     def latent_rank(cls, options: RouterOptions) -> int:
         """Width r of the latent that scores an expert and enters its gate; 0 if experts do not score themselves."""
         return 0

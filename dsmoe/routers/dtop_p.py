@@ -107,6 +107,11 @@ class DTopPRouter(Router):
         return {"p": controller.value}
 
     @classmethod
+    def restore_controller(cls, controller: PIController, states) -> None:
+        p = states[0]["p"].reshape(())
+        controller.state |= {"p": p, "integral": p - controller.initial}
+
+    @classmethod
     def parameter_count(cls, model, options):
         return super().parameter_count(model, options) + 1
 

@@ -73,6 +73,11 @@ class ExpertThresholdRouter(Router):
     def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
         return {"k": float(k), "warmup_steps": 0, "capacity_slack": None}
 
+    @classmethod
+    def restore_controller(cls, controller: CutoffController, states) -> None:
+        for layer, state in enumerate(states):
+            controller.start_layer(layer, state["cutoffs"])
+
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
         self.controller.set_layer(self.index, exceeded_by(self.gating(hidden_TH), k / self.num_experts))
 

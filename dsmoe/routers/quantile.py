@@ -58,6 +58,11 @@ class QuantileRouter(Router):
     def inference_state(cls, controller: CutoffController, layer: int) -> dict[str, Tensor]:
         return {"cutoffs": controller.value_E(layer)}
 
+    @classmethod
+    def restore_controller(cls, controller: CutoffController, states) -> None:
+        for layer, state in enumerate(states):
+            controller.start_layer(layer, state["cutoffs"])
+
     def calibrate(self, hidden_TH: Tensor, k: float) -> None:
         self.controller.set_layer(self.index, exceeded_by(self.gating(hidden_TH), k / self.num_experts))
 

@@ -1,0 +1,231 @@
+"""What users do to an export with transformers or peft comes back by `import`, and the import says what was lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from test_exporting import dataset, made_up_run  # noqa: F401
+from test_importing import add_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from dsmoe.checkpoint.load import CheckpointReader
+from dsmoe.checkpoint.restore import TrainedModel
+from dsmoe.config import load_config
+from dsmoe.errors import ConversionError
+from dsmoe.hf.export import ExportOptions, export
+from dsmoe.hf.importing import ImportOptions, import_model
+from dsmoe.routers.registry import option_classes
+
+ROUTERS = ["topk_bias", "relu", "dtop_p", "quantile"]  # of each kind of controller
+TOKENS = torch.randint(0, 310, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=ROUTERS)
+def exported(request, tmp_path_factory, dataset, groups) -> tuple[Path, Path]:  # noqa: F811
+    """A run and its export."""
+    place = tmp_path_factory.mktemp("exported")
+    made_up_run(place / "run", dataset, {"name": request.param, "k": 2})
+    export(place / "run", place / "hf", ExportOptions(license="mit"))
+    return place / "run", place / "hf"
+
+
+def load(folder: Path, kind=AutoModelForCausalLM, **options):
+    return kind.from_pretrained(folder, trust_remote_code=True, **options)
+
+
+def train_a_little(model) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(2):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fine_tuned(model, folder: Path):
+    train_a_little(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def merged(model, folder: Path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    train_a_little(adapted)
+    result = adapted.merge_and_unload()
+    result.save_pretrained(folder)
+    return result
+
+
+def resized(model, folder: Path):
+    model.resize_token_embeddings(328)
+    model.save_pretrained(folder)
+    return model
+
+
+def cast(model, folder: Path):
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return model.float()
+
+
+WAYS = {"fine-tuned": fine_tuned, "merged": merged, "resized": resized, "cast": cast}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_comes_back(groups, exported, tmp_path, way):
+    """Held to what transformers computes: here, and by the import itself."""
+    _, hf = exported
+    model = WAYS[way](load(hf), tmp_path / "hf").eval()
+    report = import_model(tmp_path / "hf", tmp_path / "back", ImportOptions())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            TrainedModel.load(tmp_path / "back").model(TOKENS), model(TOKENS).logits, rtol=1e-4, atol=1e-4
+        )
+    assert report["parity"]["gate"] and report["base_model"] == "hf"
+    lost = "\n".join(report["lost"])
+    config = load_config(tmp_path / "back" / "config.yaml", routers=option_classes())
+    assert "the router's controller (training_state.json)" in lost
+    assert ("begins anew" in lost) == (config.router.name == "relu")
+    assert ("beyond bfloat16" in lost) == (way == "cast")
+    assert config.model.vocab_size == (328 if way == "resized" else 320)
+
+
+def test_the_controller_continues_from_what_the_weights_hold(groups, exported, tmp_path):
+    run, hf = exported
+    load(hf).save_pretrained(tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "back", ImportOptions(check=False))
+    folders = run / "checkpoints" / "step_00000000", tmp_path / "back" / "checkpoints" / "step_00000000"
+    before, after = (CheckpointReader(folder).controller_state() for folder in folders)
+    name = load_config(tmp_path / "back" / "config.yaml", routers=option_classes()).router.name
+    if name == "relu":
+        assert after["lambda"] == torch.tensor(1e-8)
+    elif name == "quantile":
+        models = [TrainedModel.load(place).model for place in (run, tmp_path / "back")]
+        values = [torch.stack([model.controller.value_E(layer) for layer in range(2)]) for model in models]
+        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
+    else:
+        key = {"topk_bias": "bias", "dtop_p": "p"}[name]
+        assert torch.equal(before[key], after[key])
+
+
+def test_a_trainers_folder_counts_as_fine_tuning(groups, exported, tmp_path):
+    run, hf = exported
+    model = load(hf)
+    arguments = transformers.TrainingArguments(
+        tmp_path / "out", max_steps=3, per_device_train_batch_size=2, save_steps=3, report_to=[], use_cpu=True,
+        disable_tqdm=True, learning_rate=1e-3,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer_of(hf))
+    trainer.train()
+    report = import_model(tmp_path / "out" / "checkpoint-3", tmp_path / "back", ImportOptions())
+    assert any("optimizer's state of transformers' Trainer" in what for what in report["lost"])
+    config = load_config(tmp_path / "back" / "config.yaml", routers=option_classes())
+    assert config.data.tokenizer == str(tmp_path / "back" / "tokenizer.json")
+    export(tmp_path / "back", tmp_path / "again", ExportOptions(data=made_from(run)))
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "Fine-tuned from `checkpoint-3`: 0 optimizer steps and 3 with transformers before" in card
+
+
+def tokenizer_of(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def made_from(run: Path) -> str:
+    """The dataset of a made-up run."""
+    return CheckpointReader(run / "checkpoints" / "step_00000000").manifest.config["data"]["path"]
+
+
+def test_a_classifier_leaves_its_head(groups, exported, tmp_path):
+    _, hf = exported
+    model = load(hf, AutoModelForSequenceClassification, num_labels=3)
+    model.save_pretrained(tmp_path / "hf")
+    report = import_model(tmp_path / "hf", tmp_path / "back", ImportOptions(check=False))
+    assert report["left_out"] == ["score.weight"] and any("head of a classifier" in what for what in report["lost"])
+    with torch.no_grad():
+        found = TrainedModel.load(tmp_path / "back").model(TOKENS)
+        torch.testing.assert_close(found, load(hf)(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_alone_says_how_to_merge_it(exported, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    _, hf = exported
+    get_peft_model(load(hf), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConversionError, match="an adapter without its model; merge it first: .*merge_and_unload"):
+        import_model(tmp_path / "adapter", tmp_path / "run", ImportOptions())
+
+
+# Identity.
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture
+def chat_model(tmp_path) -> Path:
+    """A Mixtral with special tokens, a chat template and a licence."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=32, intermediate_size=16, num_local_experts=4, num_experts_per_tok=2,
+        bos_token_id=258, eos_token_id=256, pad_token_id=257, initializer_range=0.2, sliding_window=None,
+    )  # fmt: skip
+    folder = tmp_path / "models--someone--chat-moe" / "snapshots" / "0"
+    folder.mkdir(parents=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    add_tokenizer(folder, 4)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "bos_token": "<start>"})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    front = {"license": "apache-2.0", "language": ["en", "de"]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\n\n# Chat\n")
+    return folder
+
+
+def test_a_fine_tuned_import_keeps_its_identity(groups, chat_model, dataset, tmp_path, monkeypatch):  # noqa: F811
+    before = AutoTokenizer.from_pretrained(chat_model)
+    config = json.loads((chat_model / "config.json").read_text())
+    config |= {"bos_token_id": before.bos_token_id, "eos_token_id": before.eos_token_id}
+    config |= {"pad_token_id": before.pad_token_id, "vocab_size": config["vocab_size"]}
+    (chat_model / "config.json").write_text(json.dumps(config))
+    report = import_model(chat_model, tmp_path / "run", ImportOptions())
+    assert report["base_model"] == "someone/chat-moe" and report["lost"] == []
+    from dsmoe.data.prepare import prepare
+
+    texts = tmp_path / "texts"
+    shutil.copytree(Path(__file__).parent, texts, ignore=shutil.ignore_patterns("__pycache__"))
+    prepare([str(texts)], tmp_path / "data", tokenizer=str(tmp_path / "run" / "tokenizer.json"), workers=1)
+    export(tmp_path / "run", tmp_path / "out", ExportOptions(format="mixtral", data=str(tmp_path / "data")))
+    after = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template", "all_special_tokens"):
+        assert getattr(after, name) == getattr(before, name), name
+    chat = [{"role": "user", "content": "which expert?"}]
+    assert after.apply_chat_template(chat, tokenize=False) == before.apply_chat_template(chat, tokenize=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for ids in (model.config, model.generation_config):
+        assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (
+            before.bos_token_id, before.eos_token_id, before.pad_token_id
+        )  # fmt: skip
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    assert (front["license"], front["language"], front["base_model"]) == (
+        "apache-2.0",
+        ["en", "de"],
+        "someone/chat-moe",
+    )
+    assert "Fine-tuned from `someone/chat-moe`: 0 optimizer steps" in (tmp_path / "out" / "README.md").read_text()
+    export(tmp_path / "run", tmp_path / "other", ExportOptions(data=str(tmp_path / "data"), license="mit"))
+    assert "license: mit" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_a_damaged_identity_is_named(groups, chat_model, tmp_path):
+    import_model(chat_model, tmp_path / "run", ImportOptions(check=False))
+    (tmp_path / "run" / "huggingface" / "identity.json").write_text("{")
+    with pytest.raises(ConversionError, match="identity.json is damaged .*; restore it, or remove"):
+        export(tmp_path / "run", tmp_path / "out", ExportOptions())
