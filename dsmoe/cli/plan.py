@@ -1,14 +1,15 @@
 """What a run will need and how fast it will be, before it is started; the fastest way to lay it out; and recorded
 routes replayed on other numbers of ranks. `plan` may be left out, and `--calibrate` is `calibrate`.
 
-    python tools/plan.py calibrate --out here.yaml
-    python tools/plan.py plan --config configs/quickstart.yaml --hardware here.yaml model.vocab_size=2048
-    python tools/plan.py plan --config configs/plans/trillion.yaml --hardware configs/hardware/h100.yaml \\
-        --nodes 128,256,512 --search
-    python tools/plan.py validate --hardware here.yaml
-    python tools/plan.py replay RUN --ep 8,16,32 --hardware configs/hardware/h100.yaml
+    dsmoe plan calibrate --out here.yaml
+    dsmoe plan --config configs/quickstart.yaml --hardware here.yaml model.vocab_size=2048
+    dsmoe plan --config configs/plans/trillion.yaml --hardware configs/hardware/h100.yaml --nodes 128,256,512 --search
+    dsmoe plan --config CONFIG.yaml --hardware here.yaml --search --write-config fastest.yaml
+    dsmoe plan validate --hardware here.yaml
+    dsmoe plan replay RUN --ep 8,16,32 --hardware configs/hardware/h100.yaml
 
-What is counted, what is not, and how far off it was: docs/planning.md.
+Exit code 2: the layout does not fit, or none does. What is counted, what is not, and how far off it was:
+docs/planning.md.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dsmoe.cli.options import router_options
 from dsmoe.config.shipped import configs_folder
 from dsmoe.errors import DataError
 from dsmoe.runtime.command_line import require_path
+from dsmoe.runtime.exit_codes import FINISHED, REFUSED
+
+if TYPE_CHECKING:
+    from dsmoe.lab.planner.predict import Prediction
 
 BYTES = {"fp32": 4, "bf16": 2}
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands.add_parser("plan", help="memory, time, traffic, energy and money of a run"))
@@ -39,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     published.set_defaults(run=show_published)
     _add_replay(commands.add_parser("replay", help="a recorded step on other numbers of ranks"))
     arguments = parser.parse_args(spelled_out(sys.argv[1:] if argv is None else argv))
-    arguments.run(arguments)
+    return arguments.run(arguments) or 0
 
 
 def spelled_out(words: list[str]) -> list[str]:
@@ -71,10 +77,16 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--skew", metavar="P:N", help="P %% of all routes on N experts, for example 30:4")
     load.add_argument("--trace", type=Path, metavar="RUN", help="imbalance as in a run with logging.trace")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument(
+        "--write-config",
+        type=Path,
+        metavar="YAML",
+        help="write the layout's configuration, or that of the fastest",
+    )
     parser.set_defaults(run=plan)
 
 
-def plan(arguments: argparse.Namespace) -> None:
+def plan(arguments: argparse.Namespace) -> int:
     from dsmoe.config import load_config
     from dsmoe.errors import ConfigError
     from dsmoe.lab.planner.hardware import load_hardware
@@ -95,6 +107,8 @@ def plan(arguments: argparse.Namespace) -> None:
     found += [f"--nodes: found {nodes}, expected at least 1" for nodes in arguments.nodes if nodes < 1]
     if len(arguments.nodes) > 1 and not arguments.search:
         found.append(f"--nodes: found {len(arguments.nodes)} of them, expected one, or --search")
+    if len(arguments.nodes) > 1 and arguments.write_config:
+        found.append(f"--write-config: found {len(arguments.nodes)} numbers of nodes, expected one")
     found += [f"--imbalance: found {arguments.imbalance}, expected at least 1"] if arguments.imbalance < 1 else []
     for nodes in arguments.nodes:
         ranks = nodes * hardware.devices_per_node
@@ -123,13 +137,35 @@ def plan(arguments: argparse.Namespace) -> None:
             show_search(_console(), searched[arguments.nodes[0]], tokens)
         layouts = (one for results in searched.values() for one in (*results.fitting, *results.too_large))
         _write(arguments.json, [one.as_json(tokens) for one in layouts])
-        return
+        best = next((results.best for results in searched.values() if results.best is not None), None)
+        if best is not None:
+            _write_config(arguments.write_config, best)
+        return FINISHED if best is not None else REFUSED
     (results,) = searched.values()
     ranks = arguments.nodes[0] * hardware.devices_per_node
     layout = Layout(config, hardware, ranks, load(config.parallel.expert_parallel), arguments.experts_per_token)
     one = predict(layout)
     show_plan(_console(), one, results, tokens)
     _write(arguments.json, one.as_json(tokens))
+    if one.fits:
+        _write_config(arguments.write_config, one)
+    return FINISHED if one.fits else REFUSED
+
+
+def _write_config(path: Path | None, one: Prediction) -> None:
+    """The configuration of a layout that fits, and how it is started."""
+    from dsmoe.checkpoint.files import write_atomically
+
+    if path is None:
+        return
+    ranks, per_node = one.layout.ranks, one.layout.hardware.devices_per_node
+    nodes = f" on each of {ranks // per_node} nodes (docs/clusters.md)" if ranks > per_node else ""
+    head = (
+        f"# {ranks} ranks of {one.layout.hardware.name}{nodes}, written by dsmoe plan.\n"
+        f"#   deepspeed --num_gpus {min(ranks, per_node)} --module dsmoe train --config {path}\n"
+    )
+    write_atomically(path, (head + one.layout.config.to_yaml()).encode())
+    _console().print(f"wrote {path}")
 
 
 def all_or_every_mistake(readers: dict[Path, Callable[[], object]]) -> list:
@@ -250,9 +286,9 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=Path, metavar="TRACE", help="a .npz of logging.trace, or the run's folder")
     parser.add_argument("--ep", required=True, type=_integers, metavar="N,...", help="expert-parallel sizes")
     parser.add_argument("--skew", metavar="P:N", help="instead of the recorded load: P %% of the routes on N experts")
-    parser.add_argument("--hidden", type=int, default=4096, metavar="H", help="width of a row (default: 4096)")
-    parser.add_argument("--ffn", type=int, metavar="F", help="width of an expert (default: H / 2)")
-    parser.add_argument("--dtype", choices=BYTES, default="bf16", help="of a row on its way (default: bf16)")
+    parser.add_argument("--hidden", type=int, metavar="H", help="width of a row (default: the run's)")
+    parser.add_argument("--ffn", type=int, metavar="F", help="width of an expert (default: the run's)")
+    parser.add_argument("--dtype", choices=BYTES, help="of a row on its way (default: the run's)")
     parser.add_argument("--hardware", type=Path, metavar="YAML", help="adds seconds, and bytes between nodes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.set_defaults(run=replay)
@@ -269,6 +305,7 @@ def replay(arguments: argparse.Namespace) -> None:
     from dsmoe.training.trace import read_trace
 
     trace = read_trace(arguments.trace)
+    shape = _row_shape(arguments)
     trace = skewed(trace, arguments.skew) if arguments.skew else trace
     hardware = load_hardware(arguments.hardware) if arguments.hardware else None
     rows = replayed(trace, arguments.ep, hardware.devices_per_node if hardware else None)
@@ -276,14 +313,14 @@ def replay(arguments: argparse.Namespace) -> None:
     routes = trace.counts_LE().sum() / len(trace.layers) / len(trace.tokens_T)
     console.print(
         f"[bold]step {trace.step}[/]: {len(trace.tokens_T)} tokens, {len(trace.layers)} MoE layers of "
-        f"{trace.num_experts} experts, {routes:.2f} experts a token"
+        f"{trace.num_experts} experts, {routes:.2f} experts a token; rows {shape[0]} wide in {shape[2]}, experts "
+        f"{shape[1]} wide"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     columns = ["EP", "placement", "load", "worst", "rows", "MiB", "sent MB", "by route"]
     columns += ["between nodes", "experts ms", "exchange ms"] if hardware else []
     for column in columns:
         table.add_column(column, justify="left" if column == "placement" else "right", no_wrap=True)
-    shape = arguments.hidden, arguments.ffn or arguments.hidden // 2, arguments.dtype
     costs: list[Cost] = [cost_of(row, *shape, hardware) for row in rows]
     for row, cost in zip(rows, costs, strict=True):
         more = f"{row.sent_routes / row.sent_rows:.2f} x" if row.sent_rows else ""
@@ -313,6 +350,25 @@ def replay(arguments: argparse.Namespace) -> None:
     )
     content = {"step": trace.step, "tokens": len(trace.tokens_T)}
     _write(arguments.json, {**content, "rows": [{**asdict(r), **asdict(c)} for r, c in zip(rows, costs, strict=True)]})
+
+
+def _row_shape(arguments: argparse.Namespace) -> tuple[int, int, str]:
+    """Width of a row and of an expert, and the dtype of rows: those given, else those of the trace's run."""
+    from dsmoe.config import ModelConfig, load_config
+    from dsmoe.errors import ConfigError
+
+    path = arguments.trace
+    places = [path, *path.parents[:2]] if path.is_dir() else path.parents[:2]
+    run = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+    given = {name: getattr(arguments, name) for name in ("hidden", "ffn", "dtype")}
+    if run is None and None in given.values():
+        missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
+        raise ConfigError([f"{missing}: not given, and no config.yaml of a run lies beside {path}"], "the replay")
+    config = load_config(run) if run is not None else None
+    model = config.model if config is not None else ModelConfig()
+    precision = config.training.precision if config is not None else "fp32"
+    wire = "bf16" if model.moe_exchange_dtype == "bf16" else precision
+    return given["hidden"] or model.hidden_size, given["ffn"] or model.moe_ffn_hidden_size, given["dtype"] or wire
 
 
 def _ranks(arguments: argparse.Namespace) -> int:

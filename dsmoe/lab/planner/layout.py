@@ -181,6 +181,18 @@ def problems(config: RunConfig, ranks: int, hardware: Hardware | None = None) ->
             f"{training.gradient_accumulation} micro-steps"
         )
     if hardware is not None:
+        if config.parallel.placement == "within_node" and ep > hardware.devices_per_node:
+            found.append(
+                f"parallel.expert_parallel: found {ep} with parallel.placement: within_node, expected at most the "
+                f"{hardware.devices_per_node} devices of a node"
+            )
+        if not hardware.cpu and config.model.experts_implementation in ("auto", "grouped_mm"):
+            widths = {"hidden_size": config.model.hidden_size, "moe_ffn_hidden_size": config.model.moe_ffn_hidden_size}
+            found += [
+                f"model.{name}: found {width}, expected a multiple of 8, or model.experts_implementation=loop"
+                for name, width in widths.items()
+                if width % 8
+            ]
         if ranks > hardware.devices_per_node and hardware.between_nodes is None:
             found.append(f"--nodes: {hardware.name} is one node: its file has no between_nodes")
         if training.precision not in hardware.peak_tflops:

@@ -62,6 +62,7 @@ def layouts(config: RunConfig, ranks: int) -> list[RunConfig]:
         for recompute in ("none", "moe", "full")
         for micro_steps in _divisors(batch // ranks)
         for chunks in (CHUNKS if recompute != "none" else (1,))
+        if chunks * ranks * micro_steps <= batch * config.model.sequence_length
     ]
 
 

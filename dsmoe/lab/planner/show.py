@@ -52,7 +52,7 @@ def show_search(console: Console, found: Found, tokens: float, count: int = 8) -
         nearest = found.too_large[0]
         console.print(
             f"[bold red]nothing fits[/] of {len(found.too_large)} layouts; the nearest lacks "
-            f"{_bytes(nearest.missing_memory)}: {_described(nearest)}"
+            f"{_bytes(nearest.missing_memory)}: {_settings(nearest)}"
         )
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -164,10 +164,6 @@ def _advice(one: Prediction, found: Found) -> str:
     gain = one.step_seconds / best.step_seconds
     how = f"{gain:.2f} x as fast" if one.fits else f"fits, {_seconds(best.step_seconds)} a step"
     return f"[bold]better[/]   {' '.join(wanted)} ({how})"
-
-
-def _described(one: Prediction) -> str:
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in choices(one.layout).items())
 
 
 def _run(one: Prediction, tokens: float) -> str:
