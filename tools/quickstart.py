@@ -149,13 +149,13 @@ def sparkline(values: list[float], width: int = 48) -> str:
 
 
 def _what_next(run_dir: Path, steps: int, python: str, deepspeed: str) -> None:
-    train = f"launch/train.py --config {CONFIG}"
+    train = f"dsmoe train --config {CONFIG}"
     console.print("\n[bold]What to try next[/]")
     for what, command in (
-        ("another prompt", f"{python} launch/generate.py {run_dir} --prompt 'import ' --temperature 0.5"),
-        ("exactly two experts per token", f"{deepspeed} --num_gpus 2 {train} router.name=topk router.k=2 "
+        ("another prompt", f"{python} -m dsmoe generate {run_dir} --prompt 'import ' --temperature 0.5"),
+        ("exactly two experts per token", f"{deepspeed} --num_gpus 2 --module {train} router.name=topk router.k=2 "
                                           "logging.run_dir=runs/topk"),
-        ("train this model further, as one process under ZeRO-3", f"{python} {train} parallel.expert_parallel=1 "
+        ("train this model further, as one process under ZeRO-3", f"{python} -m {train} parallel.expert_parallel=1 "
                                                                   f"parallel.zero_stage=3 training.steps={2 * steps}"),
     ):  # fmt: skip
         console.print(f"  [dim]# {what}[/]")

@@ -1,8 +1,8 @@
 """Measure one MoE layer, forward and backward, or whole training steps: dsmoe, other libraries, the machine's limit.
 
-    python tools/benchmark_moe.py --json layer.json
-    python tools/benchmark_moe.py --experts 8,128 --skew 30:4 --only "topk,AutoEP"
-    python tools/benchmark_moe.py --step --json step.json
+    dsmoe benchmark --json layer.json
+    dsmoe benchmark --experts 8,128 --skew 30:4 --only "topk,AutoEP"
+    dsmoe benchmark --step --json step.json
 
 What is compared runs in turn, round by round, and a time is the median over rounds. What is measured and how:
 docs/performance.md.

@@ -1,8 +1,8 @@
 """Carry a run's weights elsewhere: to Hugging Face, from there, and the proof that nothing was lost.
 
-    python tools/convert_checkpoint.py export runs/first exported/first
-    python tools/convert_checkpoint.py import downloads/OLMoE-1B-7B runs/olmoe
-    python tools/convert_checkpoint.py verify runs/first --all
+    dsmoe export runs/first exported/first
+    dsmoe import downloads/OLMoE-1B-7B runs/olmoe
+    dsmoe verify runs/first --all
 
 What an export holds and how it is checked: docs/huggingface.md. What a checkpoint holds: docs/checkpoints.md.
 """

@@ -1,9 +1,9 @@
 """Evaluate a run, a checkpoint or a Hugging Face model on held-out text.
 
-python launch/evaluate.py runs/first
-deepspeed --num_gpus 2 launch/evaluate.py runs/first --sequences 500
-python launch/evaluate.py exported/first --data data/stdlib
-python launch/evaluate.py exported/first --tasks my_task --task-dir tasks
+dsmoe evaluate runs/first
+deepspeed --num_gpus 2 --module dsmoe evaluate runs/first --sequences 500
+dsmoe evaluate exported/first --data data/stdlib
+dsmoe evaluate exported/first --tasks my_task --task-dir tasks
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generate: `python launch/generate.py runs/quickstart --prompt "def main(" [--tokens 200]`."""
+"""Generate: `dsmoe generate runs/quickstart --prompt "def main(" [--tokens 200]`."""
 
 from __future__ import annotations
 

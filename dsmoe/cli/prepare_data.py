@@ -1,7 +1,7 @@
 """Turn text into a dataset folder for training.
 
-python tools/prepare_data.py stdlib --output data/stdlib
-python tools/prepare_data.py 'corpus/*.jsonl.zst' notes/ --output data/mine --vocab-size 32000
+dsmoe prepare-data stdlib --output data/stdlib
+dsmoe prepare-data 'corpus/*.jsonl.zst' notes/ --output data/mine --vocab-size 32000
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     console.print("Train on it:", highlight=False)
     path = shlex.quote(Path(arguments.output).as_posix())
-    command = f"  deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml data.path={path}"
+    command = f"  deepspeed --num_gpus 2 --module dsmoe train --config configs/quickstart.yaml data.path={path}"
     console.print(command, highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -1,9 +1,9 @@
 """Studies: train a grid of routers x experts x granularity x size x seed at equal active compute, and report on it.
 
-    python tools/scaling_study.py corpus --output data/study
-    python tools/scaling_study.py run configs/studies/relu_over_experts.yaml --out runs/studies/relu_over_experts
-    python tools/scaling_study.py report runs/studies/relu_over_experts --target docs/results/scaling
-    python tools/scaling_study.py rebuild docs/results/scaling
+    dsmoe study corpus --output data/study
+    dsmoe study run configs/studies/relu_over_experts.yaml --out runs/studies/relu_over_experts
+    dsmoe study report runs/studies/relu_over_experts --target docs/results/scaling
+    dsmoe study rebuild docs/results/scaling
 
 Ctrl-C stops after a checkpoint; the same command goes on where it was. How a study is written: docs/studies.md.
 """

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from dsmoe.config.explain import explain
 from dsmoe.config.schema import RouterConfig, RunConfig
+from dsmoe.config.shipped import find_config
 from dsmoe.config.validate import validate_config
 from dsmoe.errors import ConfigError
 
@@ -82,9 +83,10 @@ def validated(tree: dict[str, Any], model: type[Model], source: str) -> Model:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A file's mapping; an empty file has none. Raises `ConfigError`."""
+    """A file's mapping; an empty file has none. Where there is no such file, the one that comes with dsmoe under that
+    name. Raises `ConfigError`."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find_config(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError([f"cannot read the file: {error.strerror or error}"], str(path)) from error
     except UnicodeDecodeError as error:

@@ -136,7 +136,7 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    """What is read: a folder made by tools/prepare_data.py, or any Megatron .bin/.idx prefix."""
+    """What is read: a folder made by dsmoe prepare-data, or any Megatron .bin/.idx prefix."""
 
     path: UserPath = "data/corpus"  # folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx
     valid_path: UserPath | None = None  # held-out PREFIX, when `path` is a prefix

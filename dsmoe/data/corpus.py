@@ -1,6 +1,6 @@
 """The data of a run, found and checked before anything expensive starts.
 
-`data.path` is a folder made by `tools/prepare_data.py`, or the PREFIX of a .bin/.idx pair that any Megatron tool
+`data.path` is a folder made by `dsmoe prepare-data`, or the PREFIX of a .bin/.idx pair that any Megatron tool
 wrote. Either becomes a `Corpus`: two ranges of sequences, one to train on and one held out, and a tokenizer.
 """
 
@@ -122,7 +122,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     if not _has_files(prefix):
         raise DataError(
             f"data.path: found neither the folder {path} nor the files {prefix}.bin and {prefix}.idx; "
-            f"make a dataset with: python tools/prepare_data.py stdlib --output {path}"
+            f"make a dataset with: dsmoe prepare-data stdlib --output {path}"
         )
     return _open_prefix(prefix, data)
 
@@ -131,7 +131,7 @@ def _open_folder(folder: Path, data: DataConfig) -> Corpus:
     if not (folder / DESCRIPTION).is_file():
         prefixes = sorted(str(path.with_suffix("")) for path in folder.glob("*.idx"))
         raise DataError(
-            f"data.path: {folder} has no {DESCRIPTION}, so it is no folder made by tools/prepare_data.py"
+            f"data.path: {folder} has no {DESCRIPTION}, so it is no folder made by dsmoe prepare-data"
             + (f"; it holds the prefixes {', '.join(prefixes)}" if prefixes else "")
         )
     if data.valid_path is not None:

@@ -142,7 +142,7 @@ def summary(run: Path, report: dict[str, Any]) -> str:
             f"agreement {surgery['top1_agreement']:.2%}, experts a token {surgery['experts_per_token_before']:.2f} -> "
             f"{surgery['experts_per_token_after']:.2f} ({surgery['text']}); training closes it"
         )
-    lines.append(f"train on: launch/train.py --config {run / 'config.yaml'} data.path=DATASET")
+    lines.append(f"train on: dsmoe train --config {run / 'config.yaml'} data.path=DATASET")
     return "\n".join(lines)
 
 

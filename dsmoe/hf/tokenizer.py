@@ -116,7 +116,7 @@ def _check_is_plain_bpe(path: Path, model, proto) -> None:
     if problems:
         raise ConversionError(
             f"{path} cannot be written as a tokenizer.json that encodes exactly alike: {', '.join(problems)}. "
-            "Give the run a tokenizer.json of its own, or train the tokenizer with tools/prepare_data.py"
+            "Give the run a tokenizer.json of its own, or train the tokenizer with dsmoe prepare-data"
         )
 
 

@@ -64,15 +64,12 @@ class EvaluationOptions:
         ]
         hosted = is_hugging_face(path)
         if self.tasks and not hosted:
-            problems.append(
-                "--tasks: tasks are run on a Hugging Face model; make one with: "
-                f"python tools/convert_checkpoint.py export {path} OUT"
-            )
+            problems.append(f"--tasks: tasks are run on a Hugging Face model; make one with: dsmoe export {path} OUT")
         if self.task_dir is not None and not Path(self.task_dir).is_dir():
             problems.append(f"--task-dir: there is no folder {self.task_dir}")
         if hosted and self.data is None and not self.tasks:
             problems.append(
-                "--data: a Hugging Face model does not say on what; name a dataset that tools/prepare_data.py made "
+                "--data: a Hugging Face model does not say on what; name a dataset that dsmoe prepare-data made "
                 f"with --tokenizer {path}, or the one it was trained on"
             )
         if problems:
@@ -168,7 +165,7 @@ def _open_data(data: DataConfig, folder: Path, embeddings: int) -> Corpus:
     if tokenizer.encode(text) != corpus.tokenizer.encode(text) or tokenizer.eod_id != corpus.tokenizer.eod_id:
         raise DataError(
             f"{data.path} was made with another tokenizer than {folder} has; make a dataset with: "
-            f"python tools/prepare_data.py SOURCES --output FOLDER --tokenizer {folder}"
+            f"dsmoe prepare-data SOURCES --output FOLDER --tokenizer {folder}"
         )
     return corpus
 

@@ -1,7 +1,7 @@
 """Processes that the lab starts on this machine: benchmark ranks, planner runs, cells of a study.
 
 Each is this Python with arguments, in a process group of its own (Ctrl-C reaches the lab alone, which then stops them
-in order), with this package on its path, and with its output in a file.
+in order), with this package on its path where it is not installed, and with its output in a file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dsmoe.parallel.place import free_port
 from dsmoe.runtime.device import gpu_count, gpu_model, on_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
+IN_CHECKOUT = (ROOT / "pyproject.toml").is_file()
 POLL_SECONDS = 0.1
 
 
@@ -52,7 +53,7 @@ def start(
     stdin: int = subprocess.DEVNULL,
 ) -> Child:  # fmt: skip
     """Start this Python with `arguments`; its output is appended to `log`."""
-    inherited = [path for path in (os.environ.get("PYTHONPATH"),) if path]
+    paths = [str(ROOT)] * IN_CHECKOUT + [path for path in (os.environ.get("PYTHONPATH"),) if path]
     with log.open("a") as output:
         process = subprocess.Popen(
             [sys.executable, *arguments],
@@ -60,7 +61,7 @@ def start(
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join([str(ROOT), *inherited])},
+            env={**os.environ, **(environment or {})} | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}),
             start_new_session=True,
             pass_fds=pass_fds,
         )
@@ -115,16 +116,13 @@ def stop(children: list[Child], seconds: float) -> None:
         child.kill()
 
 
-def launcher(ranks: int) -> list[str]:
-    """The deepspeed command, as Python runs it; one process needs no launcher."""
+def train_command(ranks: int) -> list[str]:
+    """`dsmoe train` as this Python runs it, inside and outside a checkout: by the deepspeed launcher, which one process
+    does not need."""
     if ranks == 1:
-        return []
-    return ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", free_port()]
-
-
-def train_script() -> str:
-    """launch/train.py, as short as the user would type it."""
-    return os.path.relpath(ROOT / "launch" / "train.py")
+        return ["-m", "dsmoe", "train"]
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", free_port()]
+    return [*launcher, "--module", "dsmoe", "train"]
 
 
 def cores() -> int:
@@ -144,5 +142,7 @@ def machine() -> str:
 
 def commit() -> str:
     """Of the code that runs; empty outside a repository."""
+    if not (ROOT / ".git").exists():  # installed, perhaps somewhere inside another repository
+        return ""
     shown = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return shown.stdout.strip()

@@ -99,7 +99,7 @@ def check_world(world_size: int, expert_parallel: int, global_batch_size: int, g
         raise ParallelError(
             f"{world_size} processes were launched, but parallel.expert_parallel is {expert_parallel}: the number of "
             f"processes must be a multiple of it. Launch {expert_parallel} (for example "
-            f"'deepspeed --num_gpus {expert_parallel} launch/train.py ...') or set parallel.expert_parallel to a "
+            f"'deepspeed --num_gpus {expert_parallel} --module dsmoe train ...') or set parallel.expert_parallel to a "
             f"divisor of {world_size}"
         )
     micro_batches = world_size * gradient_accumulation

@@ -1,4 +1,4 @@
-"""A training run from its configuration to its last checkpoint: what `launch/train.py` does."""
+"""A training run from its configuration to its last checkpoint: what `dsmoe train` does."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def train(config: Path, overrides: list[str], code: int = REFUSED) -> Result:
     [
         ("configuration", ["3 mistakes", "training.step: unknown key (did you mean 'steps'?)",
                            "training.lr: found 'fast'", "expected a multiple of parallel.expert_parallel (3)"]),
-        ("no data", ["nothing here", "python tools/prepare_data.py"]),
+        ("no data", ["nothing here", "dsmoe prepare-data"]),
         ("truncated data", ["train.bin", "100"]),
         ("vocabulary", ["300 ids", "64", "model.vocab_size"]),
         ("damaged checkpoint", ["rank_00000.safetensors", "sha256 differs", "step_00000003"]),

@@ -1,1 +1,1 @@
-"""What `tools/benchmark_moe.py` measures: an MoE layer or a step, beside peers and beside the machine's limit."""
+"""What `dsmoe benchmark` measures: an MoE layer or a step, beside peers and beside the machine's limit."""

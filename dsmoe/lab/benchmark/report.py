@@ -76,6 +76,8 @@ def circumstances(command: list[str]) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The checkout's commit, with "+" where tracked files have changed since; None outside a checkout."""
+    if not (ROOT / ".git").exists():  # installed, perhaps somewhere inside another repository
+        return None
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -106,7 +106,7 @@ class Stopwatch:
 
 
 def dsmoe_step(job: StepJob, rank: int) -> Step:
-    """dsmoe's engine, as launch/train.py builds it."""
+    """dsmoe's engine, as `dsmoe train` builds it."""
     from dsmoe.config import validate_config
     from dsmoe.parallel.groups import create_groups, start_processes
     from dsmoe.routers import get

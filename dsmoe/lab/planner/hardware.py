@@ -17,7 +17,7 @@
     price_per_hour: 0.1            of a device
 
 A part takes flops / tflops + activation bytes / gb_s + weight bytes / weights_gb_s + calls x call_us + step_us:
-nothing overlaps, as in dsmoe. `python tools/plan.py calibrate` writes such a file for the machine at hand.
+nothing overlaps, as in dsmoe. `dsmoe plan calibrate` writes such a file for the machine at hand.
 """
 
 from __future__ import annotations

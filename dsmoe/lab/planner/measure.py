@@ -1,4 +1,4 @@
-"""Short real training runs on random tokens, for calibration and for holding predictions to: `launch/train.py`, as a
+"""Short real training runs on random tokens, for calibration and for holding predictions to: `dsmoe train`, as a
 user starts it, one thread a rank."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from dsmoe.config import RunConfig, load_config
 from dsmoe.errors import TrainingError
-from dsmoe.lab.children import launcher, start, train_script
+from dsmoe.lab.children import start, train_command
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.metrics import FILE, read_lines
 
@@ -90,7 +90,7 @@ def measure(case: Case, vocabulary: int) -> MeasuredRun:
         config.data.path, config.data.valid_fraction = f"{place}/tokens", 0.1
         config.logging.run_dir = f"{place}/run"
         (Path(place) / "run.yaml").write_text(config.to_yaml())
-        command = [*launcher(case.ranks), train_script(), "--config", f"{place}/run.yaml"]
+        command = [*train_command(case.ranks), "--config", f"{place}/run.yaml"]
         child = start(command, Path(place) / "log.txt", {"OMP_NUM_THREADS": "1"})
         try:
             code = child.process.wait()

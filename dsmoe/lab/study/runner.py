@@ -26,7 +26,7 @@ from rich.console import Console
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.config import RunConfig
 from dsmoe.errors import ConfigError, TrainingError
-from dsmoe.lab.children import Child, commit, cores, launcher, machine, start, stop, train_script
+from dsmoe.lab.children import Child, commit, cores, machine, start, stop, train_command
 from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.display import Display, Row
 from dsmoe.lab.study.energy import find_meter
@@ -162,7 +162,7 @@ class StudyRunner:
     def _launch(self, cell: Cell, steps: int | None) -> Launch:
         overrides = cell_overrides(self.study, cell, self.out, steps)
         return Launch(
-            [*launcher(self.study.ranks), train_script(), "--config", config_file(self.study, cell), *overrides],
+            [*train_command(self.study.ranks), "--config", config_file(self.study, cell), *overrides],
             cell_config(self.study, cell, self.out, steps),
             self.study.ranks,
             *(self.after(cell) or (None, "")),

@@ -155,7 +155,7 @@ def test_a_damaged_or_newer_description_is_refused(copy):
 
 
 def test_paths_that_lead_nowhere_say_what_to_do(dataset, tmp_path):
-    with pytest.raises(DataError, match="found neither the folder .*: python tools/prepare_data.py stdlib --output"):
+    with pytest.raises(DataError, match="found neither the folder .*: dsmoe prepare-data stdlib --output"):
         open_corpus(DataConfig(path=str(tmp_path / "absent")))
     (tmp_path / "half.idx").touch()
     with pytest.raises(DataError, match="no such file: .*half.bin"):

@@ -253,7 +253,7 @@ def test_killed_in_the_middle_it_leaves_no_dataset_and_no_worker_and_the_next_ru
     output = ["--output", str(tmp_path / "out"), "--tokenizer", str(dataset / "tokenizer.model"), "--workers", "2"]
     again = subprocess.run([*COMMAND, str(texts), *output], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml data.path=" in again.stdout
+    assert "deepspeed --num_gpus 2 --module dsmoe train --config configs/quickstart.yaml data.path=" in again.stdout
     assert again.stderr == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
