@@ -84,9 +84,16 @@ def label(one: Measured) -> str:
 
 
 def first_seed(ones: list[Measured]) -> list[Measured]:
-    """Those of the smallest seed, small x first."""
-    seed = min((one.cell.seed for one in ones), default=None)
-    return sorted((one for one in ones if one.cell.seed == seed), key=lambda one: one.x or 0.0)
+    """Of each arm those of its smallest seed, so that no arm is missing whose first seed failed; small x first."""
+    seeds: dict[str, int] = {}
+    for one in ones:
+        seeds[one.cell.arm] = min(one.cell.seed, seeds.get(one.cell.arm, one.cell.seed))
+    return sorted((one for one in ones if one.cell.seed == seeds[one.cell.arm]), key=lambda one: one.x or 0.0)
+
+
+def first_seed_words(results: StudyResults) -> str:
+    """Which seed a picture of single runs shows, for a caption."""
+    return "One seed" if len({one.cell.seed for one in results.found}) == 1 else "First seed of each arm"
 
 
 def seeds_note(results: StudyResults) -> str:

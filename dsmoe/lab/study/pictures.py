@@ -12,6 +12,8 @@ from dsmoe.lab.study.drawing import (
     STYLE,
     Picture,
     colors_of,
+    first_seed,
+    first_seed_words,
     has_axis,
     in_log,
     label_ends,
@@ -161,8 +163,7 @@ def _over_training(results: StudyResults, name: str, title: str, caption: str, l
     ones = [one for one in results.full if any(cost in point for point in one.curve)]
     if not ones:
         return None
-    colors, rows, seed = colors_of(results), [], min(one.cell.seed for one in ones)
-    ones = [one for one in ones if one.cell.seed == seed]
+    colors, rows, ones = colors_of(results), [], first_seed(ones)
     single = {arm for arm in results.arms() if len({one.x for one in ones if one.cell.arm == arm}) == 1}
     places = sorted({one.x for one in ones if one.x is not None and one.cell.arm not in single})
     several = has_axis(results) and len(places) > 1 and results.study.x != MEASURED
@@ -198,7 +199,7 @@ def _zoomed(axis, ones: list[Measured]) -> None:
 def _over_flops(results: StudyResults) -> Picture | None:
     caption = (
         "Six operations for each parameter that a token uses and attention's own products, with the experts every step "
-        "really had: a dense start counts in full. First seed."
+        f"really had: a dense start counts in full. {first_seed_words(results)}."
     )
     return _over_training(results, "loss_over_flops", "Loss against training compute", caption, "training FLOP so far",
                           "flops", True)  # fmt: skip
@@ -207,6 +208,6 @@ def _over_flops(results: StudyResults) -> Picture | None:
 def _over_time(results: StudyResults) -> Picture | None:
     if not results.study.timed:
         return None  # seconds of a machine that did other work, too
-    caption = "Seconds inside optimizer steps. First seed."
+    caption = f"Seconds inside optimizer steps. {first_seed_words(results)}."
     return _over_training(results, "loss_over_time", "Loss against wall time", caption, "seconds of training so far",
                           "seconds", False)  # fmt: skip

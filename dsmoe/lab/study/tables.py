@@ -39,9 +39,10 @@ def tables_of(results: StudyResults) -> list[Table]:
     """Those that have rows."""
     tables = (
         _ranking(results),
-        _summary(results, "All cells, means over seeds", inside=False),
+        _by_loss(results),
+        _summary(results, f"All cells, {_over_seeds(results)}", inside=False),
         _against_baseline(results),
-        _summary(results, "What the experts became, means over seeds", inside=True),
+        _summary(results, f"What the experts became, {_over_seeds(results)}", inside=True),
         _laws(results),
         _joint_laws(results),
         *_beside(results),
@@ -79,6 +80,40 @@ def _ranking(results: StudyResults) -> Table:
     if not any(one.over_dense_in_time for one in every):
         note += " No wall time: these cells were not timed on a quiet machine."
     return Table("Effective speedup", headings, [row(one) for one in sorted(every, key=order)], note)
+
+
+def _by_loss(results: StudyResults) -> Table:
+    """Arms by their loss, at each place and length: ranked are those that used no more compute than the baseline."""
+    reference, rows, above = results.study.reference, [], False
+    values = [one for one in results.found if {"val_loss", "training_flops"} <= one.values.keys()]
+    if not results.study.quality:
+        values = []
+    places = sorted({(one.cell.length, one.x or 0.0, one.x) for one in values}, key=lambda place: (-place[0], place[1]))
+    for length, _, x in places:
+        here = [one for one in values if (one.cell.length, one.x) == (length, x)]
+        by_arm = {arm: [one for one in here if one.cell.arm == arm] for arm in results.arms()}
+        means = {arm: mean(one.values["val_loss"] for one in ones) for arm, ones in by_arm.items() if ones}
+        spent = {arm: mean(one.values["training_flops"] for one in by_arm[arm]) for arm in means}
+        ratios = {arm: spent[arm] / spent[reference] for arm in means if reference in spent}
+        beyond = {arm for arm, ratio in ratios.items() if ratio > 1 + BEYOND}
+        above = above or bool(beyond)
+        rank = 0
+        for arm in sorted(means, key=lambda arm: (arm in beyond, means[arm])):
+            rank += arm not in beyond
+            ones = by_arm[arm]
+            where = at(ones[0].cell.point) + ("" if length == 1 else f", length {length:g}")
+            compute = f"{ratios[arm]:.2f}" if arm in ratios else ""
+            rows.append([MARK if arm in beyond else str(rank), arm, where, str(len(ones)),
+                         spread([one.values["val_loss"] for one in ones], "val_loss"), compute])  # fmt: skip
+    headings = ["rank", "arm", "at", "seeds", "held-out loss", f"compute over {reference}'s"]
+    note = f"Ranked by held-out loss, {_over_seeds(results)}, at the training compute that was realised."
+    if above:
+        note += f" {MARK}: more than {BEYOND:.0%} above {reference}'s compute, so not ranked."
+    return Table("Held-out loss at equal compute", headings, rows, note)
+
+
+def _over_seeds(results: StudyResults) -> str:
+    return "one seed" if len({one.cell.seed for one in results.found}) == 1 else "means over seeds"
 
 
 def _number(value: float | None) -> str:

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy
 from matplotlib.ticker import FuncFormatter
 
-from dsmoe.lab.study.drawing import PALETTE, Picture, colors_of, first_seed, label, panels, shade
+from dsmoe.lab.study.drawing import PALETTE, Picture, colors_of, first_seed, first_seed_words, label, panels, shade
 from dsmoe.lab.study.inside import idle, weak
 from dsmoe.lab.study.measures import Measured, StudyResults, smoothed, thinned
 from dsmoe.lab.study.probe.routes import KINDS
@@ -20,10 +20,11 @@ CONSTANT = 1e-9
 
 def _changing(results: StudyResults) -> list[Measured]:
     """First seed's cells in which the number of experts per token is not constant, small x first."""
-    return [
-        one for one in first_seed(results.with_runs)
-        if numpy.ptp([line["experts_per_token"] for line in one.lines]) > CONSTANT
-    ]  # fmt: skip
+    return [one for one in first_seed(results.with_runs) if _changes(one)]
+
+
+def _changes(one: Measured) -> bool:
+    return numpy.ptp([line["experts_per_token"] for line in one.lines]) > CONSTANT
 
 
 def _panels_of(arms: list[str], height: float = 3.4, **options):
@@ -40,14 +41,14 @@ def _number(axis) -> None:
 
 
 def density(results: StudyResults) -> Picture | None:
-    """Experts per token at every step, of arms where that changes."""
-    changing, colors, rows = _changing(results), colors_of(results), []
-    if not changing:
+    """Experts per token at every step, where that changes in any arm."""
+    shown, colors, rows = first_seed(results.with_runs), colors_of(results), []
+    if not any(map(_changes, shown)):
         return None
-    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in changing)]
+    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in shown)]
     figure, axes = _panels_of(arms)
     for axis, arm in zip(axes.flat, arms, strict=False):
-        ones = [one for one in changing if one.cell.arm == arm]
+        ones = [one for one in shown if one.cell.arm == arm]
         for one in ones:
             lines = [one.lines[place] for place in thinned(len(one.lines))]
             experts, steps = ([line[name] for line in lines] for name in ("experts_per_token", "step"))
@@ -57,7 +58,7 @@ def density(results: StudyResults) -> Picture | None:
         _number(axis.yaxis)
         if len(ones) > 1:
             axis.legend(fontsize=8, ncols=2)
-    caption = "Mean over layers and tokens of each step, first seed; arms with a constant number are left out."
+    caption = f"Mean over layers and tokens of each step. {first_seed_words(results)}."
     headings = ["cell", "step", "experts per token", "density"]
     return Picture("density", "Experts per token over training", caption, headings, rows, figure)
 
@@ -80,7 +81,7 @@ def layers(results: StudyResults) -> Picture | None:
     handles, names = axes[0, 0].get_legend_handles_labels()
     by_name = dict(zip(names, handles, strict=True))
     axes[0, 0].legend(by_name.values(), by_name)
-    caption = "On held-out text at the end of training, first seed; stronger lines are larger x."
+    caption = f"On held-out text at the end of training. {first_seed_words(results)}; stronger lines are larger x."
     return Picture("layers", "Experts per token by layer", caption, ["cell", "layer", "experts"], rows, figure)
 
 
@@ -107,7 +108,9 @@ def layers_over_training(results: StudyResults) -> Picture | None:
             _number(axis.yaxis)
             axis.set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=8)
-    caption = "First seed, the largest x of each arm; the CSV has all of them. Below 0.1 the axis is linear."
+    caption = (
+        f"{first_seed_words(results)}, the largest x of each; the CSV has all of them. Below 0.1 the axis is linear."
+    )
     headings = ["cell", "step", "layer", "experts per token"]
     title = "Experts per token over training, by layer"
     return Picture("layers_over_training", title, caption, headings, rows, figure)
@@ -135,8 +138,8 @@ def kinds(results: StudyResults) -> Picture | None:
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=8)
     caption = (
-        "Mean over layers, on the tokens of the traced steps; a token's kind follows from its text alone. First seed, "
-        "the largest x of each arm; the CSV has all of them."
+        "Mean over layers, on the tokens of the traced steps; a token's kind follows from its text alone. "
+        f"{first_seed_words(results)}, the largest x of each; the CSV has all of them."
     )
     headings = ["cell", "step", "kind", "experts per token"]
     return Picture("kinds", "Experts per token by kind of token", caption, headings, rows, figure)
@@ -165,7 +168,7 @@ def starving(results: StudyResults) -> Picture | None:
         axis.set_ylim(bottom=0)
     arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in ones)]
     figure.legend([plt.Line2D([], [], color=colors[arm]) for arm in arms], arms, loc="outside upper center", ncols=4)
-    caption = "First seed; stronger lines are larger x."
+    caption = f"{first_seed_words(results)}; stronger lines are larger x."
     headings = ["cell", "step", "experts without a token", "experts with a weak gradient"]
     return Picture("starving", "Starved experts over training", caption, headings, rows, figure)
 
@@ -207,7 +210,7 @@ def stages(results: StudyResults) -> Picture | None:
                 axis.axvspan(steps[0], steps[first], color="0.75", alpha=0.5, zorder=0, linewidth=0)
                 axis.axvspan(steps[first], steps[min(second, len(steps) - 1)], color="0.9", zorder=0, linewidth=0)
     caption = (
-        "First seed, the largest x of each arm. Dark: dense; light: until the density is first within "
+        f"{first_seed_words(results)}, the largest x of each. Dark: dense; light: until the density is first within "
         f"{NEAR_TARGET} of its target (green band)."
     )
     headings = ["cell", "step", "density", "lambda"]

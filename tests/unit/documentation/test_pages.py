@@ -84,7 +84,8 @@ def test_optimizers_are_documented():
 
 def test_commands_are_those_of_dsmoe():
     """Pages, configurations and messages name `dsmoe COMMAND`, not the files that do the same in a checkout."""
-    files = r"python (?:tools/(?:plan|prepare_data|convert_checkpoint|scaling_study|benchmark_moe)|launch/(?:train|generate|evaluate))\.py"
+    tools = "tools/(?:plan|prepare_data|convert_checkpoint|scaling_study|benchmark_moe)"
+    files = rf"python (?:{tools}|launch/(?:train|generate|evaluate))\.py"
     places = [*PAGES, *(ROOT / "configs").glob("**/*.yaml"), *(ROOT / "dsmoe").glob("**/*.py")]
     found = {str(place.relative_to(ROOT)) for place in places if re.search(files, place.read_text(encoding="utf-8"))}
     assert found <= {"README.md"}, found  # which shows both

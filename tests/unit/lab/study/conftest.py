@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsmoe.lab import children
 from dsmoe.lab.study import runner
 
 MODEL = {
@@ -53,11 +52,10 @@ with open(run_dir + "/metrics.jsonl", "w") as file:
 @pytest.fixture
 def invented(tmp_path: Path, monkeypatch) -> None:
     """Runs are the script above."""
-    monkeypatch.setattr(children, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "train_command", lambda ranks: [str(tmp_path / "train.py")])
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[4]))
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "train.py").write_text(TRAINING)
+    (tmp_path / "train.py").write_text(TRAINING)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from dsmoe.errors import ConfigError
 from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.gates import reason_to_skip
 from dsmoe.lab.study.measures import centre_and_band, flops, read_results, smoothed, spikes, wall
+from dsmoe.lab.study.pictures import draw_pictures
 from dsmoe.lab.study.report import rebuild, write_report
 from dsmoe.lab.study.results import run_config, run_lines
 from dsmoe.lab.study.runner import read_record, read_study, run_study
@@ -230,6 +232,37 @@ def test_rows_beyond_equal_compute_are_marked_and_speedups_counted(study_file, t
     assert "### Effective speedup" in text and "\u2020: more than 2% above topk's compute" in text
     assert "num_experts 4, length 0.5" in text and "### Held-out loss over compute" in text
     assert "### Joint law" in text
+
+
+def test_arms_are_ranked_by_loss_and_those_that_used_more_are_not(study_file, tmp_path):
+    """relu's invented losses are the best, at 3 experts on average against 2."""
+    edit(study_file, lambda tree: tree.update(seeds=[1]))
+    out = tmp_path / "ranked"
+    run_study(load_study(study_file), out, 4, console=QUIET)
+    write_report([out], tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    table = text.partition("### Held-out loss at equal compute")[2].partition("###")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+    ]
+    first = [row for row in rows if row[2] == "num_experts 4"]
+    assert [row[:2] for row in first] == [["1", "topk"], ["\u2020", "relu"]]
+    assert float(first[1][4]) < float(first[0][4]) and float(first[1][5]) > 1.02
+    assert "\u2020: more than 2% above topk's compute, so not ranked." in table
+    # One seed is no mean and no first one.
+    assert "means over seeds" not in text and "First seed" not in text and "One seed" in text
+
+
+def test_an_arm_whose_first_seed_failed_is_in_every_picture(study_file, tmp_path):
+    edit(study_file, lambda tree: tree.update(seeds=[1, 2], x=None, axes={}, published=[]))
+    study, out = load_study(study_file), tmp_path / "arms"
+    run_study(study, out, 4, console=QUIET)
+    results = read_results(study, out)
+    found = [one for one in results.found if (one.cell.arm, one.cell.seed) != ("relu", 1)]
+    pictures = {picture.name: picture for picture in draw_pictures(dataclasses.replace(results, found=found))}
+    for name in ("loss", "loss_over_flops", "density"):
+        drawn = {row[0].partition(",")[0] for row in pictures[name].rows}
+        assert drawn == {"topk", "relu"}, name
 
 
 def test_an_arm_that_fails_the_gate_is_not_trained(study_file, tmp_path):
