@@ -45,7 +45,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="what separates documents in a text file: 'blank' lines, or a regular expression (default: nothing)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: one a core)")
-    parser.add_argument("--field", default="text", metavar="KEY", help="of the text in JSON lines (default: text)")
+    parser.add_argument("--field", "--json-keys", default="text", metavar="KEY",
+                        help="of the text in JSON lines; Megatron's name works too (default: text)")  # fmt: skip
     parser.add_argument("--limit-mb", type=float, metavar="X", help="use the first X MB of text")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of held-out documents")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")

@@ -135,11 +135,19 @@ class ParallelConfig(Section):
     context_parallel: int = Field(1, ge=1)  # only 1
 
 
+class BlendPart(Section):
+    """One of several datasets that are read as one."""
+
+    path: UserPath  # as data.path
+    weight: float = Field(gt=0)  # of its samples among all; weights need not sum to 1
+
+
 class DataConfig(Section):
     """What is read: a folder made by dsmoe prepare-data, or any Megatron .bin/.idx prefix."""
 
-    path: UserPath = "data/corpus"  # folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx
-    valid_path: UserPath | None = None  # held-out PREFIX, when `path` is a prefix
+    # A folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx; or a list of {path, weight}: a blend of them.
+    path: UserPath | list[BlendPart] = "data/corpus"
+    valid_path: UserPath | None = None  # held-out PREFIX, when `path` is a prefix; of a blend each holds out its own
     valid_fraction: float = Field(0.02, gt=0, lt=1)  # held out by document, for a prefix without `valid_path`
     tokenizer: UserPath | None = None  # SentencePiece model or tokenizer.json; None: the one in the dataset's folder
     cache_dir: UserPath | None = None  # where Megatron's sample indices are kept; None: beside the data

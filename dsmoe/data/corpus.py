@@ -1,11 +1,13 @@
 """The data of a run, found and checked before anything expensive starts.
 
-`data.path` is a folder made by `dsmoe prepare-data`, or the PREFIX of a .bin/.idx pair that any Megatron tool
-wrote. Either becomes a `Corpus`: two ranges of sequences, one to train on and one held out, and a tokenizer.
+`data.path` is a folder made by `dsmoe prepare-data`, or the PREFIX of a .bin/.idx pair that any Megatron tool wrote,
+with or without the _KEY_document that Megatron's preprocess_data.py adds. Either becomes a `Corpus`: two ranges of
+sequences, one to train on and one held out, and a tokenizer. Several of them are a blend (`dsmoe.data.blend`).
 """
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +56,11 @@ class Corpus:
     tokenizer: Tokenizer | None
     description: DatasetDescription | None = None
     cache_dir: str | None = None
+
+    @property
+    def parts(self) -> list[Corpus]:
+        """The corpora it is made of: itself."""
+        return [self]
 
     @cached_property
     def vocab_size(self) -> int:
@@ -118,7 +125,7 @@ def open_corpus(data: DataConfig) -> Corpus:
     path = Path(data.path)
     if path.is_dir() and ((path / DESCRIPTION).is_file() or not _has_files(path)):
         return _open_folder(path, data)
-    prefix = _prefix(path)
+    prefix = _megatron_prefix(_prefix(path))
     if not _has_files(prefix):
         raise DataError(
             f"data.path: found neither the folder {path} nor the files {prefix}.bin and {prefix}.idx; "
@@ -179,6 +186,21 @@ def _open_prefix(prefix: Path, data: DataConfig) -> Corpus:
 def _prefix(path: Path) -> Path:
     """PREFIX, also where one of the two files was named."""
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+
+
+def _megatron_prefix(prefix: Path) -> Path:
+    """PREFIX_KEY_document, which Megatron's preprocess_data.py makes of `--output-prefix PREFIX` and a key of the JSON
+    lines, where only PREFIX was named. Raises `DataError` where there are several."""
+    if _has_files(prefix):
+        return prefix
+    made = [path.with_suffix("") for level in ("document", "sentence")
+            for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}_*_{level}.idx"))]  # fmt: skip
+    if len(made) > 1:
+        raise DataError(
+            f"data.path: {prefix} stands for several datasets of Megatron's: {', '.join(map(str, made))}; name one, or "
+            "blend them"
+        )
+    return made[0] if made else prefix
 
 
 def _has_files(prefix: Path) -> bool:

@@ -19,13 +19,16 @@ from typing import Any
 import numpy
 import torch
 
+from dsmoe.config import DataConfig
+from dsmoe.data import corpus as single
+from dsmoe.data.blend import Blend, BlendOrder
 from dsmoe.data.cache import cache_folders, provide_folder
-from dsmoe.data.corpus import Corpus, Split, open_corpus
+from dsmoe.data.corpus import Corpus, Split
 from dsmoe.data.megatron import gpt_dataset, only_errors
 from dsmoe.data.token_files import TokenFiles
 from dsmoe.errors import DataError
 
-__all__ = ["Corpus", "HeldOut", "TrainingStream", "heldout", "open_corpus"]
+__all__ = ["Blend", "Corpus", "HeldOut", "TrainingStream", "heldout", "open_corpus", "training_stream"]
 
 HELD_OUT_SEED = 1234  # fixed: every run is evaluated on the same sequences in the same order
 # An index with fewer entries takes milliseconds to build: it is made in memory by every process, and leaves no file.
@@ -36,6 +39,28 @@ NO_TOKEN = -2  # for data without an end-of-document id; -1 is Megatron's paddin
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+def open_corpus(data: DataConfig) -> Corpus | Blend:
+    """Find and check the data of a run, one dataset or a blend; reads no tokens. Raises `DataError`."""
+    if isinstance(data.path, str):
+        return single.open_corpus(data)
+    if not data.path:
+        raise DataError("data.path: found an empty list, expected at least one {path, weight}")
+    if data.valid_path is not None:
+        raise DataError(
+            f"data.valid_path: found {data.valid_path}, but of a blend each dataset holds out its own; leave it out"
+        )
+    corpora = [single.open_corpus(data.model_copy(update={"path": part.path})) for part in data.path]
+    return Blend([part.path for part in data.path], corpora, [part.weight for part in data.path])
+
+
+def training_stream(corpus: Corpus | Blend, sequence_length: int, seed: int, cache_dir: str | Path | None = None):
+    """The endless sequence of training samples of a corpus or a blend; see `TrainingStream`."""
+    if isinstance(corpus, Blend):
+        streams = [TrainingStream(part, sequence_length, seed, cache_dir) for part in corpus.corpora]
+        return BlendedSamples(streams, corpus.names, corpus.order(seed))
+    return TrainingStream(corpus, sequence_length, seed, cache_dir)
+
+
 class _Batches:
     """Stacks the samples of a sequence of samples."""
 
@@ -44,6 +69,10 @@ class _Batches:
 
     def __getitem__(self, n: int) -> Sample:
         raise NotImplementedError
+
+    def shares(self, samples: int) -> dict[str, float]:
+        """Of a blend: which share of the samples before that one each dataset gave, by name."""
+        return {}
 
     def batch(self, first_sample: int, count: int) -> dict[str, torch.Tensor]:
         """Samples `first_sample` .. `first_sample + count - 1`; `count` may be 0.
@@ -102,6 +131,37 @@ class TrainingStream(_Batches):
         return self._epochs[epoch]
 
 
+class BlendedSamples(_Batches):
+    """Samples of several sequences of samples, in the order of a blend.
+
+    Args:
+        sources: of one length; endless, or with enough samples for `length` of all.
+        names: of the datasets, for `shares`.
+        length: samples of all; None: endless.
+    """
+
+    def __init__(self, sources: list[_Batches], names: list[str], order: BlendOrder, length: int | None = None):
+        super().__init__(sources[0].sequence_length)
+        self._sources, self._order, self._length = sources, order, length
+        short = [Path(name).name for name in names]
+        self._names = short if len(set(short)) == len(names) else names
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("a training stream has no end")
+        return self._length
+
+    def __getitem__(self, n: int) -> Sample:
+        if n < 0 or (self._length is not None and n >= self._length):
+            raise IndexError(f"sample {n}: there are {self._length}, counted from 0")
+        dataset, sample = self._order(n)
+        return self._sources[dataset][sample]
+
+    def shares(self, samples: int) -> dict[str, float]:
+        counts = self._order.counts(samples)
+        return {name: count / max(1, samples) for name, count in zip(self._names, counts, strict=True)}
+
+
 class HeldOut(_Batches):
     """A fixed sequence of held-out samples; `len` of it, items and `batch` as of a `TrainingStream`."""
 
@@ -119,15 +179,27 @@ class HeldOut(_Batches):
         return self._epoch[n]
 
 
-def heldout(corpus: Corpus, sequence_length: int, sequences: int) -> HeldOut:
-    """At most `sequences` full samples of the held-out split, the same ones in every run.
+def heldout(corpus: Corpus | Blend, sequence_length: int, sequences: int) -> HeldOut | BlendedSamples:
+    """At most `sequences` full samples of the held-out split, the same ones in every run; of a blend each dataset's
+    share of them.
 
     Raises:
         DataError: the split is shorter than one sample.
     """
+    if isinstance(corpus, Blend):
+        return _blended_heldout(corpus, sequence_length, sequences)
     available = _sample_count(corpus.valid, sequence_length)
     epoch = _Epoch.open(corpus, corpus.valid, sequence_length, HELD_OUT_SEED, corpus.cache_dir)
     return HeldOut(epoch, sequence_length, min(sequences, available))
+
+
+def _blended_heldout(blend: Blend, sequence_length: int, sequences: int) -> BlendedSamples:
+    order = blend.order(HELD_OUT_SEED)
+    available = [_sample_count(part.valid, sequence_length) for part in blend.corpora]
+    while sequences > 1 and any(count > has for count, has in zip(order.counts(sequences), available, strict=True)):
+        sequences -= 1  # a dataset has too little for its share
+    sources: list[_Batches] = [heldout(part, sequence_length, has) for part, has in zip(blend.corpora, available)]
+    return BlendedSamples(sources, blend.names, order, sequences)
 
 
 def _sample_count(split: Split, sequence_length: int) -> int:

@@ -6,23 +6,38 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from dsmoe.data.blend import Blend
 from dsmoe.data.corpus import Corpus, Split
 
 BLOCK, BLOCKS = 4096, 64  # bytes of the token file that are read, in evenly spaced blocks
 
 
-def data_identity(corpus: Corpus) -> dict[str, Any]:
+def data_identity(corpus: Corpus | Blend) -> dict[str, Any]:
     """What a checkpoint remembers of the data: `train` and `valid`, each a fingerprint and its tokens; `tokenizer`, a
     sha256 or None.
 
     The fingerprint of a split is of its index, which says where every document ends, of the size and a part of the
     token file, and of the range of documents. Copies of a dataset have the same one.
+    Of a blend the weights count too, since the order of samples depends on them.
     """
+    if isinstance(corpus, Blend):
+        return _blend_identity(corpus)
     return {
         "train": _split(corpus.train),
         "valid": _split(corpus.valid),
         "tokenizer": None if corpus.tokenizer is None else corpus.tokenizer.sha256,
     }
+
+
+def _blend_identity(blend: Blend) -> dict[str, Any]:
+    each = [data_identity(part) for part in blend.corpora]
+    found: dict[str, Any] = {"tokenizer": each[0]["tokenizer"]}
+    for split in ("train", "valid"):
+        shares = blend.order(0).shares
+        text = " ".join(f"{share!r} {one[split]['fingerprint']}" for share, one in zip(shares, each, strict=True))
+        tokens = sum(one[split]["tokens"] for one in each)
+        found[split] = {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "tokens": tokens}
+    return found
 
 
 def _split(split: Split) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from dsmoe.checkpoint import files
 from dsmoe.checkpoint.load import CheckpointReader, saved_config
 from dsmoe.checkpoint.verify import Verification, verify_checkpoint
 from dsmoe.config import RunConfig
-from dsmoe.data.corpus import Corpus, open_corpus
-from dsmoe.data.dataset import heldout
+from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError
 from dsmoe.hf.card import write_card
@@ -77,7 +76,7 @@ class Source:
     config: RunConfig
     router: type[Router]
     tokenizer: Tokenizer | None
-    corpus: Corpus
+    corpus: Corpus | Blend
     run_dir: Path
     identity: Identity | None  # of a run that was imported
 
@@ -120,7 +119,7 @@ class Source:
         return self.reader.read("weight", name, 0, math.prod(shape)).view(shape)
 
 
-def _open_text(config: RunConfig, data: str | None) -> Corpus:
+def _open_text(config: RunConfig, data: str | None) -> Corpus | Blend:
     section = config.data.model_copy(update={"path": data, "valid_path": None, "tokenizer": None} if data else {})
     try:
         return open_corpus(section)
@@ -299,8 +298,8 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
             "versions": {"dsmoe": __version__}
             | {p: metadata.version(p) for p in ("torch", "transformers", "tokenizers")},
         }
-        described = source.corpus.description
-        dataset = described.name if described is not None and not options.data else None
+        names = [part.description.name for part in source.corpus.parts if part.description is not None]
+        dataset = ", ".join(names) if len(names) == len(source.corpus.parts) and not options.data else None
         metrics = _last_evaluation(source)
         write_card(folder, source.config, report, dataset, metrics, options.license, options.language, source.identity)
         _write_json(folder / REPORT, report)

@@ -24,7 +24,7 @@ from dsmoe.checkpoint.files import write_atomically
 from dsmoe.checkpoint.write import write_weights
 from dsmoe.config import DataConfig, ModelConfig, RouterConfig, RunConfig, validate_config
 from dsmoe.config.load import apply_overrides, read_yaml
-from dsmoe.data.dataset import TrainingStream, heldout, open_corpus
+from dsmoe.data.dataset import heldout, open_corpus, training_stream
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import ConfigError, ConversionError
 from dsmoe.hf.export import TRAINING_STATE, routing_file, write_code
@@ -420,7 +420,7 @@ def _texts(source: Source, options: ImportOptions, length: int, fit: int, compar
         corpus = open_corpus(config.data)
         corpus.check_vocabulary(config.model.vocab_size)
         held = heldout(corpus, length, compared)
-        to_fit = TrainingStream(corpus, length, config.training.seed).batch(0, fit)["tokens"]
+        to_fit = training_stream(corpus, length, config.training.seed).batch(0, fit)["tokens"]
         return to_fit, Sample(held.batch(0, len(held))["tokens"], config.model.vocab_size), str(config.data.path)
     whole, text = _sample(source.tokenizer, fit + compared, length, config.model.vocab_size)
     cut = max(1, len(whole.tokens) - compared)

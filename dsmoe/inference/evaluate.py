@@ -16,7 +16,7 @@ import torch
 from dsmoe.checkpoint.files import write_atomically
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.config import DataConfig
-from dsmoe.data.dataset import Corpus, heldout, open_corpus
+from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import ConfigError, DataError
 from dsmoe.hf.hosted import HostedModel, is_hugging_face
@@ -139,18 +139,18 @@ def _other_data(path: str, cache_dir: str | None = None) -> DataConfig:
 
 
 def _heldout_loss(
-    model, corpus: Corpus, sequence_length: int, sequences: int, batch_size: int, groups: ParallelGroups
+    model, corpus: Corpus | Blend, sequence_length: int, sequences: int, batch_size: int, groups: ParallelGroups
 ) -> dict[str, Any]:
     held = heldout(corpus, sequence_length, sequences)
     what = {
-        "data": str(corpus.valid.files.prefix),
+        "data": " ".join(str(part.valid.files.prefix) for part in corpus.parts),
         "sequences": len(held),
         "sequence_length": sequence_length,
     }
     return what | evaluate_model(model, held, batch_size, groups, corpus.bytes_per_token)
 
 
-def _open_data(data: DataConfig, folder: Path, embeddings: int) -> Corpus:
+def _open_data(data: DataConfig, folder: Path, embeddings: int) -> Corpus | Blend:
     """The corpus, checked to be in the ids of the model in `folder`. Raises `DataError` if it is not."""
     corpus = open_corpus(data)
     corpus.check_vocabulary(embeddings)
@@ -160,7 +160,8 @@ def _open_data(data: DataConfig, folder: Path, embeddings: int) -> Corpus:
     if tokenizer.sha256 == corpus.tokenizer.sha256:
         return corpus
     # An export has another kind of file for the same ids, so the ids themselves are compared.
-    ids = corpus.valid.files.indexed[corpus.valid.first][:COMPARED_TOKENS].tolist()
+    valid = corpus.parts[0].valid
+    ids = valid.files.indexed[valid.first][:COMPARED_TOKENS].tolist()
     text = corpus.tokenizer.decode(ids)
     if tokenizer.encode(text) != corpus.tokenizer.encode(text) or tokenizer.eod_id != corpus.tokenizer.eod_id:
         raise DataError(

@@ -229,6 +229,8 @@ class Trainer:
             **parts,
             **revived,
         }
+        if shares := self.stream.shares(self.samples):
+            line["data_shares"] = shares  # of a blend, of all samples so far
         if controller is not None:
             line |= {name: value.item() for name, value in controller.metrics().items()}
         return line, asked > 0, bad

@@ -13,7 +13,7 @@ import torch.distributed
 from dsmoe.checkpoint.files import find_checkpoint, read_manifest, write_atomically
 from dsmoe.checkpoint.load import load_checkpoint
 from dsmoe.config import RunConfig
-from dsmoe.data.dataset import Corpus, TrainingStream, heldout, open_corpus
+from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus, training_stream
 from dsmoe.data.identity import data_identity
 from dsmoe.errors import DsmoeError, RunFolderError
 from dsmoe.model.size import ModelSize, model_size
@@ -60,7 +60,7 @@ def train(config: RunConfig) -> RunSummary:
         corpus = open_corpus(config.data)
         config = with_vocabulary(config, corpus)
         length = config.model.sequence_length
-        stream = TrainingStream(corpus, length, seed=training.seed, cache_dir=config.data.cache_dir)
+        stream = training_stream(corpus, length, seed=training.seed, cache_dir=config.data.cache_dir)
         held = heldout(corpus, length, training.eval_sequences)
         data, position = data_identity(corpus), Position()
         changes: list[Change] = []
@@ -125,7 +125,7 @@ def with_precision(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"training": config.training.model_copy(update={"precision": "bf16"})})
 
 
-def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
+def with_vocabulary(config: RunConfig, corpus: Corpus | Blend) -> RunConfig:
     """The configuration with `model.vocab_size` settled, and checked against the data.
 
     Raises:
@@ -138,7 +138,9 @@ def with_vocabulary(config: RunConfig, corpus: Corpus) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
-def describe(config: RunConfig, world: int, corpus: Corpus, size: ModelSize, checkpoint: Path | None, step: int) -> str:
+def describe(
+    config: RunConfig, world: int, corpus: Corpus | Blend, size: ModelSize, checkpoint: Path | None, step: int
+) -> str:
     """A few lines that say what is about to happen."""
     model, parallel, training = config.model, config.parallel, config.training
     in_fp32 = on_gpu() and training.precision == "fp32"
@@ -146,7 +148,7 @@ def describe(config: RunConfig, world: int, corpus: Corpus, size: ModelSize, che
     return (
         f"model   {size.total:,} parameters, {size.active:,} active; {sum(model.moe_layers())} MoE layers of "
         f"{model.num_experts} experts, router {config.router.name}\n"
-        f"data    {config.data.path}: {corpus.train.tokens:,} tokens, {corpus.valid.tokens:,} held out; "
+        f"data    {_data_in_words(config, corpus)}; "
         f"{training.global_batch_size} x {model.sequence_length} tokens a step\n"
         f"run     {world} process{'es' if world > 1 else ''}, expert parallel {parallel.expert_parallel}, "
         f"ZeRO {parallel.zero_stage}, {training.precision}; {training.steps} steps {start}"
@@ -158,7 +160,16 @@ def describe(config: RunConfig, world: int, corpus: Corpus, size: ModelSize, che
     )
 
 
-def _open_run_folder(run_dir: Path, config: RunConfig, corpus: Corpus) -> None:
+def _data_in_words(config: RunConfig, corpus: Corpus | Blend) -> str:
+    tokens, held_out = (sum(getattr(part, split).tokens for part in corpus.parts) for split in ("train", "valid"))
+    if not isinstance(corpus, Blend):
+        return f"{config.data.path}: {tokens:,} tokens, {held_out:,} held out"
+    samples = config.training.steps * config.training.global_batch_size
+    lines = corpus.described(config.model.sequence_length, samples)
+    return f"a blend of {len(corpus.parts)}: {tokens:,} tokens, {held_out:,} held out\n{lines}\n        in all"
+
+
+def _open_run_folder(run_dir: Path, config: RunConfig, corpus: Corpus | Blend) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(run_dir / "config.yaml", config.to_yaml().encode())
     if corpus.tokenizer is not None:

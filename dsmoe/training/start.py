@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dsmoe.checkpoint.files import find_checkpoint
 from dsmoe.config import RunConfig
-from dsmoe.data.corpus import open_corpus
+from dsmoe.data.dataset import open_corpus
 from dsmoe.data.identity import data_identity
 from dsmoe.errors import ParallelError
 from dsmoe.model.size import model_size

@@ -26,8 +26,7 @@ def record(path: Path, tokens: int = TOKENS, data: str | None = None) -> tuple[n
     Raises `DataError` where tokens have different numbers of experts or the held-out text is too short.
     """
     from dsmoe.checkpoint.restore import TrainedModel
-    from dsmoe.data.corpus import open_corpus
-    from dsmoe.data.dataset import heldout
+    from dsmoe.data.dataset import heldout, open_corpus
     from dsmoe.routers.base import Router
 
     trained = TrainedModel.load(path)

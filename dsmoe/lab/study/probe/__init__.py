@@ -27,8 +27,7 @@ import torch
 
 from dsmoe.checkpoint.files import complete_checkpoints, folder_of, step_of
 from dsmoe.checkpoint.restore import TrainedModel
-from dsmoe.data.corpus import open_corpus
-from dsmoe.data.dataset import heldout
+from dsmoe.data.dataset import heldout, open_corpus
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.probe.latency import latencies
 from dsmoe.lab.study.probe.routes import SeenLayer, flips, kinds_of, look, read_layers
