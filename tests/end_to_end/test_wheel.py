@@ -1,0 +1,113 @@
+"""A wheel and nothing else of ours: a virtual environment that has the libraries of this one, and dsmoe from a wheel
+that was just built, in a folder that is no checkout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Result, finish, free_port, start
+
+TINY = [
+    "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2", "model.num_query_groups=2",
+    "model.sequence_length=32", "model.num_experts=4", "model.moe_ffn_hidden_size=16", "parallel.expert_parallel=1",
+    "training.steps=4", "training.global_batch_size=4", "training.eval_sequences=4", "logging.tensorboard=false",
+]  # fmt: skip
+TRAINER = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+folder, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+assert all(p.isfinite().all() and p.abs().max() < 10 for p in model.parameters())
+ids = tokenizer("expert " * 200)["input_ids"][:128]
+rows = [{"input_ids": ids[i : i + 32], "labels": ids[i : i + 32]} for i in range(0, 96, 8)]
+arguments = TrainingArguments(out + "-trainer", max_steps=5, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+                              learning_rate=5e-3, logging_steps=1, save_strategy="no", disable_tqdm=True)
+trainer = Trainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+trainer.train()
+trainer.save_model(out)
+losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+assert len(losses) == 5 and losses[-1] < losses[0], losses
+import dsmoe
+print(json.dumps({"losses": losses, "dsmoe": dsmoe.__file__}))
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory) -> Path:
+    """The interpreter of the new environment."""
+    place = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", *options, "--wheel-dir", str(place), str(ROOT)], check=True, timeout=200)
+    (wheel,) = place.glob("dsmoe-*.whl")
+    venv.create(place / "venv", with_pip=False)
+    interpreter = place / "venv" / "bin" / "python"
+    libraries = Path(sysconfig.get_path("purelib", vars={"base": str(place / "venv")}))
+    (libraries / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")  # no .pth of there is read
+    options = ["--no-deps", "--no-index", "--ignore-installed", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--python", str(interpreter), "install", *options, str(wheel)], check=True, timeout=200)
+    return interpreter
+
+
+def test_from_training_to_hugging_face_and_back(python, tmp_path):
+    """train -> export -> from_config -> Trainer -> save -> import -> train on 2 ranks, a study and a plan.
+
+    About 90 s: nine commands, each of which imports torch in a new interpreter, since a forked one has the checkout's
+    dsmoe.
+    """
+
+    def run(*command: str) -> Result:
+        environment = {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+        result = finish(start([str(python.with_name(command[0])), *command[1:]], tmp_path, environment))
+        assert result.code == 0, f"{command}\n{result.output}"
+        return result
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        lines = (f"The token {number * line} goes to expert {line % 7}.\n" for line in range(60))
+        (texts / f"{number}.txt").write_text("".join(lines))
+    run("dsmoe", "prepare-data", "texts", "--output", "data", "--vocab-size", "310", "--valid-fraction", "0.2",
+        "--workers", "1")  # fmt: skip
+    run("dsmoe", "train", "--config", "configs/quickstart.yaml", "data.path=data", "logging.run_dir=runs/first", *TINY)
+    run("dsmoe", "export", "runs/first", "exported")
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    said = json.loads(run("python", "trainer.py", "exported", "saved").output.strip().splitlines()[-1])
+    assert Path(said["dsmoe"]).is_relative_to(python.parents[1])
+    run("dsmoe", "import", "saved", "runs/second")
+    report = json.loads((tmp_path / "runs" / "second" / "import_report.json").read_text())
+    assert report["parity"]["gate"] and any("controller" in what for what in report["lost"])
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "dsmoe",
+    ]
+    overrides = ["data.path=data", "parallel.expert_parallel=2", *(o for o in TINY if o.startswith(("tr", "log")))]
+    run("python", *launcher, "train", "--config", "runs/second/config.yaml", *overrides)
+    lines = (tmp_path / "runs" / "second" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[-1])["val_loss"] > 0
+    study = {"title": "One", "question": "Does it run?", "config": "configs/recipes/topk.yaml", "seeds": [1],
+             "set": dict(o.split("=") for o in TINY) | {"data.path": "data"},
+             "arms": [{"name": "topk"}]}  # fmt: skip
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    run("dsmoe", "study", "run", "study.yaml", "--out", "runs/study")
+    record = next((tmp_path / "runs" / "study").glob("*/*/*/cell.json"))
+    assert json.loads(record.read_text())["status"] == "done"
+    plan = ["configs/quickstart.yaml", "--hardware", "configs/hardware/h100.yaml", "model.vocab_size=2048"]
+    assert "fits" in run("dsmoe", "plan", "--config", *plan).output
