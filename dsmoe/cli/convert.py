@@ -29,8 +29,16 @@ def main(argv: list[str] | None = None) -> int:
     return arguments.act(arguments)
 
 
+def _add(commands, name: str, what: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=what, description=f"{what[0].upper()}{what[1:]}.\n\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
 def _add_export(commands) -> None:
-    command = commands.add_parser("export", help="write a run as a Hugging Face model")
+    examples = "    dsmoe export runs/first exported/first --license mit\n    dsmoe export runs/first half --dtype bf16"
+    command = _add(commands, "export", "write a run as a Hugging Face model", examples)
     command.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist")
     formats = ("dsmoe", "auto", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
@@ -40,8 +48,9 @@ def _add_export(commands) -> None:
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
     command.add_argument("--data", metavar="DATASET", help="prepared held-out text for the checks (default: the run's)")
-    command.add_argument("--license", metavar="ID", help="of the model, for its card: an identifier of the Hub")
-    command.add_argument("--language", metavar="CODE", help="of the model, for its card, such as en or code")
+    card = command.add_argument_group("of the model card")
+    card.add_argument("--license", metavar="ID", help="an identifier of the Hub (default: an imported run's own)")
+    card.add_argument("--language", metavar="CODE", help="such as en or code (default: an imported run's own)")
     command.set_defaults(act=_export)
 
 
@@ -56,18 +65,24 @@ def _export(arguments) -> int:
 
 
 def _add_import(commands) -> None:
-    command = commands.add_parser("import", help="make a run of a Hugging Face model, or an MoE of a dense one")
-    command.add_argument("folder", type=Path, metavar="HF_DIR", help="Mixtral, OLMoE, Qwen3-MoE, or an export of "
-                         "dsmoe; LLaMA or Qwen3 to be upcycled")  # fmt: skip
+    examples = (
+        "    dsmoe import downloads/OLMoE-1B-7B runs/olmoe\n"
+        "    dsmoe import downloads/OLMoE-1B-7B runs/relu --router relu --config configs/recipes/router_surgery.yaml\n"
+        "    dsmoe import downloads/Qwen3-0.6B-Base runs/upcycled --experts 8"
+    )
+    command = _add(commands, "import", "make a run of a Hugging Face model, or an MoE of a dense one", examples)
+    command.add_argument("folder", type=Path, metavar="HF_DIR", help="Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, dots1, or "
+                         "an export of dsmoe; LLaMA or Qwen3 to be upcycled")  # fmt: skip
     command.add_argument("run", type=Path, metavar="RUN", help="the run folder to make; it must not exist")
     command.add_argument("--router", metavar="NAME", help="of an MoE: another router with a gate, which starts from "
                          "the model's; upcycling: any router (default: topk, k 2, gates sum to 1)")  # fmt: skip
     command.add_argument("--config", type=Path, metavar="YAML", help="training, data and other sections of the run's "
                          "configuration, such as configs/recipes/router_surgery.yaml")  # fmt: skip
-    command.add_argument("--experts", type=int, metavar="E", help="upcycling: experts of a layer (default: 8)")
-    command.add_argument("--granularity", type=int, metavar="G", help="upcycling: cut each MLP into G (default: 1)")
-    command.add_argument("--noise", type=float, metavar="X", help="upcycling: added to experts, in units of each "
-                         "matrix's standard deviation (default: 0)")  # fmt: skip
+    upcycling = command.add_argument_group("upcycling of a dense model")
+    upcycling.add_argument("--experts", type=int, metavar="E", help="of a layer (default: 8)")
+    upcycling.add_argument("--granularity", type=int, metavar="G", help="cut each MLP into G (default: 1)")
+    upcycling.add_argument("--noise", type=float, metavar="X", help="added to experts, in units of each matrix's "
+                           "standard deviation (default: 0)")  # fmt: skip
     command.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="overrides",
                          help="of the run's configuration, for example router.k=2; may be given again")  # fmt: skip
     command.add_argument("--skip-check", action="store_true", help="do not hold the run to transformers' model, where "
@@ -91,7 +106,8 @@ def _import(arguments) -> int:
 
 
 def _add_verify(commands) -> None:
-    command = commands.add_parser("verify", help="prove that a checkpoint is whole, tensor by tensor")
+    examples = "    dsmoe verify runs/first --all"
+    command = _add(commands, "verify", "prove that a checkpoint is whole, tensor by tensor", examples)
     command.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
     command.add_argument("--all", action="store_true", help="every checkpoint of the run, not only the newest")
     command.set_defaults(act=_verify)

@@ -1,4 +1,7 @@
-"""Generate: `dsmoe generate runs/quickstart --prompt "def main(" [--tokens 200]`."""
+"""Write text with a run.
+
+dsmoe generate runs/quickstart --prompt "def main(" --tokens 200
+"""
 
 from __future__ import annotations
 

@@ -177,7 +177,13 @@ class Target:
             "bos_token_id": end,
             "eos_token_id": end,
             "pad_token_id": end,
-        } | ({} if self.source.identity is None else self.source.identity.token_ids)
+        }
+        if self.source.identity is not None:
+            common |= {
+                key: value
+                for key, value in self.source.identity.token_ids.items()
+                if value is not None or key != "eos_token_id"
+            }
         if self.is_native:
             return native_config(self.architecture, config) | common
         return remote_config(config, self.source.router, self.source.options) | common

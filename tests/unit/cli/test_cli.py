@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -42,7 +43,10 @@ def test_every_command_has_help_under_its_own_name(name, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert f"dsmoe {name}" in capsys.readouterr().out or name == "env"
+    text = capsys.readouterr().out
+    usage, _, rest = text.partition("\n\n")
+    assert f"dsmoe {name}" in usage or name == "env"
+    assert re.search(rf"^    dsmoe {name} ", rest, re.MULTILINE) or name == "env", text  # an example
 
 
 @pytest.mark.parametrize("module", sorted({module for module, *_ in ALL.values()}))
