@@ -26,7 +26,7 @@ from dsmoe.config import DataConfig, ModelConfig, RouterConfig, RunConfig, valid
 from dsmoe.config.load import apply_overrides, read_yaml
 from dsmoe.data.dataset import heldout, open_corpus, training_stream
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from dsmoe.errors import ConfigError, ConversionError
+from dsmoe.errors import ConfigError, ConversionError, DataError
 from dsmoe.hf.export import TRAINING_STATE, routing_file, write_code
 from dsmoe.hf.foreign import ForeignModel, read_foreign
 from dsmoe.hf.hosted import foreign_code
@@ -35,7 +35,7 @@ from dsmoe.hf.parity import Sample, check_parity, compare, observe_folder, obser
 from dsmoe.hf.shards import INDEX, ShardReader, new_folder, track
 from dsmoe.hf.surgery import change_router, check_routers, tokens_to_fit
 from dsmoe.hf.table import CONTROLLERS, Link, check_tensors, links, routing_name
-from dsmoe.hf.tokenizer import PROBES
+from dsmoe.hf.tokenizer import PROBES, encode_alike
 from dsmoe.hf.upcycle import ROUTER, Upcycler, UpcyclingOptions
 from dsmoe.model.names import logical_tensors
 from dsmoe.model.skeleton import logical_shapes
@@ -417,8 +417,11 @@ def _texts(source: Source, options: ImportOptions, length: int, fit: int, compar
     for the check."""
     config = source.config
     if config.data.path != DataConfig().path:
-        corpus = open_corpus(config.data)
+        corpus = open_corpus(config.data.model_copy(update={"tokenizer": None}))  # the run's is not in its place yet
         corpus.check_vocabulary(config.model.vocab_size)
+        own = source.tokenizer
+        if own is not None and corpus.tokenizer is not None and not encode_alike(own, corpus.tokenizer):
+            raise DataError(f"{config.data.path} was made with another tokenizer than {source.folder} has")
         held = heldout(corpus, length, compared)
         to_fit = training_stream(corpus, length, config.training.seed).batch(0, fit)["tokens"]
         return to_fit, Sample(held.batch(0, len(held))["tokens"], config.model.vocab_size), str(config.data.path)
