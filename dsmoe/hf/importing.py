@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
