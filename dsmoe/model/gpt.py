@@ -221,11 +221,17 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
             ),
         },
         submodules=MoESubmodules(
-            router=partial(router_class, options=options),
+            router=partial(_build_router, router_class, options, fused),
             experts=experts,
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
         ),
     )
+
+
+def _build_router(router_class, options, fused: bool, *args, **kwargs):
+    router = router_class(*args, options=options, **kwargs)
+    router.fused = fused
+    return router
 
 
 class AllHeadsNorm(nn.Module):

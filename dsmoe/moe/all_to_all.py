@@ -10,14 +10,14 @@ summed per token, so a token without experts gets exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from dsmoe.moe.dispatch import CombineHandle, DispatchHandle, ExpertInputs, TokenDispatcher, register
 from dsmoe.moe.exchange import AsyncAllToAll, Reorder, sum_rows, take_rows
-from dsmoe.moe.plan import ExchangePlan, PendingPlan
+from dsmoe.moe.plan import ExchangePlan, PendingPlan, start_plans
 from dsmoe.runtime.step_timer import step_timer
 
 
@@ -30,13 +30,19 @@ class AllToAllDispatcher(TokenDispatcher):
         self.row_group = self.groups.ep
 
     def start_plan(self, map_TE: Tensor) -> Callable[[], ExchangePlan]:
-        return PendingPlan(map_TE, self.groups.ep).finish
+        return self.start_plans([map_TE])[0]
+
+    def start_plans(self, maps: Sequence[Tensor]) -> list[Callable[[], ExchangePlan]]:
+        return start_plans([self.pending_plan(map_TE) for map_TE in maps])
+
+    def pending_plan(self, map_TE: Tensor) -> PendingPlan:
+        return PendingPlan(map_TE, self.groups.ep, self.fused)
 
     def dispatch(
         self, plan: ExchangePlan, hidden_TH: Tensor, probs_N: Tensor, latents_TEr: Tensor | None = None
     ) -> DispatchHandle:
         exchanges = [
-            AsyncAllToAll(plan.rows, self.row_group, "dispatch", plan.token_M, self.exchange_dtype, self.fused),
+            AsyncAllToAll(plan.rows, self.row_group, "dispatch", plan.token_M, self.exchange_dtype),
             AsyncAllToAll(plan.routes, self.groups.ep, "dispatch"),
         ]
         sources = [hidden_TH, probs_N]
@@ -47,11 +53,11 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def receive_rows(self, rows: Tensor, plan: ExchangePlan) -> Tensor:
         """[R, H] ordered by expert, from the rows that were exchanged."""
-        return take_rows(rows, plan.row_R, self.fused)
+        return take_rows(rows, plan.row_R)
 
     @step_timer.timed("combine")
     def reduce(self, out_RH: Tensor, plan: ExchangePlan) -> Tensor:
-        return sum_rows(out_RH, plan.row_R, plan.received, self.fused)
+        return sum_rows(out_RH, plan.row_R, plan.received)
 
     def combine(self, rows: Tensor, plan: ExchangePlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
         exchange = AsyncAllToAll(plan.rows.reversed(), self.row_group, "combine", dtype=self.exchange_dtype)
@@ -59,7 +65,7 @@ class AllToAllDispatcher(TokenDispatcher):
 
         def gather() -> Tensor:
             rows_MH = exchange.wait(placeholder, None if recomputed is None else recomputed.relaunch)
-            return sum_rows(rows_MH, plan.token_M, plan.tokens, self.fused)
+            return sum_rows(rows_MH, plan.token_M, plan.tokens)
 
         return CombineHandle(gather)
 

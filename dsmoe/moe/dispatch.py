@@ -17,16 +17,16 @@ A dispatcher is registered with `@register(name)` inside dsmoe and through the e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsmoe.moe.exchange import sum_rows, take_rows
 from dsmoe.moe.expected_rows import resolve_dispatcher
-from dsmoe.moe.plan import DispatchPlan, LocalPlan, start_local_plan
+from dsmoe.moe.plan import DispatchPlan, LocalPlan, start_local_plans
 from dsmoe.runtime.plugins import token_dispatchers
 from dsmoe.runtime.step_timer import step_timer
 
@@ -92,7 +92,7 @@ class CombineHandle:
 class TokenDispatcher(ABC):
     """Brings tokens to the ranks that own their experts, and sums what comes back. One serves all layers of a model.
 
-    Collective: every rank of `groups.ep` calls `start_plan`, what it returned, `dispatch`, `combine` and both `wait`
+    Collective: every rank of `groups.ep` calls `start_plans`, what it returned, `dispatch`, `combine` and both `wait`
     equally often and in the same order, also with 0 tokens and 0 routes. So each of them may exchange, as may their
     gradients, but an exchange must happen on every rank if it does on one: do not leave one out because nothing is
     sent, and keep tensors without rows in the autograd graph. `reduce` is local.
@@ -101,7 +101,8 @@ class TokenDispatcher(ABC):
     `combine`. Rows are copied to the experts and summed on the way back, in the tokens' dtype; `exchange_dtype` only
     narrows what is under way.
 
-    On an accelerator the host may wait for the device once, in what `start_plan` returned, and nowhere else.
+    On an accelerator the host may wait for the device once for all chunks of a layer, in what `start_plans` returned,
+    and nowhere else.
 
     Args:
         groups: this rank's process groups; experts are spread over `groups.ep`, whose rank p owns the experts
@@ -109,7 +110,7 @@ class TokenDispatcher(ABC):
         num_experts: E.
         exchange_dtype: of rows and their gradients while they are exchanged; None: as they are. Weights and latents
             stay as they are.
-        fused: whether rows are summed by Triton's kernels: in fp32, in a fixed order.
+        fused: whether Triton's kernels order routes and sum rows: in fp32, in a fixed order.
     """
 
     name = "unnamed"
@@ -125,6 +126,11 @@ class TokenDispatcher(ABC):
 
         The layer does other work in between. A plan is made once and used again by a recompute.
         """
+
+    def start_plans(self, maps: Sequence[Tensor]) -> list[Callable[[], Any]]:
+        """`start_plan` for each chunk of a layer's tokens; a dispatcher that overrides it makes the host wait once for
+        all of them."""
+        return [self.start_plan(map_TE) for map_TE in maps]
 
     @abstractmethod
     def dispatch(
@@ -160,20 +166,23 @@ class LocalDispatcher(TokenDispatcher):
     """All experts are here: nothing is exchanged."""
 
     def start_plan(self, map_TE: Tensor) -> Callable[[], LocalPlan]:
-        return start_local_plan(map_TE)
+        return self.start_plans([map_TE])[0]
+
+    def start_plans(self, maps: Sequence[Tensor]) -> list[Callable[[], LocalPlan]]:
+        return start_local_plans(maps, self.fused)
 
     def dispatch(
         self, plan: LocalPlan, hidden_TH: Tensor, probs_N: Tensor, latents_TEr: Tensor | None = None
     ) -> DispatchHandle:
         def gather() -> ExpertInputs:
             latents_Rr = None if latents_TEr is None else latents_TEr.flatten(0, 1).index_select(0, plan.flat_N)
-            return ExpertInputs(take_rows(hidden_TH, plan.token_N, self.fused), probs_N, latents_Rr)
+            return ExpertInputs(take_rows(hidden_TH, plan.token_N), probs_N, latents_Rr)
 
         return DeferredDispatch(plan, gather)
 
     @step_timer.timed("combine")
     def reduce(self, out_RH: Tensor, plan: LocalPlan) -> Tensor:
-        return sum_rows(out_RH, plan.token_N, plan.tokens, self.fused)
+        return sum_rows(out_RH, plan.token_N, plan.tokens)
 
     def combine(self, rows: Tensor, plan: LocalPlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
         return CombineHandle(lambda: rows)

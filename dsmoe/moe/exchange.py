@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsmoe.moe.plan import Splits
+from dsmoe.moe.plan import RowIndex, Splits, numbers_of
 from dsmoe.parallel.collectives import start_all_to_all
 from dsmoe.runtime.step_timer import step_timer
 
@@ -25,15 +25,12 @@ class AsyncAllToAll:
         region: whose time it is, for the step timer.
         index: which rows, in the order of `splits.send`, a row as often as it is named; None: all.
         dtype: of rows and gradients while they are exchanged; None: as they are. Sums are taken in the tensor's own.
-        fused: as `sum_rows`.
     """
 
     def __init__(
-        self, splits: Splits, group, region: str, index: Tensor | None = None, dtype: torch.dtype | None = None,
-        fused: bool = False,
-    ):  # fmt: skip
+        self, splits: Splits, group, region: str, index: RowIndex | None = None, dtype: torch.dtype | None = None
+    ):
         self.splits, self.group, self.region, self.index, self.dtype = splits, group, region, index, dtype
-        self.fused = fused
         self._wait: Callable[[], Tensor] | None = None
 
     def launch(self, source: Tensor) -> Tensor:
@@ -51,7 +48,8 @@ class AsyncAllToAll:
     def send(self, source: Tensor) -> None:
         """Launch without a gradient, unless that has been done."""
         if self._wait is None:
-            self._send(source if self.index is None else source.index_select(0, self.index), self.splits)
+            rows = source if self.index is None else source.index_select(0, numbers_of(self.index))
+            self._send(rows, self.splits)
 
     def send_gradient(self, grad: Tensor) -> None:
         self._send(grad, self.splits.reversed())
@@ -78,7 +76,7 @@ class _Launch(torch.autograd.Function):
         exchange = ctx.exchange
         step_timer.switch(exchange.region)
         rows = exchange.receive(grad.dtype)
-        return rows if exchange.index is None else sum_rows(rows, exchange.index, ctx.rows, exchange.fused), None
+        return rows if exchange.index is None else sum_rows(rows, exchange.index, ctx.rows), None
 
 
 class _Wait(torch.autograd.Function):
@@ -113,20 +111,14 @@ class Reorder(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-def take_rows(rows_TH: Tensor, index: Tensor, fused: bool = False) -> Tensor:
-    """The rows that `index` names, as often as it names them. `fused`: the gradient is summed as `sum_rows` says."""
-    if not fused:
-        return rows_TH.index_select(0, index)
-    from dsmoe.triton.rows import TokenOrder, take_rows
-
-    return take_rows(rows_TH, TokenOrder.of(index, len(rows_TH)))
+def take_rows(rows_TH: Tensor, index: RowIndex) -> Tensor:
+    """The rows that `index` names, as often as it names them."""
+    return rows_TH.index_select(0, index) if isinstance(index, Tensor) else index.take_rows(rows_TH)
 
 
-def sum_rows(rows: Tensor, index: Tensor, count: int, fused: bool = False) -> Tensor:
-    """[count, ...]: the sum of the rows that have each index, 0 where none has. `fused`: by a kernel that sums in fp32
-    and in a fixed order; torch's adds in the rows' dtype and, on a GPU, in any order."""
-    if fused:
-        from dsmoe.triton.rows import TokenOrder, sum_rows
-
-        return sum_rows(rows, TokenOrder.of(index, count))
-    return rows.new_zeros(count, *rows.shape[1:]).index_add(0, index, rows)
+def sum_rows(rows: Tensor, index: RowIndex, count: int) -> Tensor:
+    """[count, ...]: the sum of the rows that have each index, 0 where none has. A `TokenOrder` sums in fp32 and
+    in a fixed order; torch's adds in the rows' dtype and, on a GPU, in any order."""
+    if isinstance(index, Tensor):
+        return rows.new_zeros(count, *rows.shape[1:]).index_add(0, index, rows)
+    return index.sum_rows(rows)

@@ -24,10 +24,11 @@ from dsmoe.moe.linear import grouped_linear, loop_linear
 from dsmoe.native import unavailable
 from dsmoe.optim.deepspeed import ExpertModule, is_partitioned, mark_expert_parameter
 from dsmoe.optim.groups import Role, with_role
-from dsmoe.runtime.device import on_gpu
+from dsmoe.runtime.device import gpu_capability, on_gpu
 
 ON_CPU = ("auto", "native", "blocked")
 SWIGLU_ONLY = ("native", "blocked")
+FAST_GROUPED_MM = (9, 0)  # compute capability from which torch's grouped_mm is one kernel in bf16, not a call an expert
 
 
 def _implementation(asked: str, mlp: ExpertMLP) -> str:
@@ -68,7 +69,8 @@ class GroupedExperts(ExpertModule):
         implementation: "grouped_mm", "loop"; on a CPU also "native", which needs a compiler and widths in steps of 32
             bytes, and "blocked"; or "auto".
         fused: whether an accelerator computes SwiGLU, and products whose weights' gradients several parts of a pass
-            add to, by Triton's kernels. Other activations are torch's.
+            add to, by Triton's kernels; before sm_90, for which torch's grouped_mm has no kernel, all products. Other
+            activations are torch's.
         activation, bias: of `ExpertMLP`.
 
     Raises:
@@ -88,6 +90,10 @@ class GroupedExperts(ExpertModule):
         self.implementation = _implementation(implementation, self.mlp)
         self.fused = fused
         self.linear = loop_linear if self.implementation == "loop" else grouped_linear
+        if fused and self.implementation != "loop" and gpu_capability() < FAST_GROUPED_MM:
+            from dsmoe.triton.grouped import grouped_linear as tiled_linear
+
+            self.linear = tiled_linear
         for name, shape in self.mlp.shapes.items():
             is_bias = name in self.mlp.biases
             data = (torch.zeros if is_bias else torch.empty)(num_local_experts, *shape)

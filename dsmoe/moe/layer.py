@@ -7,7 +7,8 @@ chunks. Routing and plans stay outside, so a recompute reuses the route that was
 and controllers never see a token twice.
 
 While the experts work on one chunk, the next one is being dispatched and the previous one combined; in the backward
-pass likewise, in reverse. Shared experts work while the first chunk is being dispatched.
+pass likewise, in reverse. Shared experts work while the first chunk is being dispatched; on an accelerator, also while
+the host waits for its sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dsmoe.moe.dispatch import CombineHandle, DispatchHandle, TokenDispatcher
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
 from dsmoe.moe.plan import DispatchPlan
 from dsmoe.routers.routing import RoutingResult
-from dsmoe.routers.scores import weights_at
+from dsmoe.routers.scores import is_on_host, weights_at
 from dsmoe.runtime.step_timer import step_timer
 
 
@@ -49,14 +50,10 @@ class VariableMoELayer(MoELayer):
         """hidden_states [S, B, H]; padding_mask [B, S], True = padding. Returns (output [S, B, H], None)."""
         routing = self._route(hidden_states, padding_mask)
         expert_kwargs = self._expert_kwargs(routing)
-        plans = [self.token_dispatcher.start_plan(map_tE) for map_tE in self._chunk(routing.map_TE)]
-        # Where nothing is exchanged, shared experts are queued while the plans' sizes are copied to the host.
-        shared = self._run_shared_experts(hidden_states) if self.ep_group.size() == 1 else None
+        plans = self.token_dispatcher.start_plans(self._chunk(routing.map_TE))
         dispatched = prefetch_one(self._dispatch(plans, hidden_states.flatten(0, 1), routing))
-        first = next(dispatched)
+        first, shared = self._beside_shared_experts(dispatched, hidden_states)
         del plans, routing  # with many experts as large as what the handles hold
-        if self.ep_group.size() > 1:
-            shared = self._run_shared_experts(hidden_states)
         combined = prefetch_one(self._run_experts(handle, expert_kwargs) for handle in chain([first], dispatched))
         outputs = [handle.wait() for handle in combined]
         output = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view_as(hidden_states)
@@ -118,8 +115,34 @@ class VariableMoELayer(MoELayer):
     def _run_local_experts(self, rows_RH: Tensor, probs_R: Tensor, counts_e: Tensor, expert_kwargs: dict) -> Tensor:
         return self.experts(rows_RH, counts_e, probs_R, **expert_kwargs)[0]
 
-    def _run_shared_experts(self, hidden_states: Tensor) -> Tensor | None:
-        return self._shared_experts(hidden_states) if self.use_shared_expert else None
+    def _beside_shared_experts(
+        self, dispatched: Iterator[DispatchHandle], hidden_states: Tensor
+    ) -> tuple[DispatchHandle, Tensor | None]:
+        """The first chunk, launched, and what shared experts make of all tokens.
+
+        To launch it the host waits for its sizes, and what is queued by then keeps a device at work: all of the shared
+        experts where nothing is exchanged, otherwise all but their last product, which is left to hide the exchange. A
+        CPU has nothing queued, and computes while the exchange is under way.
+        """
+        if not self.use_shared_expert:
+            return next(dispatched), None
+        if self.ep_group.size() == 1:
+            shared = self._shared_experts(hidden_states)
+            return next(dispatched), shared
+        if is_on_host(hidden_states):
+            return next(dispatched), self._shared_experts(hidden_states)
+        launched: list[DispatchHandle] = []
+
+        def launch(module, inputs) -> None:
+            with step_timer.within("dispatch"):
+                launched.append(next(dispatched))
+
+        hook = self.shared_experts.linear_fc2.register_forward_pre_hook(launch)
+        try:
+            shared = self._shared_experts(hidden_states)
+        finally:
+            hook.remove()
+        return launched[0], shared
 
     @step_timer.timed("shared experts")
     def _shared_experts(self, hidden_states: Tensor) -> Tensor:

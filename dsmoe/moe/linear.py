@@ -8,8 +8,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsmoe.runtime.device import gpu_capability
 
 MAX_GROUPS = 1023  # of one call of torch's grouped_mm on CUDA
+# From this compute capability on grouped_mm's kernel leaves, as the gradient of a weight without rows, what lay in
+# memory (pytorch/pytorch#172439).
+LEAVES_GARBAGE = (10, 0)
 
 
 def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
@@ -34,13 +40,40 @@ def grouped_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tenso
                 grouped_linear(rows_RK[first:], weight_eNK[MAX_GROUPS:], ends_e[MAX_GROUPS:] - first),
             )
         )
-    rows_RK, weight_eNK = _on_16_bytes(rows_RK), _on_16_bytes(weight_eNK)
-    if rows_RK.size(0) == 0:
-        # grouped_mm cannot differentiate 0 rows whatever their gradient looks like in memory. A row of zeros joined to
-        # them keeps both weights and rows in the graph: the rows' backward holds all-to-alls that others wait in.
-        one_row = torch.cat((rows_RK, rows_RK.new_zeros(1, rows_RK.size(1))))
-        return F.grouped_mm(one_row, weight_eNK.transpose(-2, -1), offs=torch.ones_like(ends_e))[:0]
-    return F.grouped_mm(rows_RK, weight_eNK.transpose(-2, -1), offs=ends_e)
+    return _GroupedLinear.apply(rows_RK, weight_eNK, ends_e)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Saves the weight itself: autograd of grouped_mm saves a view, behind which ZeRO-3's gathered memory would live
+    until the backward pass. Without rows nothing is multiplied; rows and weight stay in the graph, since the rows'
+    backward holds all-to-alls that others wait in."""
+
+    @staticmethod
+    def forward(ctx, rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RK, weight_eNK, ends_e)
+        return _grouped_mm(rows_RK, weight_eNK.transpose(1, 2), ends_e)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RN: Tensor):
+        rows_RK, weight_eNK, ends_e = ctx.saved_tensors
+        grad_RN = grad_RN.contiguous()
+        grad_RK = _grouped_mm(grad_RN, weight_eNK, ends_e) if ctx.needs_input_grad[0] else None
+        grad_eNK = None
+        if ctx.needs_input_grad[1]:
+            if len(rows_RK) == 0:
+                return grad_RK, torch.zeros_like(weight_eNK), None
+            grad_eNK = F.grouped_mm(_on_16_bytes(grad_RN).t(), _on_16_bytes(rows_RK), offs=ends_e)
+            if gpu_capability() >= LEAVES_GARBAGE:
+                empty_e = torch.diff(ends_e, prepend=ends_e.new_zeros(1)) == 0
+                grad_eNK.masked_fill_(empty_e.view(-1, 1, 1), 0)
+        return grad_RK, grad_eNK, None
+
+
+def _grouped_mm(rows_RK: Tensor, weight_eKN: Tensor, ends_e: Tensor) -> Tensor:
+    if len(rows_RK) == 0:
+        return rows_RK.new_empty(0, weight_eKN.size(2))
+    return F.grouped_mm(_on_16_bytes(rows_RK), _on_16_bytes(weight_eKN), offs=ends_e)
 
 
 def _on_16_bytes(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from dsmoe.errors import ConfigError
 from dsmoe.moe.all_to_all import AllToAllDispatcher
 from dsmoe.moe.dispatch import CombineHandle, DispatchHandle, register
 from dsmoe.moe.exchange import AsyncAllToAll, sum_rows
-from dsmoe.moe.plan import ExchangePlan, PendingPlan, Splits, true_positions
+from dsmoe.moe.plan import ExchangePlan, PendingPlan, RowIndex, Splits, numbers_of, start_positions
 from dsmoe.parallel.collectives import start_all_to_all
 from dsmoe.parallel.groups import ParallelGroups
 
@@ -58,7 +58,7 @@ class TwoLevelPlan(ExchangePlan):
     """Rows leave ordered by node, as in this rank's lane, then token; `rows` are those of the lane."""
 
     fan_out: Splits  # of rows inside the node
-    wait_fan_out: Callable[[], Tensor]
+    wait_fan_out: Callable[[], RowIndex]
 
     @property
     def received(self) -> int:
@@ -70,8 +70,8 @@ class TwoLevelPlan(ExchangePlan):
         return sum(self.rows.receive)
 
     @cached_property
-    def row_V(self) -> Tensor:
-        """int64, the row of the lane that is fanned out, ordered by place, then row. The first to ask waits."""
+    def row_V(self) -> RowIndex:
+        """The row of the lane that is fanned out, ordered by place, then row. The first to ask waits."""
         return self.wait_fan_out()
 
 
@@ -80,31 +80,32 @@ class PendingTwoLevelPlan(PendingPlan):
 
     plan_class = TwoLevelPlan
 
-    def __init__(self, map_TE: Tensor, grid: Grid, groups: ParallelGroups):
+    def __init__(self, map_TE: Tensor, grid: Grid, groups: ParallelGroups, fused: bool):
         self.grid, self.lane, self.place = grid.to(map_TE.device), groups.lane, groups.node.rank()
-        super().__init__(map_TE, groups.ep)
+        super().__init__(map_TE, groups.ep, fused)
 
     def count_rows(self) -> Tensor:
         """Rows that each rank needs; and, of a rank that relays from here to its node, rows for the node and for each
         place of it."""
         self.token_to_rank_TNL = self.token_to_rank_TP[:, self.grid.ranks_NL]
-        self.token_to_node_TN = self.token_to_rank_TNL.any(2)
-        counts_NL, nodes_N = self.token_to_rank_TNL.sum(0), self.token_to_node_TN.sum(0)
+        self.row_positions = start_positions(self.token_to_rank_TNL.any(2), self.fused)
+        counts_NL, nodes_N = self.token_to_rank_TNL.sum(0), self.row_positions.counts_X
         counts = counts_NL.new_zeros(self.ep, 2 + counts_NL.size(1))
         counts[:, 0] = self.token_to_rank_TP.sum(0)
         counts[self.grid.ranks_NL[:, self.place], 1:] = torch.cat((nodes_N.unsqueeze(1), counts_NL), dim=1)
         return counts
 
-    def find_rows(self, sent: list[list[int]]) -> Tensor:
-        token_M, self.node_M = true_positions(self.token_to_node_TN, sum(counts[2] for counts in sent))
-        return token_M
+    def find_rows(self, sent: list[list[int]]) -> RowIndex:
+        found = self.row_positions.finish(sum(counts[2] for counts in sent))
+        self.node_M = found.flat_N % len(self.grid.ranks_NL)
+        return found.by_token
 
     def first_row_of_rank(self, rows_P: Tensor) -> Tensor:
         """Rows arrive ordered by lane, then by rank of the lane."""
         ordered = rows_P.index_select(0, self.grid.by_lane_P)
         return torch.empty_like(rows_P).index_copy(0, self.grid.by_lane_P, ordered.cumsum(0) - ordered)
 
-    def plan_rows(self, sent: list[list[int]], received: list[list[int]], token_M: Tensor) -> dict[str, Any]:
+    def plan_rows(self, sent: list[list[int]], received: list[list[int]], token_M: RowIndex) -> dict[str, Any]:
         lanes = self.grid.lanes
         own_lane = lanes[self.place]
         rows = Splits([sent[rank][2] for rank in own_lane], [received[rank][2] for rank in own_lane])
@@ -113,11 +114,11 @@ class PendingTwoLevelPlan(PendingPlan):
             [sum(received[rank][1] for rank in lane) for lane in lanes],
         )
         # Which places of its node need each row.
-        needs_ML = self.token_to_rank_TNL[token_M, self.node_M].to(torch.uint8)
+        needs_ML = self.token_to_rank_TNL[numbers_of(token_M), self.node_M].to(torch.uint8)
         wait_needs = start_all_to_all(needs_ML, rows.send, rows.receive, self.lane)
 
-        def wait_fan_out() -> Tensor:
-            return true_positions(wait_needs().bool(), sum(fan_out.send))[0]
+        def wait_fan_out() -> RowIndex:
+            return start_positions(wait_needs().bool(), self.fused).finish(sum(fan_out.send)).by_token
 
         return {"rows": rows, "fan_out": fan_out, "wait_fan_out": wait_fan_out}
 
@@ -139,14 +140,14 @@ class TwoLevelDispatcher(AllToAllDispatcher):
         self.row_group = groups.lane
         self.grid = Grid.of(groups)
 
-    def start_plan(self, map_TE: Tensor) -> Callable[[], TwoLevelPlan]:
-        return PendingTwoLevelPlan(map_TE, self.grid, self.groups).finish
+    def pending_plan(self, map_TE: Tensor) -> PendingPlan:
+        return PendingTwoLevelPlan(map_TE, self.grid, self.groups, self.fused)
 
     def receive_rows(self, rows: Tensor, plan: TwoLevelPlan) -> Tensor:
-        inside = AsyncAllToAll(plan.fan_out, self.groups.node, "dispatch", plan.row_V, self.exchange_dtype, self.fused)
+        inside = AsyncAllToAll(plan.fan_out, self.groups.node, "dispatch", plan.row_V, self.exchange_dtype)
         return super().receive_rows(inside.exchange(rows), plan)
 
     def combine(self, rows: Tensor, plan: TwoLevelPlan, recomputed: DispatchHandle | None = None) -> CombineHandle:
         inside = AsyncAllToAll(plan.fan_out.reversed(), self.groups.node, "combine", dtype=self.exchange_dtype)
-        rows_QH = sum_rows(inside.exchange(rows), plan.row_V, plan.relayed, self.fused)
+        rows_QH = sum_rows(inside.exchange(rows), plan.row_V, plan.relayed)
         return super().combine(rows_QH, plan, recomputed)

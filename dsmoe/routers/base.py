@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from megatron.core.transformer.moe import router as megatron_router
@@ -42,6 +42,14 @@ INFERENCE_FILE = Path(__file__).with_name("routing_dsmoe.py")  # of dsmoe's own 
 
 class RouterOptions(Section):
     """Options of one router. Unknown keys are refused."""
+
+    # Options that steer training from here on and do not change what the router computes now: a run may resume with
+    # others. Beside them, every `*_coefficient`.
+    FUTURE_ONLY: ClassVar[frozenset[str]] = frozenset(["balance_scope"])
+
+    @classmethod
+    def changes_only_the_future(cls, name: str) -> bool:
+        return name.endswith("_coefficient") or name in cls.FUTURE_ONLY
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs) -> None:
@@ -144,6 +152,7 @@ class Router(megatron_router.Router):
         self.recorder: RoutingRecorder | None = None
         self.index = 0
         self.num_sequences = 0  # of the batch that `route` sees
+        self.fused = False  # whether Triton's kernels may be used
 
     @abstractmethod
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:

@@ -43,6 +43,8 @@ BENCHMARK_RANK = 32
 
 
 class LowRankOptions(RouterOptions):
+    FUTURE_ONLY = RouterOptions.FUTURE_ONLY | {"placement", "latent"}
+
     rank: int = Field(32, ge=1)  # r
     placement: Literal["replicated", "sharded"] = "replicated"  # of A
     latent: Literal["send", "recompute"] = "recompute"  # how an expert's owner gets x A_i; sharded: always recomputed
@@ -113,7 +115,7 @@ class LowRankRouter(Router):
         if self.sharded:
             norms_TE, own_erH = self._score_at_owners(hidden_TH)
         else:
-            norms_TE, own_erH = latent_norms(hidden_TH, self.reduce_proj, self.own_experts)
+            norms_TE, own_erH = latent_norms(hidden_TH, self.reduce_proj, self.own_experts, self.fused)
         return norms_TE, {"reduce_erH": own_erH.to(hidden_TH.dtype)}
 
     def _score_at_owners(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +124,7 @@ class LowRankRouter(Router):
         if self.has_padding:  # ranks may have different numbers of tokens that are not padding
             sizes = self.cached_per_forward("sizes", lambda: self._tokens_by_rank(hidden_TH))
         gathered_H = all_gather_rows(hidden_TH, sizes, self.ep)
-        norms_e, own_erH = latent_norms(gathered_H, self.reduce_proj, self.own_experts)
+        norms_e, own_erH = latent_norms(gathered_H, self.reduce_proj, self.own_experts, self.fused)
         returned = all_to_all_rows(norms_e, sizes, [tokens] * ranks, self.ep)  # by owner, then token
         norms_TE = returned.view(ranks, tokens, self.own_experts[1]).transpose(0, 1).reshape(tokens, self.num_experts)
         return norms_TE, own_erH
@@ -133,23 +135,26 @@ class LowRankRouter(Router):
         return counts.tolist()
 
 
-def latent_norms(hidden_TH: Tensor, reduce_ErH: Tensor, own: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def latent_norms(
+    hidden_TH: Tensor, reduce_ErH: Tensor, own: tuple[int, int], fused: bool = False
+) -> tuple[Tensor, Tensor]:
     """||x A_i||_2 of every token and expert, fp32 or wider [T, E], and A of `own` experts (first, count), [e, r, H],
     over the same memory. The gradients of both are summed into one gradient of A.
 
     Latents exist for some tokens and experts at a time. The backward pass computes them again, on a CPU only for pairs
-    with a gradient: that is less work than storing all of them. At a norm of 0 the gradient is 0.
+    with a gradient: that is less work than storing all of them. At a norm of 0 the gradient is 0. `fused`: by Triton's
+    kernels, which multiply in the tokens' dtype and add in fp32.
     """
-    return _LatentNorms.apply(hidden_TH, reduce_ErH, *own)
+    return _LatentNorms.apply(hidden_TH, reduce_ErH, *own, fused)
 
 
 class _LatentNorms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, reduce_ErH: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-        norms_TE = hidden_TH.new_empty(len(hidden_TH), len(reduce_ErH), dtype=_wide(hidden_TH))
-        for tokens, experts in product(*_tiles(hidden_TH, reduce_ErH)):
-            latents_ter = _latents(hidden_TH[tokens], reduce_ErH[experts])
-            norms_TE[tokens, experts] = torch.linalg.vector_norm(latents_ter, dim=-1)
+    def forward(
+        ctx, hidden_TH: Tensor, reduce_ErH: Tensor, first: int, count: int, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        norms_TE = _norms_by_kernel(hidden_TH, reduce_ErH) if fused else _norms(hidden_TH, reduce_ErH)
+        ctx.fused = fused
         ctx.save_for_backward(hidden_TH, reduce_ErH, norms_TE)
         ctx.own, ctx.accepts_sparse_grad = (first, first + count), True
         ctx.set_materialize_grads(False)
@@ -161,14 +166,15 @@ class _LatentNorms(torch.autograd.Function):
     def backward(ctx, grad_TE: Tensor | None, grad_erH: Tensor | None):
         hidden_TH, reduce_ErH, norms_TE = ctx.saved_tensors
         grad_TH, grad_ErH = torch.zeros_like(hidden_TH, dtype=norms_TE.dtype), torch.empty_like(reduce_ErH)
-        for experts, sum_erH in _weight_grads(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE):
+        weight_grads = _weight_grads_by_kernel if ctx.fused else _weight_grads
+        for experts, sum_erH in weight_grads(grad_TH, hidden_TH, reduce_ErH, grad_TE, norms_TE):
             if grad_erH is not None:
                 first, end = ctx.own
                 low, high = max(first, experts.start), min(end, experts.stop)
                 if low < high:
                     sum_erH[low - experts.start : high - experts.start] += grad_erH[low - first : high - first]
             grad_ErH[experts] = sum_erH
-        return grad_TH.to(hidden_TH.dtype), grad_ErH, None, None
+        return grad_TH.to(hidden_TH.dtype), grad_ErH, None, None, None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -187,6 +193,20 @@ def _tiles(hidden_TH: Tensor, reduce_ErH: Tensor) -> tuple[list[slice], list[sli
 def _latents(hidden_tH: Tensor, reduce_erH: Tensor) -> Tensor:
     wide_tH, wide_erH = (x.to(_wide(x)) for x in (hidden_tH, reduce_erH))
     return F.linear(wide_tH, wide_erH.flatten(0, 1)).unflatten(1, reduce_erH.shape[:2])
+
+
+def _norms(hidden_TH: Tensor, reduce_ErH: Tensor) -> Tensor:
+    norms_TE = hidden_TH.new_empty(len(hidden_TH), len(reduce_ErH), dtype=_wide(hidden_TH))
+    for tokens, experts in product(*_tiles(hidden_TH, reduce_ErH)):
+        latents_ter = _latents(hidden_TH[tokens], reduce_ErH[experts])
+        norms_TE[tokens, experts] = torch.linalg.vector_norm(latents_ter, dim=-1)
+    return norms_TE
+
+
+def _norms_by_kernel(hidden_TH: Tensor, reduce_ErH: Tensor) -> Tensor:
+    from dsmoe.triton.scores import latent_norms
+
+    return latent_norms(hidden_TH, reduce_ErH)
 
 
 def _factor(grad: Tensor, norm: Tensor) -> Tensor:
@@ -226,6 +246,23 @@ def _weight_grads_of_tiles(
             grad_TH[tokens].addmm_(latents_tN, reduce_erH.flatten(0, 1))
             sum_erH.flatten(0, 1).addmm_(latents_tN.t(), hidden_tH)
         yield experts, sum_erH
+
+
+def _weight_grads_by_kernel(
+    grad_TH: Tensor, hidden_TH: Tensor, reduce_ErH: Tensor, grad_TE: Tensor | None, norms_TE: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """The same from all pairs, with products of the tokens' dtype that are added up in fp32."""
+    from dsmoe.triton.scores import scaled_latents
+
+    reduce_ErH = reduce_ErH.to(hidden_TH.dtype)
+    sum_ErH = torch.zeros_like(reduce_ErH, dtype=grad_TH.dtype)
+    if grad_TE is not None:
+        factor_TE = _factor(grad_TE.to_dense() if grad_TE.is_sparse else grad_TE, norms_TE)
+        for tokens in slices(len(hidden_TH), LATENTS_ON_DEVICE // reduce_ErH[:, :, 0].numel()):
+            latents_tN = scaled_latents(hidden_TH[tokens], reduce_ErH, factor_TE[tokens]).flatten(1)
+            grad_TH[tokens] += latents_tN @ reduce_ErH.flatten(0, 1)
+            sum_ErH.flatten(0, 1).add_(latents_tN.t() @ hidden_TH[tokens])
+    yield slice(0, len(reduce_ErH)), sum_ErH
 
 
 def _weight_grads_of_pairs(

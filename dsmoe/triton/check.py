@@ -59,7 +59,7 @@ def cases(sizes: Sizes, seed: int) -> dict[str, tuple[Callable[[], list[Tensor]]
     map_TE[::16], map_TE[:, experts // 2] = False, False
     routes = int(map_TE.sum())
     order = plan.route_order_reference(map_TE)
-    ends = order.counts_E.cumsum(0).to(torch.int32)
+    ends = map_TE.sum(0).cumsum(0).to(torch.int32)
     token_R = order.by_token.token_R
     rows_RH, grad_RF = torch.randn(routes, hidden, **bf16), torch.randn(routes, ffn, **bf16)
     gate, up = torch.randn(routes, 2 * ffn, **bf16).chunk(2, dim=1)
@@ -67,6 +67,7 @@ def cases(sizes: Sizes, seed: int) -> dict[str, tuple[Callable[[], list[Tensor]]
     weight = torch.randn(experts, ffn, hidden, **bf16) / hidden**0.5
     hidden_TH = torch.randn(tokens, hidden, **bf16)
     reduce = torch.randn(experts, sizes.rank, hidden, **bf16) / hidden**0.5
+    factor = torch.randn(tokens, experts, device=device)
 
     def with_gradients(function, grad: Tensor, *leaves: Tensor) -> Callable[[], list[Tensor]]:
         def run() -> list[Tensor]:
@@ -77,7 +78,7 @@ def cases(sizes: Sizes, seed: int) -> dict[str, tuple[Callable[[], list[Tensor]]
         return run
 
     def fields(found: plan.RouteOrder) -> list[Tensor]:
-        return [found.counts_E, found.flat_N, found.by_token.place_R, found.by_token.start_T]
+        return [found.flat_N, found.by_token.place_R, found.by_token.start_T]
 
     return {
         "swiglu": (
@@ -94,6 +95,10 @@ def cases(sizes: Sizes, seed: int) -> dict[str, tuple[Callable[[], list[Tensor]]
         "latent_norms": (
             lambda: [scores.latent_norms(hidden_TH, reduce)],
             lambda: [scores.latent_norms_reference(hidden_TH, reduce)], 1e-3,
+        ),
+        "scaled_latents": (
+            lambda: [scores.scaled_latents(hidden_TH, reduce, factor)],
+            lambda: [scores.scaled_latents_reference(hidden_TH, reduce, factor)], ERROR,
         ),
         "grouped": (
             with_gradients(lambda r, w: grouped.grouped_linear(r, w, ends), grad_RF, rows_RH, weight),

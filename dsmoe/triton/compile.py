@@ -44,16 +44,18 @@ KERNELS = {
                         "grad *bf16, gate *bf16, up *bf16, probs *fp32, grad_gate *bf16, grad_up *bf16, "
                         "grad_probs *fp32, grad_stride i32, gate_stride i32, up_stride i32, out_stride i32",
                         {"WIDTH": 4096, "BLOCK": 2048}, 8),
-    "plan_count": (plan.count_kernel, "map_TE *u8, block_counts *i32, token_counts *i32, tokens i32",
+    "plan_count": (plan.count_kernel, "map_TE *u8, block_counts *i32, token_counts *i32, tokens i32, blocks i32",
                    {"EXPERTS": 64, "PADDED": 64, "BLOCK": plan.TOKENS}, 4),
-    "plan_prefix": (plan.prefix_kernel, "block_counts *i32, block_starts *i32, counts *i64, blocks i32",
-                    {"EXPERTS": 64, "PADDED": 64}, 4),
     "plan_write": (plan.write_kernel,
-                   "map_TE *u8, block_starts *i32, token_starts *i32, flat *i64, token_of *i64, place *i32, tokens i32",
+                   "map_TE *u8, block_ends *i32, token_starts *i32, flat *i64, token_of *i64, place *i32, tokens i32, "
+                   "blocks i32",
                    {"EXPERTS": 64, "PADDED": 64, "BLOCK": plan.TOKENS}, 4),
     "latent_norms": (scores.latent_norms_kernel,
                      "hidden *bf16, reduce *bf16, norms *fp32, tokens i32, experts i32",
                      {"HIDDEN": 2048, "RANK": 32, "PADDED": 32, "BLOCK_T": 64, "BLOCK_H": 64, "WIDEN": False}, 4),
+    "scaled_latents": (scores.scaled_latents_kernel,
+                       "hidden *bf16, reduce *bf16, factor *fp32, out *bf16, tokens i32, experts i32",
+                       {"HIDDEN": 2048, "RANK": 32, "PADDED": 32, "BLOCK_T": 64, "BLOCK_H": 64, "WIDEN": False}, 4),
     "grouped": (grouped.grouped_kernel,
                 "rows *bf16, weight *bf16, ends *i32, out *bf16, row_stride i32, weight_e i32, weight_n i32, "
                 "weight_k i32, N i32",

@@ -1,10 +1,9 @@
-"""The order of a layer's routes in three launches: routes by expert, then token, and each token's rows among them.
+"""The order of a layer's routes: by expert, then token, and each token's rows among them.
 
-    count    routes of each block of tokens to each expert, and of each token
-    prefix   where each block's routes to an expert begin
+    count    routes of each block of tokens to each expert, and of each token; their running sums are torch's
     write    each route's place, and each place's route
 
-Shapes: T tokens, E experts, N routes.
+Shapes: T tokens, E experts, N routes, B blocks of tokens.
 """
 
 from __future__ import annotations
@@ -18,53 +17,21 @@ from torch import Tensor
 
 from dsmoe.triton.rows import TokenOrder
 
-TOKENS = 32  # of a block; with twice as many the last kernel spills registers
+TOKENS = 32  # of a block, at most; with twice as many the last kernel spills registers
+ENTRIES = 2048  # of a block's map, at most
 
 
 @dataclass(frozen=True)
 class RouteOrder:
     """Routes ordered by expert, then token; and the same by token."""
 
-    counts_E: Tensor  # int64, routes of each expert
     flat_N: Tensor  # int64, token * E + expert
     by_token: TokenOrder
 
 
 @triton.jit
 def count_kernel(
-    map_TE, block_counts, token_counts, tokens, EXPERTS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    block = tl.program_id(0)
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.arange(0, PADDED)
-    inside = (token < tokens)[:, None] & (expert < EXPERTS)[None, :]
-    chosen = tl.load(map_TE + token[:, None].to(tl.int64) * EXPERTS + expert[None, :], mask=inside, other=0).to(
-        tl.int32
-    )
-    tl.store(block_counts + block * EXPERTS + expert, tl.sum(chosen, 0), mask=expert < EXPERTS)
-    tl.store(token_counts + token, tl.sum(chosen, 1), mask=token < tokens)
-
-
-@triton.jit
-def prefix_kernel(
-    block_counts, block_starts, counts, blocks, EXPERTS: tl.constexpr, PADDED: tl.constexpr
-):  # fmt: skip
-    expert = tl.arange(0, PADDED)
-    inside = expert < EXPERTS
-    total = tl.zeros((PADDED,), tl.int32)
-    for block in range(0, blocks):
-        tl.store(block_starts + block * EXPERTS + expert, total, mask=inside)
-        total += tl.load(block_counts + block * EXPERTS + expert, mask=inside, other=0)
-    first = tl.cumsum(total, 0) - total
-    tl.store(counts + expert, total.to(tl.int64), mask=inside)
-    for block in range(0, blocks):
-        place = block_starts + block * EXPERTS + expert
-        tl.store(place, tl.load(place, mask=inside, other=0) + first, mask=inside)
-
-
-@triton.jit
-def write_kernel(
-    map_TE, block_starts, token_starts, flat, token_of, place, tokens, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
+    map_TE, block_counts, token_counts, tokens, blocks, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -74,7 +41,24 @@ def write_kernel(
     chosen = tl.load(map_TE + token[:, None].to(tl.int64) * EXPERTS + expert[None, :], mask=inside, other=0).to(
         tl.int32
     )
-    first = tl.load(block_starts + block * EXPERTS + expert, mask=expert < EXPERTS, other=0)
+    tl.store(block_counts + expert * blocks + block, tl.sum(chosen, 0), mask=expert < EXPERTS)
+    tl.store(token_counts + token, tl.sum(chosen, 1), mask=token < tokens)
+
+
+@triton.jit
+def write_kernel(
+    map_TE, block_ends, token_starts, flat, token_of, place, tokens, blocks, EXPERTS: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.arange(0, PADDED)
+    inside = (token < tokens)[:, None] & (expert < EXPERTS)[None, :]
+    chosen = tl.load(map_TE + token[:, None].to(tl.int64) * EXPERTS + expert[None, :], mask=inside, other=0).to(
+        tl.int32
+    )
+    end = tl.load(block_ends + expert * blocks + block, mask=expert < EXPERTS, other=0)
+    first = end - tl.sum(chosen, 0)
     by_expert = first[None, :] + tl.cumsum(chosen, 0) - chosen
     own = tl.load(token_starts + token, mask=token < tokens, other=0)
     by_token = own[:, None] + tl.cumsum(chosen, 1) - chosen
@@ -89,29 +73,45 @@ def route_order_reference(map_TE: Tensor) -> RouteOrder:
     """From torch's operators, of which the first waits for the device."""
     tokens, experts = map_TE.shape
     expert_N, token_N = map_TE.t().nonzero().unbind(1)
-    return RouteOrder(map_TE.sum(0), token_N * experts + expert_N, TokenOrder.of(token_N, tokens))
+    return RouteOrder(token_N * experts + expert_N, TokenOrder.of(token_N, tokens))
+
+
+class PendingOrder:
+    """A `RouteOrder` whose routes are counted; as `dsmoe.moe.plan.Positions`.
+
+    Attributes:
+        counts_X: int64 [E], routes of each expert.
+    """
+
+    def __init__(self, map_TE: Tensor):
+        self.map_TE = map_TE.contiguous().view(torch.uint8)
+        (tokens, experts), device = map_TE.shape, map_TE.device
+        self._padded = triton.next_power_of_2(experts)
+        self._block = max(1, min(TOKENS, ENTRIES // self._padded))
+        blocks = max(1, triton.cdiv(tokens, self._block))
+        counts_EB = torch.empty(experts, blocks, dtype=torch.int32, device=device)
+        starts_T = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
+        count_kernel[(blocks,)](
+            self.map_TE, counts_EB, starts_T[1:], tokens, blocks, EXPERTS=experts, PADDED=self._padded,
+            BLOCK=self._block,
+        )  # fmt: skip
+        self._starts_T = starts_T.cumsum(0, dtype=torch.int32)
+        self._ends_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32).view_as(counts_EB)
+        self.counts_X = counts_EB.sum(1)
+
+    def finish(self, routes: int) -> RouteOrder:
+        """Without a wait. `routes`: N, which the host must know to make memory."""
+        (tokens, experts), blocks, device = self.map_TE.shape, self._ends_EB.size(1), self.map_TE.device
+        flat_N = torch.empty(routes, dtype=torch.int64, device=device)
+        token_N = torch.empty_like(flat_N)
+        place_N = torch.empty(routes, dtype=torch.int32, device=device)
+        write_kernel[(blocks,)](
+            self.map_TE, self._ends_EB, self._starts_T, flat_N, token_N, place_N, tokens, blocks, EXPERTS=experts,
+            PADDED=self._padded, BLOCK=self._block,
+        )  # fmt: skip
+        return RouteOrder(flat_N, TokenOrder(token_N, place_N, self._starts_T))
 
 
 def route_order(map_TE: Tensor, routes: int) -> RouteOrder:
-    """As `route_order_reference`, without a wait.
-
-    Args:
-        map_TE: bool.
-        routes: N, which the host must know to make memory.
-    """
-    map_TE = map_TE.contiguous().view(torch.uint8)
-    (tokens, experts), device = map_TE.shape, map_TE.device
-    blocks, padded = max(1, triton.cdiv(tokens, TOKENS)), triton.next_power_of_2(experts)
-    block_counts = torch.empty(blocks, experts, dtype=torch.int32, device=device)
-    block_starts = torch.empty_like(block_counts)
-    token_starts = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
-    counts_E = torch.empty(experts, dtype=torch.int64, device=device)
-    flat_N = torch.empty(routes, dtype=torch.int64, device=device)
-    token_N = torch.empty_like(flat_N)
-    place_N = torch.empty(routes, dtype=torch.int32, device=device)
-    shape = {"EXPERTS": experts, "PADDED": padded}
-    count_kernel[(blocks,)](map_TE, block_counts, token_starts[1:], tokens, **shape, BLOCK=TOKENS)
-    token_starts = token_starts.cumsum(0, dtype=torch.int32)
-    prefix_kernel[(1,)](block_counts, block_starts, counts_E, blocks, **shape)
-    write_kernel[(blocks,)](map_TE, block_starts, token_starts, flat_N, token_N, place_N, tokens, **shape, BLOCK=TOKENS)
-    return RouteOrder(counts_E, flat_N, TokenOrder(token_N, place_N, token_starts))
+    """As `route_order_reference`, of a bool map with that many routes."""
+    return PendingOrder(map_TE).finish(routes)

@@ -28,10 +28,18 @@ class TokenOrder:
 
     @classmethod
     def of(cls, token_R: Tensor, tokens: int) -> TokenOrder:
-        """Two launches more than `dsmoe.triton.plan`, which knows the order already."""
+        """For rows that `dsmoe.triton.plan` has not ordered."""
         token_sorted, place_R = token_R.sort(stable=True)
         edges = torch.arange(tokens + 1, device=token_R.device)
         return cls(token_R, place_R.to(torch.int32), torch.searchsorted(token_sorted, edges).to(torch.int32))
+
+    def sum_rows(self, rows_RH: Tensor) -> Tensor:
+        """What experts made of each token's rows, summed: [T, H]."""
+        return _SumRows.apply(rows_RH, self)
+
+    def take_rows(self, tokens_TH: Tensor) -> Tensor:
+        """A copy of its token for each row: [R, H]. The gradient is `sum_rows` of the rows'."""
+        return _TakeRows.apply(tokens_TH, self)
 
 
 @triton.jit
@@ -88,13 +96,3 @@ class _TakeRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_RH: Tensor):
         return launch_sum_rows(grad_RH, ctx.order), None
-
-
-def sum_rows(rows_RH: Tensor, order: TokenOrder) -> Tensor:
-    """What experts made of each token's rows, summed: [T, H]."""
-    return _SumRows.apply(rows_RH, order)
-
-
-def take_rows(tokens_TH: Tensor, order: TokenOrder) -> Tensor:
-    """A copy of its token for each row: [R, H]. The gradient is `sum_rows` of the rows'."""
-    return _TakeRows.apply(tokens_TH, order)

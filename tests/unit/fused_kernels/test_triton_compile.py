@@ -40,7 +40,7 @@ def test_every_kernel_fits_and_spills_nothing(compiled):
 def test_products_run_on_each_generations_matrix_units(compiled):
     expected = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
     for entry in compiled:
-        products = entry["kernel"] in ("grouped", "weight_gradient", "latent_norms")
+        products = entry["kernel"] in ("grouped", "weight_gradient", "latent_norms", "scaled_latents")
         assert entry["tensor_cores"] == (expected[entry["capability"]] if products else ""), entry
 
 

@@ -68,11 +68,11 @@ def test_rows_are_summed_by_token_and_spread_again(dtype, kind):
     token_R = routes(kind, tokens, experts).t().nonzero()[:, 1]
     order = rows.TokenOrder.of(token_R, tokens)
     values_RH, tokens_TH = torch.randn(len(token_R), hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)
-    found = gradients(lambda x: rows.sum_rows(x, order), values_RH)
+    found = gradients(lambda x: order.sum_rows(x), values_RH)
     assert_same(found, gradients(lambda x: rows.sum_rows_reference(x, token_R, tokens), values_RH), dtype)
     assert not found[0][tokens // 2].any(), "a token without experts gets exactly 0"
-    assert torch.equal(found[0], rows.sum_rows(values_RH, order))  # in a fixed order
-    found = gradients(lambda x: rows.take_rows(x, order), tokens_TH)
+    assert torch.equal(found[0], order.sum_rows(values_RH))  # in a fixed order
+    found = gradients(lambda x: order.take_rows(x), tokens_TH)
     assert torch.equal(found[0], tokens_TH[token_R])
     expected = rows.sum_rows_reference(
         torch.randn(len(token_R), hidden, generator=torch.Generator().manual_seed(1)).to(dtype), token_R, tokens
@@ -81,11 +81,11 @@ def test_rows_are_summed_by_token_and_spread_again(dtype, kind):
 
 
 @pytest.mark.parametrize("kind", MAPS)
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (64, 8), (150, 6), (70, 33)])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (64, 8), (150, 6), (70, 33), (9, 300)])
 def test_the_order_of_routes(kind, tokens, experts):
     map_TE = routes(kind, tokens, experts)
     found, expected = plan.route_order(map_TE, int(map_TE.sum())), plan.route_order_reference(map_TE)
-    assert torch.equal(found.counts_E, expected.counts_E) and torch.equal(found.flat_N, expected.flat_N)
+    assert torch.equal(plan.PendingOrder(map_TE).counts_X, map_TE.sum(0)) and torch.equal(found.flat_N, expected.flat_N)
     for name in ("token_R", "place_R", "start_T"):
         assert torch.equal(getattr(found.by_token, name), getattr(expected.by_token, name)), name
 
@@ -98,6 +98,12 @@ def test_norms_of_latents(dtype, experts, rank):
     found = scores.latent_norms(hidden_TH, reduce_ErH)
     torch.testing.assert_close(found, scores.latent_norms_reference(hidden_TH, reduce_ErH), rtol=1e-4, atol=1e-4)
     assert not found[:, 0].any()
+    factor_TE = torch.randn(70, experts)
+    found, expected = (
+        function(hidden_TH, reduce_ErH, factor_TE)
+        for function in (scores.scaled_latents, scores.scaled_latents_reference)
+    )
+    torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
 
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 7], [40, 0, 1, 2], [0, 0], [9]]
