@@ -32,6 +32,8 @@ from dsmoe.routers.top_p import CrossingRule, p_for_mean, top_p_losses, top_p_so
 
 
 class DTopPOptions(RouterOptions):
+    FUTURE_ONLY = RouterOptions.FUTURE_ONLY | {"kp", "ki", "p_min", "p_max", "scale_initial"}
+
     k: float = Field(2.0, gt=0)  # mean active experts per token the controller aims at
     p_initial: float | None = Field(None, ge=0, le=1)  # p_0; None: from k, E and scale_initial
     p_min: float = Field(0.0, ge=0, le=1)

@@ -28,6 +28,8 @@ from dsmoe.routers.trained_gate import shift_to_zero
 
 
 class ReLUOptions(RouterOptions):
+    FUTURE_ONLY = RouterOptions.FUTURE_ONLY | {"k", "lambda_initial", "lambda_factor", "load_balanced", "form"}
+
     k: float = Field(1.0, gt=0)  # mean active experts per token the controller aims at
     lambda_initial: float = Field(1e-8, gt=0)
     lambda_factor: float = Field(1.2, gt=1)  # alpha

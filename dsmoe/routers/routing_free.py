@@ -46,6 +46,15 @@ START_SCORE = 2.56  # expected score over theta at the start of the paper's S sc
 
 
 class RoutingFreeOptions(LowRankOptions):
+    FUTURE_ONLY = LowRankOptions.FUTURE_ONLY | {
+        "target_density",
+        "mu",
+        "lambda_initial",
+        "lambda_rate",
+        "lambda_update",
+        "rescale",
+    }
+
     threshold: float = Field(1.0, gt=0)  # theta
     target_density: float = Field(0.25, gt=0, le=1)  # rho
     mu: float = Field(0.5, ge=0, le=1)  # 1: balance experts, 0: balance tokens

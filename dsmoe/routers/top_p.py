@@ -33,6 +33,8 @@ MAX_FAST_EXPERTS = 16  # experts of a token that are compared before all of its 
 
 
 class TopPOptions(RouterOptions):
+    FUTURE_ONLY = RouterOptions.FUTURE_ONLY | {"expected_experts"}
+
     p: float = Field(0.4, gt=0, le=1)  # probability mass to exceed
     rule: CrossingRule = "above"  # mass > p (released code) or mass >= p (paper)
     renormalize: bool = False  # gates of a token sum to 1

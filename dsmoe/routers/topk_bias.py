@@ -41,6 +41,8 @@ from dsmoe.routers.scores import Decision, in_blocks, map_of, spread
 
 
 class TopKBiasOptions(RouterOptions):
+    FUTURE_ONLY = RouterOptions.FUTURE_ONLY | {"bias_update", "bias_update_rate", "sequence_counts"}
+
     k: int = Field(2, ge=1)  # experts of every token
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     renormalize: bool = True  # gates of a token sum to route_scale

@@ -74,7 +74,7 @@ def _changed_keys(manifest: Manifest, saved: RunConfig, config: RunConfig) -> li
     changes = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and key not in MEANT_FOR_THE_START:
-            changes.append(Change(key, before.get(key), after.get(key), _refusal(key, manifest)))
+            changes.append(Change(key, before.get(key), after.get(key), _refusal(key, manifest, config)))
     return changes
 
 
@@ -88,11 +88,11 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _refusal(key: str, manifest: Manifest) -> str | None:
+def _refusal(key: str, manifest: Manifest, config: RunConfig) -> str | None:
     section, _, name = key.partition(".")
     if section == "model" and name not in ModelConfig.RUNTIME_ONLY and key not in ORDER:
         return "the weights are of the model as it was"
-    if section == "router" and not name.endswith("_coefficient"):
+    if section == "router" and not option_classes()[config.router.name].changes_only_the_future(name):
         return "the weights were trained with the router as it was"
     if key in ("training.optimizer", "training.optimizer_options") and manifest.step:
         return "the optimizer's state is of the optimizer as it was"

@@ -63,6 +63,38 @@ def test_what_only_changes_the_future_is_accepted_and_listed(sections):
     assert (position.samples, position.tokens) == (24, 384)  # another batch reads on from the same sequence
 
 
+STEERS = [
+    ("relu", {"k": 2.0}), ("relu", {"lambda_factor": 1.1}), ("topk_bias", {"bias_update_rate": 0.01}),
+    ("top_p", {"balance_scope": "rank"}), ("dtop_p", {"kp": 0.1}), ("top_p", {"expected_experts": 2.0}),
+    ("routing_free", {"target_density": 0.1}), ("routing_free", {"lambda_rate": 0.1}), ("aoe", {"latent": "send"}),
+]  # fmt: skip
+COMPUTES = [
+    ("relu", {"name": "topk"}), ("dtop_p", {"k": 3.0}), ("top_p", {"p": 0.5}), ("expert_threshold", {"decay": 0.9}),
+    ("routing_free", {"threshold": 2.0}), ("aoe", {"k": 1}), ("topk_bias", {"route_scale": 1.0}),
+]  # fmt: skip
+
+
+def resume_with_options(router: str, options: dict) -> list:
+    tree = {
+        **copy.deepcopy(TREE),
+        "router": {"name": router, **({"rescale": True} if router == "routing_free" else {})},
+    }
+    saved = validate_config(tree, option_classes())
+    changed = validate_config({**tree, "router": {**tree["router"], **options}}, option_classes())
+    return resume(manifest_of(config=saved.model_dump(mode="json")), changed, DATA)[1]
+
+
+@pytest.mark.parametrize(("router", "options"), STEERS, ids=str)
+def test_router_options_that_steer_training_are_accepted_and_listed(router, options):
+    assert [change.key for change in resume_with_options(router, options)] == [f"router.{name}" for name in options]
+
+
+@pytest.mark.parametrize(("router", "options"), COMPUTES, ids=str)
+def test_router_options_that_change_what_it_computes_are_refused(router, options):
+    with pytest.raises(CheckpointError, match=f"router.{next(iter(options))}: .*as it was"):
+        resume_with_options(router, options)
+
+
 REFUSED = [
     ({"model": {"num_attention_heads": 2}}, "model.num_attention_heads", "4 in the checkpoint, 2 now"),
     ({"model": {"rotary_base": 5e5}}, "model.rotary_base", "10000.0 in the checkpoint, 500000.0 now"),
