@@ -109,16 +109,22 @@ def inner_optimizer(engine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer
 
 
-def veto_steps(engine, veto: Callable[[], bool]) -> None:
-    """Leave weights and optimizer state alone in a step whose gradient norm is not finite, or in which `veto` says so.
-    DeepSpeed does all else as in any step: gradients are cleared. Ranks must be of one mind; the norm is of all."""
+def veto_steps(engine, veto: Callable[[float], bool]) -> None:
+    """Leave weights and optimizer state alone in a step whose gradient norm is not finite, or in which `veto`, which
+    gets the norm, says so. DeepSpeed does all else as in any step: gradients are cleared. Where it sees by itself that
+    the norm is not finite, `veto` is not asked. Ranks must be of one mind; the norm is of all."""
     inner, optimizer = inner_optimizer(engine), engine.optimizer
     step = inner.step
+    norm = vetoed = None
 
     def step_unless_vetoed(*args, **kwargs):
-        if veto() or not math.isfinite(float(optimizer._global_grad_norm)):
-            return None
-        return step(*args, **kwargs)
+        nonlocal norm, vetoed
+        # DeepSpeed steps on one group of parameters after the other; reading the norm waits for the device.
+        if norm is not optimizer._global_grad_norm:
+            norm = optimizer._global_grad_norm
+            number = float(norm)
+            vetoed = veto(number) or not math.isfinite(number)
+        return None if vetoed else step(*args, **kwargs)
 
     inner.step = step_unless_vetoed
 

@@ -196,6 +196,11 @@ class HostValues:
         return self._host.tolist()
 
 
+def read_later(tensor: Tensor) -> HostValues | Tensor:
+    """What has the values of a small tensor as they are when the work queued so far is done: `tolist`."""
+    return HostValues(tensor) if on_gpu() else tensor
+
+
 @lru_cache
 def _value_stream(device: torch.device):
     return accelerator().Stream(device)

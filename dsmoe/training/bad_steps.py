@@ -8,6 +8,7 @@ line for each: `step`, `what`, `decision`, and for each rank what `dsmoe.trainin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class BadSteps:
 
     Attributes:
         skipped: so far.
+        grad_norm: of the last step.
     """
 
     def __init__(
@@ -39,28 +41,47 @@ class BadSteps:
     ):
         self.engine, self.training, self.path, self.skipped = engine, training, run_dir / FILE, skipped
         self.spikes = LossSpikes()
+        self.grad_norm = math.nan
         self._held = False  # whether the optimizer may not move
+        self._what: str | None = None  # is wrong with this step
+        self._undecided: tuple[Callable[[], tuple[float, float]], Callable[[], None]] | None = None
         self._warn = warn
         self._report = LineWriter(self.path, rank, first_step, warn)
-        veto_steps(engine, lambda: self._held)
+        veto_steps(engine, lambda norm: self._held or self._decide(norm) is not None)
 
-    def before_update(self, loss: float, router_loss: float) -> str | None:
-        """With the losses of all ranks, before the optimizer's step: what is wrong with them. It will not move then."""
-        what = None
+    def before_update(self, losses: Callable[[], tuple[float, float]], accept: Callable[[], None]) -> None:
+        """Before the optimizer's step.
+
+        Args:
+            losses: of language model and router over all ranks; called with the gradient norm at hand, so that the
+                host waits for the device once.
+            accept: called when the step is found good, before the optimizer moves.
+        """
+        self._undecided = losses, accept
+
+    def after_update(self) -> str | None:
+        """What was wrong with the step: with its losses, or with the gradients."""
+        if self._undecided is not None:  # DeepSpeed has not asked, for the norm is not finite
+            self._decide(float(self.engine.get_global_grad_norm()))
+        return self._what
+
+    def _decide(self, grad_norm: float) -> str | None:
+        (losses, accept), self._undecided = self._undecided, None
+        loss, router_loss = losses()
+        self.grad_norm, self._what = grad_norm, None
         if not math.isfinite(loss + router_loss):
-            what = f"the loss is {loss + router_loss}"
+            self._what = f"the loss is {loss + router_loss}"
         elif (bound := self.spikes.see(loss)) is not None:
             what = f"the loss jumps to {loss:.4g}, beyond {bound:.4g}"
             if self.training.on_loss_spike == "log":
                 self._warn(what)
-                what = None
-        self._held = what is not None
-        return what
-
-    def after_update(self, what: str | None, grad_norm: float) -> str | None:
-        """What was wrong with the step: with its losses, or with the gradients."""
-        self._held = False
-        return what or (None if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}")
+            else:
+                self._what = what
+        if self._what is None and not math.isfinite(grad_norm):
+            self._what = f"the gradient norm is {grad_norm}"
+        if self._what is None:
+            accept()
+        return self._what
 
     def diagnose(self, micro_steps: list[tuple[dict[str, torch.Tensor], list[int]]]) -> list[RankReport]:
         """Do a step again on its batches, each with the samples in it, and look at everything. Collective."""

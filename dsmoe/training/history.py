@@ -74,14 +74,16 @@ class RunHistory:
         if self._file is not None:
             self._file.write(json.dumps({"time": round(time.time(), 3), "event": event, "step": step, **values}))
 
-    def step_done(self, step: int, seconds: float) -> None:
-        """After each optimizer step."""
+    def step_done(self, step: int, seconds: float) -> float | None:
+        """After each optimizer step. The time to recover, after the first one of a restart."""
         self.seconds += seconds
-        if self._last_life is not None:
-            recovery = max(0.0, time.time() - self._last_life)
-            self.recoveries.append(recovery)
-            self.write("recovered", step, seconds=round(recovery, 3))
-            self._last_life = None
+        if self._last_life is None:
+            return None
+        recovery = max(0.0, time.time() - self._last_life)
+        self.recoveries.append(recovery)
+        self.write("recovered", step, seconds=round(recovery, 3))
+        self._last_life = None
+        return recovery
 
     @property
     def effective(self) -> float:

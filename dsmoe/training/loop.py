@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
 from dsmoe.routers.recorder import RoutingTotals
 from dsmoe.runtime import supervision
-from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes
+from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes, read_later
 from dsmoe.runtime.phase import phase
 from dsmoe.runtime.run_lock import RunLock
 from dsmoe.runtime.signals import StopRequest
@@ -32,8 +33,11 @@ from dsmoe.training.metrics import MetricsWriter, routing_metrics
 from dsmoe.training.progress import TrainingProgress
 from dsmoe.training.resume import Position
 from dsmoe.training.schedule import learning_rate
+from dsmoe.training.step_values import StepValues
 from dsmoe.training.trace import StepTracer
 from dsmoe.training.watch import ExchangeWatch, RoutingWatch
+
+LOST = 7  # among the sums of a step: whether the run folder is lost
 
 
 class Ending(Enum):
@@ -78,6 +82,7 @@ class Trainer:
         self.copied_experts = position.copied_experts
         self.bad_steps = BadSteps(engine, config.training, run_dir, rank, position.skipped_steps, step, warn)
         self.routing_watch, self.exchange_watch = RoutingWatch(), ExchangeWatch()
+        self._steering = None if engine.module.controller is None else self._read_controller()
 
     def run(self) -> tuple[Ending, dict[str, float]]:
         """Train to the end or until a signal. Returns why it ended, and the last evaluation."""
@@ -177,63 +182,81 @@ class Trainer:
                 sums[4] += sent
                 sums[5] += between_nodes
                 sums[6] += exchanging
-                sums[7] += self.lock is not None and self.lock.lost
+                sums[LOST] += self.lock is not None and self.lock.lost
                 sums[8 + self.groups.dp_rank] += peak_memory_bytes()
-                # Before the optimizer moves: one transfer tells all ranks the same loss and whether to go on.
                 sum_over(self.groups.dp, sums)
-                lm_loss, router_loss, asked, written, sent, between_nodes, exchanging, lost, *memory = sums.tolist()
-                if lost:
-                    raise TrainingError(f"another run has taken over {self.config.logging.run_dir}; this one ends")
-                bad = self.bad_steps.before_update(lm_loss / summed, router_loss / summed)
                 totals = self.engine.module.recorder.take()
+                values = StepValues(sums, totals)
                 self.expert_lines.begin(self.step + 1)
                 if self.scaled_updates is not None:
                     self.scaled_updates.follow(totals)
+                # One transfer tells all ranks the same loss and whether to go on. It is read before the optimizer moves
+                # and together with the gradient norm; nothing waits for the optimizer.
+                self.bad_steps.before_update(partial(self._losses, values, summed), partial(self._accept, totals))
             with step_timer.within("optimizer"):
                 self.engine.step()
         self.step += 1
         self.samples += training.global_batch_size
         self.tokens += training.global_batch_size * self.config.model.sequence_length
+        bad = self.bad_steps.after_update()
+        (lm_loss, router_loss, asked, written, sent, between_nodes, exchanging, _, *memory), counted = values.read()
         if written == self.groups.dp_size:
             self.saver.finish()
-        grad_norm = float(self.engine.get_global_grad_norm())
-        bad = self.bad_steps.after_update(bad, grad_norm)
-        controller, revival = self.engine.module.controller, self.engine.module.revival
-        if controller is not None and bad is None:
-            controller.after_step(totals)
+        revival = self.engine.module.revival
         revived = {} if revival is None or bad is not None else {"revived_experts": revival.update(totals, self.step)}
-        self.expert_lines.end(self.step, self.tokens, totals)
+        self.expert_lines.end(self.step, self.tokens, counted)
         parts = {"seconds_by_part": step_timer.stop()} if self.config.logging.timings else {}
         seconds = time.perf_counter() - started
         if supervision.current is not None:
             supervision.current.limits.note_step(seconds)
-        self.history.step_done(self.step, seconds)
+        recovery = self.history.step_done(self.step, seconds)
         exchange_share = exchanging / self.groups.dp_size / seconds
-        self._watch(totals, exchange_share)
+        self._watch(counted, exchange_share)
         line = {
             "step": self.step,
             "tokens": self.tokens,
             "loss": lm_loss / summed,
             "router_loss": router_loss / summed,
-            "grad_norm": grad_norm,
+            "grad_norm": self.bad_steps.grad_norm,
             "lr": lr,
             "tokens_per_second": training.global_batch_size * self.config.model.sequence_length / seconds,
-            **routing_metrics(totals, self.groups.ep_size),
+            **routing_metrics(counted, self.groups.ep_size),
             "all_to_all_bytes": int(sent),
             "between_nodes_bytes": int(between_nodes),
             "exchange_share": exchange_share,
             "peak_memory_bytes": int(max(memory)),
             "seconds": seconds,
             "effective_time": self.history.effective,
+            **({} if recovery is None else {"recovery_seconds": recovery}),
             **({} if bad is None else {"skipped": 1}),
             **parts,
             **revived,
         }
         if shares := self.stream.shares(self.samples):
             line["data_shares"] = shares  # of a blend, of all samples so far
-        if controller is not None:
-            line |= {name: value.item() for name, value in controller.metrics().items()}
+        if self._steering is not None:
+            names, steering = self._steering
+            line |= dict(zip(names, steering.tolist(), strict=True))
         return line, asked > 0, bad
+
+    def _losses(self, values: StepValues, summed: int) -> tuple[float, float]:
+        """Of language model and router, means over ranks and `summed` forward passes."""
+        sums, _ = values.read()
+        if sums[LOST]:
+            raise TrainingError(f"another run has taken over {self.config.logging.run_dir}; this one ends")
+        return sums[0] / summed, sums[1] / summed
+
+    def _accept(self, totals: RoutingTotals) -> None:
+        """A step is good, and the optimizer about to move."""
+        if (controller := self.engine.module.controller) is not None:
+            controller.after_step(totals)
+            self._steering = self._read_controller()
+
+    def _read_controller(self) -> tuple[list[str], Any]:
+        """Names, and values on their way to the host."""
+        metrics = self.engine.module.controller.metrics()
+        stacked = torch.stack([value.double() for value in metrics.values()]) if metrics else torch.empty(0)
+        return list(metrics), read_later(stacked)
 
     def _watch(self, totals: RoutingTotals, exchange_share: float) -> None:
         warnings = self.routing_watch.see(totals, self.step)

@@ -288,7 +288,7 @@ def test_a_step_that_is_vetoed_or_not_finite_moves_nothing(stage, precision, gro
     monkeypatch.setenv("LOCAL_RANK", "0")
     engine = build_engine(config_of(stage, precision), groups)
     vetoed = [False]
-    veto_steps(engine, lambda: vetoed[0])
+    veto_steps(engine, lambda norm: vetoed[0])
     engine.train()
     parameter = next(p for name, p in engine.module.named_parameters() if name.endswith("linear_proj.weight"))
 

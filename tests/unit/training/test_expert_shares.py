@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe.training.dead_expert_reset import pairs
-from dsmoe.training.experts import load_scale, shares
+from dsmoe.training.experts import ExpertGradients, OwnedExperts, PackedExperts, load_scale, shares
 
 
 @pytest.mark.parametrize("numel", [1, 3, 7])
@@ -37,3 +40,32 @@ def test_idle_experts_are_paired_with_the_busiest_above_the_mean():
     assert pairs([0, 5, 0, 2, 3], [10, 0, 30, 0, 0], patience=2) == [(1, 2), (3, 0)]  # expert 4 waits
     assert pairs([0, 1, 0], [10, 0, 30], patience=2) == []
     assert pairs([4, 4], [0, 0], patience=2) == []  # nobody is busy
+
+
+class LargestFp64(TorchDispatchMode):
+    """Elements of the largest fp64 tensor that an operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_norms_of_gradients_are_summed_in_fp64_without_a_copy_of_them():
+    """Of 64 experts of 16.8 million elements a copy was 17 GB at 0031a16."""
+    experts, numel = 4, 1000
+    gradient = torch.randn(experts * numel)
+    fragment = SimpleNamespace(start=0, numel=len(gradient), gradient=lambda: gradient)
+    packed = PackedExperts(None, [SimpleNamespace(numel=numel)] * experts, layer=0, first_expert=0)
+    gradients = ExpertGradients.__new__(ExpertGradients)
+    gradients.owned, gradients._squares_LE = [OwnedExperts(packed, fragment)], torch.zeros(1, experts).double()
+    with LargestFp64() as seen:
+        gradients._look()
+    assert seen.elements <= experts
+    expected = gradient.view(experts, numel).double().square().sum(1)
+    torch.testing.assert_close(gradients._squares_LE[0], expected)
