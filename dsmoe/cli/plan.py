@@ -290,6 +290,10 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ffn", type=int, metavar="F", help="width of an expert (default: the run's)")
     parser.add_argument("--dtype", choices=BYTES, help="of a row on its way (default: the run's)")
     parser.add_argument("--hardware", type=Path, metavar="YAML", help="adds seconds, and bytes between nodes")
+    parser.add_argument(
+        "--dispatcher", choices=("auto", "all_to_all"), default="auto",
+        help="as model.token_dispatcher: auto is two_level where a group spans nodes (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.set_defaults(run=replay)
 
@@ -308,7 +312,7 @@ def replay(arguments: argparse.Namespace) -> None:
     shape = _row_shape(arguments)
     trace = skewed(trace, arguments.skew) if arguments.skew else trace
     hardware = load_hardware(arguments.hardware) if arguments.hardware else None
-    rows = replayed(trace, arguments.ep, hardware.devices_per_node if hardware else None)
+    rows = replayed(trace, arguments.ep, hardware.devices_per_node if hardware else None, arguments.dispatcher)
     console = _console()
     routes = trace.counts_LE().sum() / len(trace.layers) / len(trace.tokens_T)
     console.print(
@@ -336,10 +340,13 @@ def replay(arguments: argparse.Namespace) -> None:
             ]
         table.add_row(*cells)
     console.print(table)
+    two_level = sorted({str(row.ranks) for row in rows if row.dispatcher == "two_level"}, key=int)
     console.print(
         "[dim]load: routes of the busiest rank over the mean; mean of layers, and worst\n"
         "rows, MiB: what the busiest rank takes in at once, and its rows by expert with their activations\n"
-        "sent MB: by a rank in a layer and step, forward and backward\n"
+        "sent MB: by a rank in a layer and step, forward and backward"
+        + (f"; two_level at EP {', '.join(two_level)}" if two_level else "")
+        + "\n"
         "by route: as many times more, were a token sent to each of its experts"
         + (
             "\nms: of the busiest rank in a layer, forward and backward; between nodes: share of what is sent"

@@ -18,6 +18,7 @@ import numpy as np
 from dsmoe.errors import ConfigError
 from dsmoe.lab.benchmark.problem import parse_skew
 from dsmoe.lab.planner.hardware import Hardware
+from dsmoe.moe.expected_rows import resolve_dispatcher
 from dsmoe.training.trace import RoutingTrace
 
 EXCHANGES = 4  # a row goes out and comes home, forward, and its gradient again backward
@@ -40,11 +41,12 @@ class Replayed:
     load: float  # routes of the busiest rank over the mean, mean over layers
     worst_load: float
     received_rows: int  # de-duplicated rows that the busiest rank takes in at once, own tokens included
-    sent_rows: float  # rows that leave a rank for another, mean over ranks and layers: once to each rank
+    sent_rows: float  # rows that leave a rank for another, mean over ranks and layers, as `dispatcher` sends them
     sent_routes: float  # the same if a token travelled once for each expert
     between_rows: float  # of `sent_rows`, those to another node
     busiest_routes: int  # of the busiest rank
     tokens: float  # of a rank
+    dispatcher: str  # all_to_all: a token once to each rank; two_level: once to each other node, and on inside it
 
 
 @dataclass(frozen=True)
@@ -160,11 +162,14 @@ def problems(trace: RoutingTrace, ranks: list[int]) -> list[str]:
     ]
 
 
-def replay(trace: RoutingTrace, ranks: list[int], per_node: int | None = None) -> list[Replayed]:
+def replay(
+    trace: RoutingTrace, ranks: list[int], per_node: int | None = None, dispatcher: str = "auto"
+) -> list[Replayed]:
     """Every placement on every number of ranks, and the same number of routes spread evenly ("forced balance").
 
     Args:
         per_node: ranks of a node; None: all are in one.
+        dispatcher: as `model.token_dispatcher`.
 
     Placements that look at the load are made for each layer from the load of this very step, the best they can know.
 
@@ -178,8 +183,10 @@ def replay(trace: RoutingTrace, ranks: list[int], per_node: int | None = None) -
     sizes = len(trace.tokens_T), trace.num_experts
     rows: list[Replayed] = []
     for count in ranks:
-        rows.append(_replayed("forced balance", balanced, sizes, count, contiguous, per_node or count))
-        rows += [_replayed(None, real, sizes, count, place, per_node or count) for place in PLACEMENTS]
+        node = per_node or count
+        known = resolve_dispatcher(dispatcher, count, None if count % node else node)
+        rows.append(_replayed("forced balance", balanced, sizes, count, contiguous, node, known))
+        rows += [_replayed(None, real, sizes, count, place, node, known) for place in PLACEMENTS]
     return rows
 
 
@@ -194,7 +201,9 @@ def routes_of(offsets: np.ndarray, experts: np.ndarray) -> tuple[np.ndarray, np.
     return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), experts.astype(np.int64)
 
 
-def _replayed(name: str | None, layers: list, sizes: tuple[int, int], ranks: int, place, per_node: int) -> Replayed:
+def _replayed(
+    name: str | None, layers: list, sizes: tuple[int, int], ranks: int, place, per_node: int, dispatcher: str
+) -> Replayed:
     (tokens, num_experts), loads, received, rows, routes, far, busiest = sizes, [], [], [], [], [], []
     for token_N, expert_N in layers:
         placement = place(np.bincount(expert_N, minlength=num_experts), ranks)
@@ -205,14 +214,33 @@ def _replayed(name: str | None, layers: list, sizes: tuple[int, int], ranks: int
         token_M, rank_M = np.divmod(np.unique(token_N * ranks + rank_N), ranks)  # a token once to each rank
         received.append(np.bincount(rank_M, minlength=ranks).max())
         home_M = token_M * ranks // tokens
-        rows.append((home_M != rank_M).sum() / ranks)
-        far.append((home_M // per_node != rank_M // per_node).sum() / ranks)
+        inside, between = rows_sent(token_M, home_M, rank_M, ranks, per_node, dispatcher)
+        rows.append((inside + between) / ranks)
+        far.append(between / ranks)
         routes.append((token_N * ranks // tokens != rank_N).sum() / ranks)
         name = name or placement.name
     return Replayed(
         ranks, name, float(np.mean(loads)), float(max(loads)), int(max(received)), float(np.mean(rows)),
         float(np.mean(routes)), float(np.mean(far)), int(max(busiest)), tokens / ranks,
+        dispatcher,
     )  # fmt: skip
+
+
+def rows_sent(
+    token_M: np.ndarray, home_M: np.ndarray, rank_M: np.ndarray, ranks: int, per_node: int, dispatcher: str
+) -> tuple[int, int]:
+    """Rows of all ranks that travel inside nodes, and between them.
+
+    Args:
+        token_M, home_M, rank_M: the token, its rank, and a rank that it needs, each once.
+    """
+    node_M = rank_M // per_node
+    if dispatcher != "two_level":
+        between = home_M // per_node != node_M
+        return int((~between & (home_M != rank_M)).sum()), int(between.sum())
+    relay_M = node_M * per_node + home_M % per_node  # the rank with its place on the other node, or it itself
+    far = home_M // per_node != node_M
+    return int((relay_M != rank_M).sum()), len(np.unique(token_M[far] * ranks + node_M[far]))
 
 
 def destinations(expert_N: np.ndarray, placement: Placement) -> np.ndarray:

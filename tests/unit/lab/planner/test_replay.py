@@ -49,6 +49,34 @@ def test_where_dsmoe_puts_experts_is_counted_as_by_hand(trace):
     assert cost_of(found, 8, 4, "bf16").sent_bytes == found.sent_rows * 4 * 8 * 2
 
 
+@pytest.mark.parametrize("ranks", [4, 8, 16])
+def test_two_level_rows_are_counted_as_by_hand(trace, ranks):
+    """Nodes of 4: inside one nothing changes; beyond it a token crosses once to a node, to the rank with its place."""
+    node = 4
+    direct, found = (
+        next(row for row in replay(trace, [ranks], node, name) if row.placement == "contiguous")
+        for name in ("all_to_all", "auto")
+    )
+    if ranks == node:
+        assert (found.dispatcher, found.sent_rows, found.between_rows) == ("all_to_all", direct.sent_rows, 0)
+        return
+    rows, between = [], []
+    for layer in range(2):
+        inside = crossing = 0
+        for token, used in enumerate(trace.map_TE(layer)):
+            home = token // (T // ranks)
+            needed = {expert // (E // ranks) for expert in used.nonzero()[0]}
+            for to in {rank // node for rank in needed}:
+                relay = to * node + home % node
+                crossing += to != home // node
+                inside += len({rank for rank in needed if rank // node == to} - {relay})
+        rows.append((inside + crossing) / ranks)
+        between.append(crossing / ranks)
+    assert found.dispatcher == "two_level" and found.load == direct.load
+    assert found.sent_rows == pytest.approx(np.mean(rows)) and found.between_rows == pytest.approx(np.mean(between))
+    assert found.between_rows < direct.between_rows
+
+
 @pytest.mark.parametrize("place", PLACEMENTS)
 @pytest.mark.parametrize("ranks", [1, 2, 8, 16])
 def test_every_route_goes_to_a_rank_that_holds_its_expert(trace, place, ranks):
