@@ -15,6 +15,7 @@ from pydantic import Field
 
 from dsmoe.optim.base import Optimizer, OptimizerOptions, State
 from dsmoe.optim.registry import register
+from dsmoe.optim.uncompiled import uncompiled
 
 
 class LionOptions(OptimizerOptions):
@@ -50,4 +51,4 @@ class Lion(Optimizer):
 
     @classmethod
     def build(cls, groups, training) -> torch.optim.Optimizer:
-        return TorchLion(groups, lr=training.lr, **cls.options(training).model_dump())
+        return uncompiled(TorchLion)(groups, lr=training.lr, **cls.options(training).model_dump())

@@ -50,6 +50,11 @@ def find_accelerations() -> list[Acceleration]:
     return [_probe(name) for name in PROBES]
 
 
+def find_acceleration(name: str) -> Acceleration:
+    """One of them. Never raises."""
+    return _probe(name)
+
+
 def rms_norm_class(on_cpu: type[nn.Module]) -> type[nn.Module]:
     """The fastest RMSNorm of this machine: with CUDA NVIDIA Apex's, else Transformer Engine's, else torch's; `on_cpu`
     without.
@@ -118,7 +123,7 @@ def _apex() -> Finding:
     if not on_gpu():
         return Finding(False, "installed, but needs a CUDA device; RMSNorm is torch's", version)
     importlib.import_module("apex.normalization").FusedRMSNorm
-    return Finding(True, "fused RMSNorm", version)
+    return Finding(True, "fused RMSNorm; AdamW with training.optimizer_options.kernel=apex", version)
 
 
 def _apex_impostor(location: str) -> Finding:

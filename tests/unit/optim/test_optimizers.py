@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -43,6 +44,23 @@ def test_an_optimizers_states_are_what_torch_keeps_and_begins_with(name):
     assert optimizer.kinds() == ("weight", *(state.name for state in optimizer.states))
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if ALL[name].__module__.startswith("dsmoe.")])
+def test_an_optimizer_works_without_torchs_compiler(name, monkeypatch):
+    """Which would be loaded in every start; and counts, hooks and arithmetic are those of torch's class."""
+    expected, kept = stepped(ALL[name], 3)
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # whoever imports it fails
+    flat, found = stepped(ALL[name], 3)
+    assert torch.equal(flat, expected) and found.keys() == kept.keys()
+    inner, seen = ALL[name].build([{"params": [flat], "weight_decay": 0.1}], TrainingConfig(optimizer=name)), []
+    inner.register_step_pre_hook(lambda *_: seen.append("before"))
+    inner.register_step_post_hook(lambda *_: seen.append("after"))
+    flat.grad = torch.ones(6)
+    inner.step()
+    inner.zero_grad()
+    inner.load_state_dict(inner.state_dict())
+    assert flat.grad is None and seen == ["before", "after"]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_going_on_from_saved_states_is_never_having_stopped(name):
     flat, kept = stepped(ALL[name], 3)
@@ -55,6 +73,75 @@ def test_going_on_from_saved_states_is_never_having_stopped(name):
     other.grad = torch.arange(6.0)
     inner.step()
     assert torch.equal(other, stepped(ALL[name], 4)[0])
+
+
+# NVIDIA Apex's constructor as its master has it, and its way of counting steps, over torch's arithmetic.
+APEX = """
+import torch
+from torch.optim.adamw import adamw
+class FusedAdam(torch.optim.Optimizer):
+    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
+                 weight_decay=0., amsgrad=False, set_grad_none=True, capturable=False, master_weights=False):
+        assert bias_correction and adam_w_mode and not (amsgrad or capturable or master_weights)
+        super().__init__(params, dict(lr=lr, bias_correction=bias_correction, betas=betas, eps=eps,
+                                      weight_decay=weight_decay))
+    @torch.no_grad()
+    def step(self, closure=None, grads=None, output_params=None, scale=None, grad_norms=None, grad_scaler=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                if len(self.state[p]) == 0:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state = self.state[p]
+                adamw([p], [p.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [],
+                      [torch.tensor(float(group["step"] - 1))], amsgrad=False, beta1=group["betas"][0],
+                      beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+                      maximize=False)
+"""
+
+
+@pytest.fixture
+def apex(tmp_path, monkeypatch):
+    for name, text in {"normalization/__init__.py": "class FusedRMSNorm: pass", "optimizers/__init__.py": APEX}.items():
+        path = tmp_path / "apex" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    (tmp_path / "apex" / "__init__.py").touch()
+    for kernels in ("amp_C", "fused_layer_norm_cuda"):
+        (tmp_path / f"{kernels}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("dsmoe.runtime.accelerations.on_gpu", lambda: True)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in ("apex", "amp_C", "fused_layer_norm_cuda")]:
+        del sys.modules[name]
+
+
+def adamw_steps(kernel: str, steps: int, first: dict | None = None) -> tuple[torch.Tensor, dict]:
+    """As `stepped`, of two groups, from a saved state if there is one; what becomes of the second one."""
+    training = TrainingConfig(lr=0.01, optimizer_options={"kernel": kernel})
+    flats = [torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2)]
+    inner = ALL["adamw"].build([{"params": [flat], "weight_decay": 0.1} for flat in flats], training)
+    if first is not None:
+        flats[1].data.copy_(first["weight"])
+        inner.state[flats[1]] = {**ALL["adamw"].initial_state(flats[1], 3), **first["state"]}
+    for _ in range(steps):
+        flats[1].grad = torch.arange(6.0) - 2  # DeepSpeed steps on one group after the other
+        inner.step()
+    return flats[1].detach(), inner.state[flats[1]]
+
+
+def test_adamw_by_apex_is_torchs_and_goes_on_from_torchs_state(apex):
+    expected, state = adamw_steps("torch", 3)
+    found, kept = adamw_steps("apex", 3)
+    torch.testing.assert_close(found, expected)
+    assert kept.keys() == state.keys() and float(kept["step"]) == 3
+    first = {"weight": found, "state": {name: kept[name].clone() for name in ("exp_avg", "exp_avg_sq")}}
+    torch.testing.assert_close(adamw_steps("apex", 2, first)[0], adamw_steps("torch", 5)[0])
+
+
+def test_apex_is_refused_where_it_is_not():
+    with pytest.raises(ConfigError, match=r"optimizer_options.kernel: found apex, but NVIDIA Apex is .*expected torch"):
+        adamw_steps("apex", 1)
 
 
 def test_lion_is_its_equations():

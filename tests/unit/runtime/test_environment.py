@@ -185,6 +185,63 @@ def test_the_chosen_norm_is_a_norm():
     torch.testing.assert_close(norm(hidden), hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt())
 
 
+# The constructors of NVIDIA Apex's master and of Transformer Engine 2: names, order and defaults of what they take.
+SIGNATURES = {
+    "apex/normalization/__init__.py": """
+import torch
+class FusedRMSNorm(torch.nn.Module):
+    def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, memory_efficient=False):
+        super().__init__()
+        assert isinstance(normalized_shape, int) and elementwise_affine and not memory_efficient
+        self.normalized_shape, self.eps = torch.Size((normalized_shape,)), eps
+        self.weight = torch.nn.Parameter(torch.ones(*self.normalized_shape))
+    def forward(self, input):
+        return torch.nn.functional.rms_norm(input, self.normalized_shape, self.weight, self.eps)
+""",
+    "transformer_engine/pytorch.py": """
+import torch
+class RMSNorm(torch.nn.Module):
+    def __init__(self, normalized_shape=None, eps=1e-5, sequence_parallel=None, params_dtype=None,
+                 zero_centered_gamma=False, hidden_size=None, **kwargs):
+        super().__init__()
+        assert isinstance(normalized_shape, int) and hidden_size is None and not kwargs, "deprecated"
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape))
+    def forward(self, input):
+        return torch.nn.functional.rms_norm(input, self.weight.shape, self.weight, self.eps)
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "files"), [("NVIDIA Apex", APEX_OF_NVIDIA), ("Transformer Engine", TRANSFORMER_ENGINE)]
+)
+def test_norms_of_other_libraries_are_called_as_they_are_declared(packages, monkeypatch, groups, library, files):
+    """Every norm of a model, with query and key norms in both forms; and `dsmoe env` names the library."""
+    import torch
+
+    from dsmoe.config import validate_config
+    from dsmoe.model.gpt import LanguageModel
+    from dsmoe.routers import get
+
+    config = validate_config({"model": dict(
+        num_layers=1, hidden_size=16, num_attention_heads=2, sequence_length=8, num_experts=2, vocab_size=32,
+        moe_ffn_hidden_size=16, qk_layernorm="full",
+    )})  # fmt: skip
+    router = get("topk"), get("topk").Options()
+    tokens = torch.arange(8).view(1, 8)
+    expected = LanguageModel(config.model, router, groups, seed=1).eval()(tokens)
+    packages({**files, **{name: text for name, text in SIGNATURES.items() if name in files}})
+    with_cuda(monkeypatch, True)
+    assert acceleration(library).active and acceleration(library).reason.startswith("fused RMSNorm")
+    norm = rms_norm_class(RMSNorm)
+    with_cuda(monkeypatch, False)
+    monkeypatch.setattr("dsmoe.model.gpt.rms_norm_class", lambda on_cpu: norm)
+    model = LanguageModel(config.model, router, groups, seed=1).eval()
+    assert sum(isinstance(module, norm) for module in model.modules()) == 5
+    torch.testing.assert_close(model(tokens), expected)
+
+
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
