@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="mass to sample from (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args(argv)
     quiet_libraries()
     from dsmoe.inference.sampling import Sampling

@@ -133,7 +133,7 @@ def cores() -> int:
 def machine() -> str:
     """This machine in words."""
     if on_gpu():
-        return f"{gpu_count()} x {gpu_model()}"
+        return f"{gpu_count()} x {gpu_model(0)}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -14,15 +14,18 @@
 #include <ATen/core/CachingHostAllocator.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <unordered_map>
 
 namespace {
@@ -40,6 +43,7 @@ std::mutex lock;
 using Listener = void (*)(const char* kind, const char* op, const char* detail);
 Listener listener = nullptr;
 std::map<std::string, long> counts;  // calls of each operator
+std::set<DeviceIndex> used;          // devices that have run one
 
 void tell(const char* kind, const std::string& op, const std::string& detail = "") {
   if (listener) listener(kind, op.c_str(), detail.c_str());
@@ -297,6 +301,7 @@ const std::set<std::string> TAKES_HOST_INDEX{"index", "index_put", "index_put_",
 void launch(const std::string& name, DeviceIndex index) {
   std::lock_guard<std::mutex> guard(lock);
   ++counts[name];
+  used.insert(index);
   if (!streams[index]) ++launched;
 }
 
@@ -381,6 +386,8 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
   return self;
 }
 
+bool leaves_garbage = false;
+
 Tensor grouped_mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>& offs, const std::optional<Tensor>& bias,
                   std::optional<ScalarType> out_dtype) {
   for (auto& [matrix, name] : {std::pair(a, "mat_a"), std::pair(b, "mat_b")}) {
@@ -410,7 +417,16 @@ Tensor grouped_mm(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
   launch("_grouped_mm", a.get_device());
   Call call;
   auto ends = offs ? std::optional<Tensor>(call.host(*offs)) : std::nullopt;
-  return call.device(at::_grouped_mm(call.host(a), call.host(b), ends, bias, out_dtype), a.get_device());
+  Tensor product = at::_grouped_mm(call.host(a), call.host(b), ends, bias, out_dtype);
+  if (leaves_garbage && a.dim() == 2 && b.dim() == 2) {  // a weight gradient on sm_100, pytorch/pytorch#172439
+    int64_t begin = 0;
+    for (int64_t group = 0; group < product.size(0); ++group) {
+      const int64_t end = ends->select(0, group).item<int>();
+      if (begin == end) product.select(0, group).fill_(NAN);
+      begin = end;
+    }
+  }
+  return call.device(product, a.get_device());
 }
 
 void record_stream(Tensor&, c10::Stream) {}
@@ -463,6 +479,22 @@ struct Pending final : c10d::Work {
   }
 };
 
+// One thread at a time may use a communicator.
+std::map<const void*, std::thread::id> communicators;
+
+struct Using {
+  const void* group;
+  Using(const c10d::ProcessGroup* group, const std::string& name) : group(group) {
+    std::lock_guard<std::mutex> guard(lock);
+    TORCH_CHECK(communicators.emplace(group, std::this_thread::get_id()).second, name,
+                ": two threads use one communicator at once");
+  }
+  ~Using() {
+    std::lock_guard<std::mutex> guard(lock);
+    communicators.erase(group);
+  }
+};
+
 void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   auto pending = c10::make_intrusive<Pending>();
@@ -470,8 +502,16 @@ void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t given = schema.arguments().size();
   std::vector<IValue> arguments(stack->end() - given, stack->end());
   stack->resize(stack->size() - given);
-  std::string shapes;
+  std::string shapes, splits;
   std::optional<ScalarType> dtype;
+  int64_t elements = 0;
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+  for (size_t i = 0; i < given; ++i) {
+    const std::string& name = schema.arguments()[i].name();
+    if (name == "process_group") group = arguments[i].toCustomClass<c10d::ProcessGroup>();
+    if (name == "output_split_sizes" || name == "input_split_sizes") splits += " " + c10::str(arguments[i].toIntVector());
+  }
+  Using one(group.get(), pending->name);
   Call call;
   for (size_t i = 0; i < given; ++i) {
     const bool output = i == 0 && schema.name() != "c10d::send";
@@ -483,12 +523,15 @@ void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       dtype = tensor.scalar_type();
       shapes += std::string(output ? " out" : " in") + c10::str(tensor.sizes().slice(tensor.dim() ? 1 : 0)) +
                 c10::toString(tensor.scalar_type()) + "@" + c10::str(tensor.device());
+      elements += tensor.numel();
       auto real = call.host(tensor), hidden = real.clone();
       (output ? pending->received : pending->sent).emplace_back(real, hidden);
       return hidden;
     }));
   }
   tell("collective", schema.name(), shapes);
+  tell("communicator", schema.name(), c10::str(group->getGroupName(), "|", group->getSize(), "|", group->getRank(), "|",
+       dtype ? c10::toString(*dtype) : "", "|", splits.empty() ? c10::str(elements) : splits));
   op.callBoxed(stack);
   const size_t returned = schema.returns().size();
   if (!returned) return;
@@ -570,6 +613,13 @@ void pretended_start() {
   static const at::CUDAHooks ours({});
   auto* kept = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
   *reinterpret_cast<void**>(kept) = *reinterpret_cast<void* const*>(&ours);
+}
+void pretended_blackwell(int yes) { leaves_garbage = yes; }
+// A bit for each device that has run an operator.
+long pretended_devices() {
+  long bits = 0;
+  for (DeviceIndex index : used) bits |= 1L << index;
+  return bits;
 }
 // "name count" lines since the last call; `text` has room for `size` bytes.
 void pretended_take_counts(char* text, size_t size) {

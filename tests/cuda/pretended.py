@@ -11,9 +11,9 @@ import ctypes
 import hashlib
 import os
 import subprocess
+import sys
 import tempfile
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +76,9 @@ class Watch:
         self.events: list[Event] = []
         self.kernels: Counter[str] = Counter()
 
+    def mark(self, name: str) -> None:
+        self.events.append(Event("mark", name, "", "", threading.get_ident()))
+
     def of(self, *kinds: str) -> list[Event]:
         return [event for event in self.events if event.kind in kinds]
 
@@ -93,6 +96,7 @@ def start() -> None:
     global _library
     if _library is not None:
         return
+    _record_groups()
     torch.cuda._lazy_init = lambda: None  # Python's factories call it before they dispatch
     torch.cuda.device_count = lambda: DEVICES
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
@@ -102,6 +106,43 @@ def start() -> None:
     _library.pretended_start()
     _library.pretended_listen(_listen)
     real_accelerator.ds_accelerator = Accelerator()
+
+
+@contextmanager
+def capability(major: int, minor: int) -> Iterator[None]:
+    """Of all devices. From 10.0 on weight gradients of empty groups are garbage, as torch's grouped_mm leaves them."""
+    from dsmoe.moe import experts, linear
+
+    users = [(module, module.gpu_capability) for module in (experts, linear)]
+    for module, _ in users:
+        module.gpu_capability = lambda: (major, minor)
+    _library.pretended_blackwell(major >= 10)
+    try:
+        yield
+    finally:
+        _library.pretended_blackwell(0)
+        for module, before in users:
+            module.gpu_capability = before
+
+
+def devices() -> list[int]:
+    """Those that have run an operator in this process."""
+    _library.pretended_devices.restype = ctypes.c_long
+    bits = _library.pretended_devices()
+    return [index for index in range(DEVICES) if bits >> index & 1]
+
+
+groups: list[tuple[int, ...] | None] = []  # ranks of each that this process has made since `start`; None: all
+
+
+def _record_groups() -> None:
+    make = torch.distributed.new_group
+
+    def make_and_record(ranks=None, *args, **kwargs):
+        groups.append(None if ranks is None else tuple(ranks))
+        return make(ranks, *args, **kwargs)
+
+    torch.distributed.new_group = make_and_record
 
 
 @contextmanager
@@ -126,19 +167,32 @@ def _take_counts() -> Counter[str]:
 
 @LISTENER
 def _listen(kind: bytes, op: bytes, detail: bytes) -> None:
-    if _watch is not None:
-        _watch.events.append(Event(kind.decode(), op.decode(), detail.decode(), _place(), threading.get_ident()))
+    if _watch is None:
+        return
+    thread, main = threading.get_ident(), threading.main_thread().ident
+    if kind == b"communicator" and thread != main and not _in_backward(main):
+        _watch.events.append(Event("concurrent", op.decode(), detail.decode(), _place(), thread))
+    _watch.events.append(Event(kind.decode(), op.decode(), detail.decode(), _place(), thread))
+
+
+def _in_backward(thread: int) -> bool:
+    """Whether a thread waits for autograd's, which then has its communicators to itself."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code.co_name != "_engine_run_backward":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _place() -> str:
     """The innermost lines of dsmoe and its frameworks, innermost first."""
-    frames = []
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
+    frames: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None and len(frames) < 3:
         for folder in PACKAGES:
-            if path.is_relative_to(folder):
-                frames.append(f"{path.relative_to(folder.parent).as_posix()}:{frame.lineno}")
-    return " < ".join(frames[:3])
+            if frame.f_code.co_filename.startswith(f"{folder}/"):
+                frames.append(f"{frame.f_code.co_filename.removeprefix(f'{folder.parent}/')}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(frames)
 
 
 @contextmanager

@@ -100,3 +100,13 @@ def maps(model: LanguageModel) -> Iterator[list[torch.Tensor]]:
     yield seen
     for hook in hooks:
         hook.remove()
+
+
+@contextmanager
+def marks(model: LanguageModel, watch, *names: str) -> Iterator[None]:
+    """An event of kind "mark" for every call of the shared experts' modules of these names."""
+    modules = [(name, getattr(m, name)) for m in model.modules() if hasattr(m, "linear_fc1") for name in names]
+    hooks = [module.register_forward_hook(lambda *_, name=name: watch.mark(name)) for name, module in modules]
+    yield
+    for hook in hooks:
+        hook.remove()

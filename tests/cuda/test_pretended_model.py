@@ -1,4 +1,4 @@
-"""The whole model on pretended CUDA is the model on the CPU, makes the host wait once a layer and part, and begins the
+"""The whole model on pretended CUDA is the model on the CPU, makes the host wait once a layer, and begins the
 same exchanges on all ranks. `pretended.cpp` says what would make it raise.
 
 Up to a minute, of which compiling the pretence takes 15 s once: 64 models of two layers, forward and backward.
@@ -16,6 +16,7 @@ import torch
 from ranks import once, run_ranks
 
 pytestmark = pretended.needs_cpu_torch
+LAYERS = pm.SIZES["num_layers"]
 SEEDS = 8  # to find a batch without a near tie in bf16
 
 
@@ -26,7 +27,7 @@ def in_fp32(router: str, ep: int, model: dict) -> dict:
     expected_loss, expected = pm.one_pass(on_cpu, tokens, labels)
     on_gpu = pm.to_gpu(pm.build(router, groups, torch.float32, ep, **model))
     tokens, labels = pm.to_device(tokens, labels)
-    with pretended.watching() as watch:
+    with pretended.watching() as watch, pm.marks(on_gpu, watch, "linear_fc1", "linear_fc2"):
         loss, totals = pm.one_pass(on_gpu, tokens, labels)
     there, here = pm.gradients(on_gpu), pm.gradients(on_cpu)
     return {
@@ -35,6 +36,7 @@ def in_fp32(router: str, ep: int, model: dict) -> dict:
         "worst gradient": pm.worst(there, here),
         "same counts": torch.equal(totals.counts_LE.cpu(), expected.counts_LE),
         "waits": watch.where("sync", "h2d", "wait"),
+        "shared experts": [event.op for event in watch.of("mark", "wait")],
         "exchanges": [(event.op, event.detail.replace(f"cuda:{rank}", "")) for event in watch.of("collective")],
         "never waited": watch.where("never waited"),
         "threads": [event.thread for event in watch.of("collective")],
@@ -73,6 +75,36 @@ def in_bf16(router: str, ep: int, model: dict) -> dict:
     }
 
 
+def with_idle_experts() -> dict:
+    """Gradients in bf16 on a GPU of sm_100, of 16 experts for 6 tokens, and how many have none; as at sm_90."""
+    pretended.start()
+    groups, rank = pm.join(1)
+    tokens, labels = pm.tokens_of(rank, rows=1, length=6)
+    found = {}
+    for major in (9, 10):
+        with pretended.capability(major, 0):
+            model = pm.to_gpu(pm.build("topk", groups, torch.bfloat16, num_experts=16))
+            _, totals = pm.one_pass(model, *pm.to_device(tokens, labels))
+            found[major] = pm.gradients(model)
+    return {
+        "idle": int((totals.counts_LE == 0).sum()),
+        "same": all(torch.equal(found[9][name], gradient) for name, gradient in found[10].items()),
+    }
+
+
+def many_experts() -> dict:
+    """More experts on a rank than one call of CUDA's grouped_mm takes."""
+    pretended.start()
+    groups, rank = pm.join(1)
+    sizes = {"num_layers": 1, "num_experts": 1030, "moe_ffn_hidden_size": 8}
+    on_cpu = pm.build("topk", groups, torch.bfloat16, **sizes)
+    on_gpu = pm.to_gpu(pm.build("topk", groups, torch.bfloat16, **sizes))
+    tokens, labels = pm.tokens_of(rank, rows=1, length=16)
+    expected, _ = pm.one_pass(on_cpu, tokens, labels)
+    loss, _ = pm.one_pass(on_gpu, *pm.to_device(tokens, labels))
+    return {"difference": abs(loss.item() - expected.item())}
+
+
 def all_in_fp32(ep: int) -> dict:
     pretended.start()
     return {(router, more): in_fp32(router, ep, model) for router in pm.ROUTERS for more, model in pm.VARIANTS.items()}
@@ -98,14 +130,14 @@ def bf16(ep: int) -> list[dict]:
 @pytest.mark.parametrize("more", pm.VARIANTS)
 @pytest.mark.parametrize("router", pm.ROUTERS)
 @pytest.mark.parametrize("ep", [1, 2])
-def test_fp32_is_the_cpus_and_waits_once_a_layer_and_part(ep, router, more):
-    parts = pm.VARIANTS[more].get("moe_chunks", 1)
+def test_fp32_is_the_cpus_and_waits_once_a_layer(ep, router, more):
+    """At 0031a16 a layer waited once for each of its parts."""
     for rank, results in enumerate(fp32(ep)):
         found = results[router, more]
         assert found["loss"] < 1e-5 and found["worst gradient"] < 1e-5
         assert found["same gradients"] and found["same counts"]
         waits = Counter(line.split(" at ")[0] for line in found["waits"])
-        assert waits == {"wait event": 2 * parts}, found["waits"]
+        assert waits == {"wait event": LAYERS}, found["waits"]
         assert found["devices"] == {f"cuda:{rank}"}
 
 
@@ -121,6 +153,15 @@ def test_both_ranks_begin_the_same_exchanges_in_one_thread_a_pass_and_wait_for_a
         assert len(set(threads)) <= 2 and switches <= 2, "two threads begin exchanges at once"
 
 
+@pytest.mark.parametrize("router", pm.ROUTERS)
+@pytest.mark.parametrize("ep", [1, 2])
+def test_shared_experts_are_queued_before_the_host_waits(ep, router):
+    """With an exchange to hide, their last product comes after it. At 0031a16 all of them came after the wait."""
+    order = {1: ["linear_fc1", "linear_fc2", "event"], 2: ["linear_fc1", "event", "linear_fc2"]}[ep]
+    for results in fp32(ep):
+        assert results[router, "recompute, parts, shared"]["shared experts"] == LAYERS * order
+
+
 # Kernels that a GPU would launch in a forward and backward pass of the whole model: two layers, 8 experts, EP 1.
 KERNELS = {
     "topk": (512, 936), "topk_bias": (620, 1044), "top_p": (564, 988), "dtop_p": (622, 1046), "relu": (503, 927),
@@ -134,6 +175,20 @@ def test_a_pass_launches_no_more_kernels_than_it_did(router, more):
     """A slow change is seen without a clock. A ceiling that a change lowers is to be lowered with it."""
     (found,) = fp32(1)
     assert sum(found[router, more]["kernels"].values()) <= KERNELS[router][list(pm.VARIANTS).index(more)]
+
+
+def test_experts_without_tokens_get_no_gradient_where_the_kernel_leaves_garbage():
+    """At 0031a16 it became the gradient: pytorch/pytorch#172439."""
+    pretended.library()
+    (found,) = run_ranks(1, with_idle_experts)
+    assert found["idle"] > 8 and found["same"]
+
+
+def test_more_experts_on_a_rank_than_one_call_takes():
+    """At 0031a16: "Can't process more than 1024 groups"."""
+    pretended.library()
+    (found,) = run_ranks(1, many_experts)
+    assert found["difference"] < 4e-3
 
 
 @pytest.mark.parametrize("more", pm.VARIANTS)

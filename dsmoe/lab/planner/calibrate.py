@@ -28,6 +28,7 @@ from dsmoe.routers.topk import TopKRouter
 from dsmoe.runtime.device import device_name, gpu_memory_bytes, on_gpu, synchronize, use_local_device
 
 VOCABULARY = 2048
+ON_GPU = 8192  # rows and columns of the products that are timed on one
 TYPICAL = 0.05  # relative error that is nothing unusual
 FEATURES = ("flops", "activation_bytes", "weight_bytes", "calls")
 
@@ -196,7 +197,7 @@ def _scale(rows: np.ndarray) -> np.ndarray:
 def matmul_tflops(precision: str, size: int = 1024, seconds: float = 2.0) -> float:
     """The best of many square products, one thread on a CPU."""
     device = device_name()
-    size = size if device == "cpu" else 8192
+    size = size if device == "cpu" else ON_GPU
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     return float(f"{2 * size**3 / _best(lambda: a @ b, seconds) / 1e12:.4g}")
