@@ -3,10 +3,12 @@ files that others may read and files that nobody may."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from training_runs import lines_of, run_config, train_all, train_and_listen, wri
 from dsmoe.checkpoint.files import find_checkpoint, newest_checkpoint, read_manifest
 from dsmoe.checkpoint.verify import verify_checkpoint
 from dsmoe.errors import CheckpointError
-from dsmoe.runtime.run_lock import FILE, RunLock
+from dsmoe.runtime.run_lock import FILE, Owner, RunLock
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +185,40 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(data, tmp_pa
         with pytest.raises(CheckpointError, match="is not a plain file name"):
             read_manifest(folder)
         (folder / "manifest.json").write_bytes(saved)
+
+
+def train_while_another_takes_the_folder(config) -> list[tuple]:
+    """As after a suspension of minutes: another run took this one for dead."""
+    import dsmoe.training.run as training
+
+    class Hasty(RunLock):
+        def __init__(self, run_dir: Path):
+            super().__init__(run_dir, interval=0.05)
+
+    def take_over() -> None:
+        lock = Path(config.logging.run_dir) / FILE
+        while not done.wait(0.2):
+            begun = (lock.parent / "metrics.jsonl").exists() and len(lines_of(lock.parent)) > 1
+            if not begun or not lock.exists() or Owner.read(lock).token == "theirs":
+                continue
+            theirs = lock.with_name("theirs")
+            theirs.write_text(json.dumps({**json.loads(lock.read_text()), "token": "theirs"}))
+            os.replace(theirs, lock)
+
+    training.RunLock, done = Hasty, threading.Event()
+    taker = threading.Thread(target=take_over)
+    if dist.get_rank() == 0:
+        taker.start()
+    try:
+        return train_all([config])
+    finally:
+        done.set()
+
+
+def test_a_run_that_has_lost_its_folder_ends_on_every_rank_and_leaves_the_others_lock(data, tmp_path):
+    config = run_config(tmp_path, data, training={"steps": 100_000})
+    for ((kind, text, code),) in run_ranks(2, train_while_another_takes_the_folder, config):
+        assert (kind, code) == ("TrainingError", 1)
+        assert text == f"another run has taken over {tmp_path}; this one ends"
+    assert Owner.read(tmp_path / FILE).token == "theirs"
+    assert newest_checkpoint(tmp_path) is None

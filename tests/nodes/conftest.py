@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import struct
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy
 import pytest
 import yaml
 from hosts import Hosts, unavailable
-from jobs import TRAIN
+from jobs import TRAIN, losses, on_one_host
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def small_run(data: Path) -> dict:
         "router": {"name": "relu", "k": 1, "lambda_initial": 1e-4},
         "parallel": {"expert_parallel": 2, "zero_stage": 2},
         "data": {"path": str(data / "text")},
-        "training": {"steps": 6, "global_batch_size": 4, "warmup_steps": 1, "eval_interval": 0, "eval_sequences": 4},
+        "training": {"steps": 12, "global_batch_size": 4, "warmup_steps": 1, "eval_interval": 0, "eval_sequences": 4},
         "checkpoint": {"interval": 3},
         "logging": {"tensorboard": False},
     }  # fmt: skip
@@ -72,3 +75,21 @@ def train(place, data):
         return run_dir, [script, "--config", str(path), f"logging.run_dir={run_dir}", *overrides]
 
     return arguments
+
+
+@pytest.fixture(scope="module")
+def of_one_host(hosts, train, tmp_path_factory) -> list[float]:
+    """Losses of two ranks on one host that share the experts; trained once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    record = folder / "losses of one host.json"
+    with open(folder / "one host.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not record.exists():
+            run_dir, arguments = train("one host")
+            ended = on_one_host(hosts, 2, arguments).finish()
+            assert ended.code == 0, ended.output
+            record.write_text(json.dumps(losses(run_dir)))
+    found = json.loads(record.read_text())
+    assert len(found) == 12
+    return found

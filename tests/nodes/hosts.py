@@ -24,7 +24,7 @@ from pathlib import Path
 NAMES = ("nodeA", "nodeB")
 ADDRESSES = {"nodeA": "10.77.7.1", "nodeB": "10.77.7.2"}
 PACKAGES = "openssh-server openssh-client pdsh iproute2 nftables"
-TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh", "nft", "nsenter", "unshare")
+TOOLS = ("ip", "tc", "sshd", "ssh", "ssh-keygen", "pdsh", "nft", "nsenter", "unshare")
 _numbers = itertools.count()
 
 SSHD_CONFIG = """HostKey /etc/ssh/hostkey
@@ -123,9 +123,16 @@ class Hosts:
         """The command line that runs `arguments` on a host."""
         if name not in self._sshd:
             return ["false"]
+        return ["nsenter", "--target", self._first_process(name), "--all", f"--wd={os.getcwd()}", "--", *arguments]
+
+    def _first_process(self, name: str) -> str:
+        """Of a host, as the machine counts."""
         children = Path(f"/proc/{self._sshd[name].pid}/task/{self._sshd[name].pid}/children")
-        pid = (children.read_text().split() or ["-1"])[0] if children.exists() else "-1"
-        return ["nsenter", "--target", pid, "--all", f"--wd={os.getcwd()}", "--", *arguments]
+        return (children.read_text().split() or ["-1"])[0] if children.exists() else "-1"
+
+    def path(self, name: str, path: Path) -> Path:
+        """A path as a host sees it, with what is mounted there."""
+        return Path(f"/proc/{self._first_process(name)}/root{path}")
 
     def run(self, name: str, *arguments: str) -> str:
         """Run a short command on a host; its output. Raises `CalledProcessError`."""
@@ -158,9 +165,21 @@ class Hosts:
             _run("ip", "-n", self._space("nodeB"), "link", "set", "eth0", "up")
 
     @contextmanager
-    def hide(self, name: str, folder: Path) -> Iterator[None]:
-        """An empty folder in this one's place, on one host."""
-        self.run(name, "mount", "-t", "tmpfs", "none", str(folder))
+    def slow(self, rate: str) -> Iterator[None]:
+        """So many bits a second from each host to the other, such as 100mbit."""
+        limit = ["tbf", "rate", rate, "burst", "64kb", "latency", "400ms"]
+        for name in NAMES:
+            self.run(name, "tc", "qdisc", "add", "dev", "eth0", "root", *limit)
+        try:
+            yield
+        finally:
+            for name in NAMES:
+                self.run(name, "tc", "qdisc", "del", "dev", "eth0", "root")
+
+    @contextmanager
+    def hide(self, name: str, folder: Path, size: str = "50%") -> Iterator[None]:
+        """An empty disk of that size in the place of a folder, on one host."""
+        self.run(name, "mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder))
         try:
             yield
         finally:

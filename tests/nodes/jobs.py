@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +26,15 @@ DEADLINE = 140.0  # seconds; an idle machine needs about 10 for a short run
 @dataclass(frozen=True)
 class Ended:
     code: int
-    output: str  # stdout and stderr together
-    seconds: float
+    lines: list[tuple[float, str]]  # of stdout and stderr together, and when they came
+
+    @property
+    def output(self) -> str:
+        return "".join(line for _, line in self.lines)
+
+    def when(self, text: str) -> float:
+        """The time, as `time.time`, of the first line with that text."""
+        return next(at for at, line in self.lines if text in line)
 
 
 class Job:
@@ -36,7 +45,7 @@ class Job:
     """
 
     def __init__(self, hosts: Hosts, host: str, arguments: list[str], **environment: str):
-        self.hosts, self.host, self.began = hosts, host, time.monotonic()
+        self.hosts, self.host = hosts, host
         variables = {
             "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb",
             "PATH": f"{BIN}:{os.environ['PATH']}", **environment,
@@ -45,16 +54,24 @@ class Job:
             hosts.command(host, *arguments), cwd=ROOT, env={**os.environ, **variables}, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        self.lines: list[tuple[float, str]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self.lines.append((time.time(), line))
 
     def finish(self, deadline: float = DEADLINE) -> Ended:
         """Wait for it; past the deadline (seconds) it is killed, and the test fails."""
-        try:
-            output, _ = self.process.communicate(timeout=deadline)
-        except subprocess.TimeoutExpired:
+        self._reader.join(deadline)
+        late = self._reader.is_alive()
+        if late:
             self.kill()
-            output, _ = self.process.communicate()
-            raise AssertionError(f"not done after {deadline:.0f} s on {self.host}:\n{output}") from None
-        return Ended(self.process.returncode, output, time.monotonic() - self.began)
+            self._reader.join(10)
+        ended = Ended(self.process.wait(), self.lines)
+        assert not late, f"not done after {deadline:.0f} s on {self.host}:\n{ended.output}"
+        return ended
 
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -70,10 +87,10 @@ def torchrun(hosts: Hosts, slots: int, arguments: list[str], *options: str, **en
     return [Job(hosts, name, command, **environment) for name in NAMES]
 
 
-def on_one_host(hosts: Hosts, slots: int, arguments: list[str]) -> Job:
+def on_one_host(hosts: Hosts, slots: int, arguments: list[str], **environment: str) -> Job:
     port = str(free_port())
     command = [str(BIN / "torchrun"), "--nproc-per-node", str(slots), "--master-port", port, *arguments]
-    return Job(hosts, "nodeA", command)
+    return Job(hosts, "nodeA", command, **environment)
 
 
 def pdsh(hosts: Hosts, slots: int, arguments: list[str]) -> list[Job]:
@@ -122,7 +139,7 @@ def finish_all(jobs: list[Job], deadline: float = DEADLINE) -> list[Ended]:
         for job in jobs:
             if job.process.poll() is None:
                 job.kill()
-                job.process.communicate()
+                job.process.wait()
 
 
 def free_port() -> int:
@@ -143,10 +160,15 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def wait_for_step(run_dir: Path, step: int, jobs: list[Job], deadline: float = DEADLINE) -> None:
+def wait_for_step(run_dir: Path, step: int, jobs: list[Job]) -> None:
+    wait_until(lambda: len(metrics(run_dir)) >= step, f"step {step} in {run_dir}", jobs)
+
+
+def wait_until(holds: Callable[[], bool], what: str, jobs: list[Job], deadline: float = DEADLINE) -> None:
+    """While all jobs run."""
     until = time.monotonic() + deadline
-    while len(metrics(run_dir)) < step:
+    while not holds():
         if time.monotonic() > until or any(job.process.poll() is not None for job in jobs):
             ended = [job.finish(1) for job in jobs]
-            raise AssertionError(f"no step {step} in {run_dir}:\n" + "\n".join(end.output for end in ended))
+            raise AssertionError(f"no {what}:\n" + "\n".join(end.output for end in ended))
         time.sleep(0.05)

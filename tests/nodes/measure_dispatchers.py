@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from conftest import write_data
-from hosts import NAMES, Hosts, unavailable
+from hosts import Hosts, unavailable
 from jobs import TRAIN, finish_all, metrics, torchrun
 
 RATE = "100mbit"
@@ -59,12 +59,10 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder)) as hosts:
         data = write_data(Path(folder) / "data")
-        for name in NAMES:
-            limit = ["tbf", "rate", RATE, "burst", "64kb", "latency", "400ms"]
-            hosts.run(name, "tc", "qdisc", "add", "dev", "eth0", "root", *limit)
-        for router in sys.argv[1:] or ROUTERS:
-            for dispatcher in ("all_to_all", "two_level"):
-                print(f"| {' | '.join(measure(hosts, data, router, dispatcher))} |", flush=True)
+        with hosts.slow(RATE):
+            for router in sys.argv[1:] or ROUTERS:
+                for dispatcher in ("all_to_all", "two_level"):
+                    print(f"| {' | '.join(measure(hosts, data, router, dispatcher))} |", flush=True)
 
 
 if __name__ == "__main__":

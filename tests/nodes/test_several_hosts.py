@@ -1,22 +1,13 @@
-"""Every launcher over two hosts gives the losses of one host."""
+"""Every launcher over two hosts gives the losses of one host. torchrun's agent is inside sbatch, and under the
+supervisor (test_supervise.py)."""
 
 from __future__ import annotations
 
 import pytest
-from jobs import Job, finish_all, losses, metrics, mpirun, on_one_host, pdsh, sbatch, srun, torchrun
+from jobs import Job, finish_all, losses, metrics, mpirun, pdsh, sbatch, srun
 
 
-@pytest.fixture(scope="module")
-def of_one_host(hosts, train) -> list[float]:
-    """Losses of two ranks on one host that share the experts."""
-    run_dir, arguments = train("one host")
-    ended = on_one_host(hosts, 2, arguments).finish()
-    assert ended.code == 0, ended.output
-    assert len(losses(run_dir)) == 6
-    return losses(run_dir)
-
-
-@pytest.mark.parametrize("launcher", [torchrun, mpirun, srun])
+@pytest.mark.parametrize("launcher", [mpirun, srun])
 def test_a_rank_on_each_host_and_experts_on_both(launcher, hosts, train, of_one_host):
     """`srun python launch/train.py` brings no rendezvous: it must be one run, not two."""
     run_dir, arguments = train(launcher.__name__)
