@@ -24,6 +24,7 @@ COMMANDS: dict[str, dict[str, tuple[str, list[str], str]]] = {
     },
     "Using a run": {
         "generate": ("generate", [], "write text"),
+        "inspect": ("inspect", [], "see which tokens take which experts, and what experts are for"),
         "evaluate": ("evaluate", [], "loss on held-out text, or lm-eval tasks"),
         "export": ("convert", ["export"], "write a run as a Hugging Face model"),
         "import": ("convert", ["import"], "make a run of a Hugging Face model, or an MoE of a dense one"),
