@@ -217,6 +217,8 @@ class LoggingConfig(Section):
     run_dir: UserPath = "runs/run"
     interval: int = Field(1, ge=1)  # optimizer steps between lines of metrics.jsonl
     tensorboard: bool = True
+    layers: int = Field(10, ge=0)  # optimizer steps between values of single MoE layers in TensorBoard; 0: none
+    pictures: int = Field(200, ge=0)  # optimizer steps between pictures of the experts' load there; 0: none, nor texts
     timings: bool = False  # also write, for each step, the seconds of its parts (rank 0)
     experts: int = Field(0, ge=0)  # optimizer steps between lines of experts.jsonl: routes and gradients; 0: none
     trace: int = Field(0, ge=0)  # optimizer steps between files that say which experts every token used; 0: none

@@ -108,6 +108,20 @@ class Tokenizer(ABC):
                 of a text needs them to keep one that is not at the start.
         """
 
+    def texts_of(self, ids: Sequence[int]) -> list[str]:
+        """What each id writes; joined they are the text. The last of several ids that write one character has it."""
+        texts, taken = [""] * len(ids), 0
+
+        def one_by_one() -> Iterator[int]:
+            nonlocal taken
+            for token in ids:
+                taken += 1
+                yield token
+
+        for text in self.decode_stream(one_by_one()):
+            texts[taken - 1] += text
+        return texts
+
     def copy_to(self, folder: Path) -> None:
         """Write `files` into a folder; the tokenizer that lay there is replaced, whatever its kind."""
         for name, content in self.files().items():

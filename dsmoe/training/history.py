@@ -94,7 +94,7 @@ class RunHistory:
         """Write the end down. Returns a line for people."""
         wall = time.time() - self.began
         self.write("end", step, why=why, effective=round(self.effective, 4), wall_seconds=round(wall, 1))
-        text = f"effective training time {self.effective:.1%} of {_duration(wall)}"
+        text = f"effective training time {self.effective:.1%} of {duration(wall)}"
         if self.restarts:
             middle = sorted(self.recoveries)[len(self.recoveries) // 2] if self.recoveries else 0.0
             text += (
@@ -115,7 +115,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -13,10 +13,12 @@ import torch
 
 from dsmoe.checkpoint.save import CheckpointSaver
 from dsmoe.config import RunConfig
+from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.errors import CheckpointError, TrainingError
 from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.collectives import sum_over, traffic
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.routers import get
 from dsmoe.routers.recorder import RoutingTotals
 from dsmoe.runtime import supervision
 from dsmoe.runtime.device import device_name, on_gpu, peak_memory_bytes, read_later
@@ -26,10 +28,12 @@ from dsmoe.runtime.signals import StopRequest
 from dsmoe.runtime.step_timer import step_timer
 from dsmoe.training.bad_steps import BadSteps, error_of
 from dsmoe.training.diagnose import summary
+from dsmoe.training.ending import ending
 from dsmoe.training.evaluate import evaluate
 from dsmoe.training.experts import ExpertLines, LoadScaledUpdates
 from dsmoe.training.history import RunHistory
-from dsmoe.training.metrics import MetricsWriter, routing_metrics
+from dsmoe.training.metrics import MetricsWriter, due, layer_metrics, routing_metrics, worst_layer
+from dsmoe.training.monitor import FirstSequence, RoutingMonitor
 from dsmoe.training.progress import TrainingProgress
 from dsmoe.training.resume import Position
 from dsmoe.training.schedule import learning_rate
@@ -57,11 +61,13 @@ class Trainer:
         position: where the run is.
         data: what checkpoints say about the data.
         lock: of the run folder, on rank 0.
+        tokenizer: of the data, for pictures of text.
     """
 
     def __init__(
         self, config: RunConfig, engine, groups: ParallelGroups, stream, held, bytes_per_token: float | None,
         position: Position, data: dict[str, Any] | None = None, lock: RunLock | None = None,
+        tokenizer: Tokenizer | None = None,
     ):  # fmt: skip
         self.config, self.engine, self.groups, self.lock = config, engine, groups, lock
         self.stream, self.held, self.bytes_per_token = stream, held, bytes_per_token
@@ -70,10 +76,21 @@ class Trainer:
         self.micro_batch = config.training.global_batch_size // (groups.dp_size * config.training.gradient_accumulation)
         step = position.step
         run_dir, rank = Path(config.logging.run_dir), groups.dp_rank
-        self.progress = TrainingProgress(config.training.steps, step, active=rank == 0)
+        self.until = min(config.training.steps, config.training.stop_at or config.training.steps)
+        controller, router_class = engine.module.controller, get(config.router.name)
+        options = router_class.Options.model_validate(config.router.options)
+        self.target_experts = options.target_experts_per_token(config.model)
+        self.progress = TrainingProgress(
+            config.training.steps, step, active=rank == 0, until=self.until,
+            target_density=self.target_experts / config.model.num_experts,
+            steered=() if controller is None else tuple(controller.metrics()),
+        )  # fmt: skip
+        self._last_line: dict[str, Any] = {}
         warn = self._warn
         self.history = RunHistory(run_dir, rank, step, position.seconds, warn)  # before metrics of lost steps go
+        self._before = self.tokens, self.history.seconds  # this job
         self.metrics = MetricsWriter(run_dir, rank, engine.monitor, step, warn)
+        self.monitor = RoutingMonitor(engine.monitor, rank, config.logging, tokenizer, warn)
         self.expert_lines = ExpertLines(config, engine, groups, step, warn)
         self.scaled_updates = None
         if config.training.expert_lr == "load":
@@ -86,35 +103,33 @@ class Trainer:
 
     def run(self) -> tuple[Ending, dict[str, float]]:
         """Train to the end or until a signal. Returns why it ended, and the last evaluation."""
+        with StopRequest() as stop:
+            with self.progress:
+                evaluation = self._run(stop)
+            self._close(evaluation)
+        return Ending.REACHED if self.step >= self.until else Ending.SIGNAL, evaluation
+
+    def _run(self, stop: StopRequest) -> dict[str, float]:
         training = self.config.training
         evaluation: dict[str, float] = {}
         self.engine.train()
-        until = min(training.steps, training.stop_at or training.steps)
-        with StopRequest() as stop, self.progress:
-            while self.step < until:
-                line, asked = self._one_step(stop)
-                last = self.step == until
-                if last or _due(self.step, training.eval_interval):
-                    evaluation = self._evaluate()
-                    line |= evaluation
-                if "val_loss" in line or _due(self.step, self.config.logging.interval):
-                    self.metrics.write(line)
-                self.progress.update(self.step, line)
-                if asked and not last:
-                    self._save()
-                    self.saver.finish()
-                    self.progress.say(f"stopped by a signal at step {self.step}; the same command resumes there")
-                    self._close("signal")
-                    return Ending.SIGNAL, evaluation
-                if last or _due(self.step, self.config.checkpoint.interval):
-                    self._save()
-            self.saver.finish()
-            if not evaluation:  # resumed with nothing left to do
+        asked = False
+        while self.step < self.until and not asked:
+            line, asked = self._one_step(stop)
+            last = self.step == self.until
+            if last or due(self.step, training.eval_interval):
                 evaluation = self._evaluate()
-            if self.step < training.steps:
-                self.progress.say(f"stopped at step {self.step} (training.stop_at); without it the run goes on")
-            self._close("finished" if self.step == training.steps else "stop_at")
-        return Ending.REACHED, evaluation
+                line |= evaluation
+            if "val_loss" in line or due(self.step, self.config.logging.interval):
+                self.metrics.write(line)
+            self.progress.update(self.step, line)
+            self._last_line = line
+            if last or asked or due(self.step, self.config.checkpoint.interval):
+                self._save()
+        self.saver.finish()
+        if not evaluation and self.step >= self.until:  # resumed with nothing left to do
+            evaluation = self._evaluate()
+        return evaluation
 
     def _save(self) -> None:
         position = Position(
@@ -123,8 +138,16 @@ class Trainer:
         )  # fmt: skip
         self.saver.save(position)
 
-    def _close(self, why: str) -> None:
-        self.progress.say(self.history.end(self.step, why))
+    def _close(self, evaluation: dict[str, float]) -> None:
+        why, text = "finished", f"done    step {self.step} of {self.config.training.steps}"
+        if self.step < self.until:
+            why, text = "signal", f"stopped by a signal at step {self.step}; the same command resumes there"
+        elif self.step < self.config.training.steps:
+            why, text = "stop_at", f"stopped at step {self.step} (training.stop_at); without it the run goes on"
+        self.progress.say(f"{text}; {self.history.end(self.step, why)}")
+        seconds = self.history.seconds - self._before[1]
+        speed = (self.tokens - self._before[0]) / seconds if seconds else None
+        self.progress.say(ending(self.config, self.step, self._last_line | evaluation, speed, self.target_experts))
         for log in (self.metrics, self.expert_lines, self.bad_steps, self.history):
             log.close()
 
@@ -136,7 +159,7 @@ class Trainer:
         """One optimizer step: its metrics, and whether any rank was asked to stop. Its routes, where they are due."""
         with ExitStack() as until_done:
             tracer = None
-            if _due(self.step + 1, self.config.logging.trace):
+            if due(self.step + 1, self.config.logging.trace):
                 tracer = until_done.enter_context(StepTracer(self.engine.module.recorder.routers))
             micro_steps: list = []
             line, asked, bad = self._forward_backward_update(stop, tracer, micro_steps)
@@ -212,6 +235,8 @@ class Trainer:
         recovery = self.history.step_done(self.step, seconds)
         exchange_share = exchanging / self.groups.dp_size / seconds
         self._watch(counted, exchange_share)
+        layers = layer_metrics(counted)
+        self.monitor.after_step(self.step, counted, layers)
         line = {
             "step": self.step,
             "tokens": self.tokens,
@@ -221,6 +246,7 @@ class Trainer:
             "lr": lr,
             "tokens_per_second": training.global_batch_size * self.config.model.sequence_length / seconds,
             **routing_metrics(counted, self.groups.ep_size),
+            **worst_layer(layers),
             "all_to_all_bytes": int(sent),
             "between_nodes_bytes": int(between_nodes),
             "exchange_share": exchange_share,
@@ -295,12 +321,13 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         phase.enter("evaluation")
-        found = evaluate(self.engine, self.held, self.micro_batch, self.groups, self.bytes_per_token)
+        with ExitStack() as until_done:
+            first = FirstSequence(self.engine.module.recorder.routers)
+            if self.monitor.wants_text():
+                until_done.enter_context(first)
+            found = evaluate(self.engine, self.held, self.micro_batch, self.groups, self.bytes_per_token)
+        if self.monitor.wants_text():
+            self.monitor.text(self.step, self.held.batch(0, 1)["tokens"][0], first.experts_LS)
         bits = f"  {found['val_bpb']:.3f} bits per byte" if "val_bpb" in found else ""
         self.progress.say(f"step {self.step}  held-out loss {found['val_loss']:.4f}{bits}")
         return found
-
-
-def _due(step: int, interval: int) -> bool:
-    """Whether something that happens every `interval` steps (0: never) happens now."""
-    return interval > 0 and step % interval == 0

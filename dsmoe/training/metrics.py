@@ -120,6 +120,11 @@ class MetricsWriter(LineWriter):
         self.monitor.write_events([(f"dsmoe/{name}", float(value), line["step"]) for name, value in values.items()])
 
 
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every `interval` steps (0: never) happens now."""
+    return interval > 0 and step % interval == 0
+
+
 def _forgive(monitor, warn: Warn) -> None:
     """Let a monitor that fails once, on a full disk or in a deleted folder, be silent from then on: DeepSpeed's engine
     writes to it in the middle of a step."""
@@ -172,8 +177,8 @@ def routing_metrics(totals: RoutingTotals, ep_size: int) -> dict[str, float]:
         (
             counts_LE.sum() / (tokens * layers),
             totals.density(),
-            _max_over_mean(counts_LE.view(layers, ep_size, -1).sum(-1)),
-            _max_over_mean(counts_LE),
+            _max_over_mean(counts_LE.view(layers, ep_size, -1).sum(-1)).mean(),
+            _max_over_mean(counts_LE).mean(),
             totals.without_expert_L.double().sum() / (tokens * layers),
             (counts_LE == 0).double().mean(),
         )
@@ -187,10 +192,29 @@ def experts_per_token_by_layer(totals: RoutingTotals) -> list[float]:
     return (totals.counts_LE.sum(1).double() / totals.tokens.double().clamp(min=1)).tolist()
 
 
+def layer_metrics(totals: RoutingTotals) -> dict[str, list[float]]:
+    """Of each MoE layer, first layer first: experts_per_token; expert_imbalance, max/mean of its experts' load;
+    no_expert, share of its tokens without one; dead_experts, share of its experts without a token."""
+    counts_LE, tokens = totals.counts_LE.double(), totals.tokens.double().clamp(min=1)
+    values = {
+        "experts_per_token": counts_LE.sum(1) / tokens,
+        "expert_imbalance": _max_over_mean(counts_LE),
+        "no_expert": totals.without_expert_L.double() / tokens,
+        "dead_experts": (counts_LE == 0).double().mean(1),
+    }
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+def worst_layer(layers: dict[str, list[float]]) -> dict[str, float]:
+    """The MoE layer whose busiest expert is furthest above the mean, and by how much."""
+    imbalances = layers["expert_imbalance"]
+    return {"worst_imbalance": max(imbalances), "worst_layer": imbalances.index(max(imbalances))}
+
+
 def _max_over_mean(load_LN: torch.Tensor) -> torch.Tensor:
-    """Mean over layers of max/mean; 1 for a layer without any route."""
+    """Of each layer; 1 for one without any route."""
     mean = load_LN.mean(-1)
-    return torch.where(mean > 0, load_LN.max(-1).values / mean.clamp(min=1e-12), torch.ones_like(mean)).mean()
+    return torch.where(mean > 0, load_LN.max(-1).values / mean.clamp(min=1e-12), torch.ones_like(mean))
 
 
 def _short(value: Any) -> Any:

@@ -1,51 +1,64 @@
-"""What a person sees of a run, on rank 0: a progress bar on a terminal, a line now and then elsewhere."""
+"""What a person sees of a run, on rank 0: a panel on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.live import Live
+
+from dsmoe.training.panel import Pace, Panel
+
+REFRESH = 2  # panels a second: drawing one takes about a millisecond of the processor that trains
 
 
 class TrainingProgress:
     """Context manager; `update` after each optimizer step with that step's metrics.
 
-    Without a terminal there are 20 lines a run, and never a minute without one: a thread of its own says that a long
-    step, save or evaluation is still under way.
+    Without a terminal, or with NO_COLOR or TERM=dumb, there are 20 lines a run, and never a minute without one: a
+    thread of its own says that a long step, save or evaluation is still under way.
 
     Args:
         steps: of the whole run. first: steps done already.
         active: False on all ranks but one.
+        until: the step at which this job stops; None: `steps`.
+        target_density, steered: see `Panel`.
         silence: seconds without a line.
     """
 
-    def __init__(self, steps: int, first: int, active: bool, silence: float = 60.0):
+    def __init__(
+        self, steps: int, first: int, active: bool, until: int | None = None, target_density: float | None = None,
+        steered: Sequence[str] = (), silence: float = 60.0,
+    ):  # fmt: skip
         self.silence, self.step = silence, first
         self._said, self._done = time.monotonic(), threading.Event()
         self.console = Console(quiet=not active, soft_wrap=True)
         self.steps, self.first = steps, first
-        self._interactive = active and self.console.is_terminal
-        self._bar = Progress(
-            TextColumn("train"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(), console=self.console, disable=not self._interactive,
-        )  # fmt: skip
-        self._task = self._bar.add_task("train", total=steps, completed=first, numbers="")
+        self._pace = Pace(until or steps)
+        self._live: Live | None = None
+        console = self.console
+        if active and console.is_terminal and not console.is_dumb_terminal and not console.no_color:
+            self._panel = Panel(steps, first, self._pace, target_density, steered)
+            self._live = Live(self._panel, console=console, refresh_per_second=REFRESH)
 
     def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        if not self._interactive and not self.console.quiet:
+        self._pace.mark(self.first)
+        if self._live is not None:
+            self._live.start(refresh=True)
+        elif not self.console.quiet:
             threading.Thread(target=self._break_silence, name="progress", daemon=True).start()
         return self
 
     def __exit__(self, *exc) -> None:
         self._done.set()
-        self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+        """A line of its own, above the panel."""
         self._said = time.monotonic()
         self.console.print(text, highlight=False, markup=False)
 
@@ -60,13 +73,15 @@ class TrainingProgress:
                 self.say(f"step {self.step}/{self.steps} is done, the next is under way ({elapsed:.0f} s of this run)")
 
     def update(self, step: int, metrics: dict[str, Any]) -> None:
-        skipped = "  (skipped)" if metrics.get("skipped") else ""
-        numbers = (
-            f"loss {metrics['loss']:.3f}{skipped}  experts/token {metrics['experts_per_token']:.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s"
-        )
-        self._bar.update(self._task, completed=step, numbers=numbers)
-        self.step, every = step, max(1, self.steps // 20)
-        due = step % every == 0 or step in (self.first + 1, self.steps)
-        if not self._interactive and (due or time.monotonic() - self._said >= self.silence / 2):
-            self.say(f"step {step}/{self.steps}  {numbers}")
+        self.step = step
+        self._pace.mark(step)
+        if self._live is not None:
+            self._panel.see(step, metrics)
+            return
+        due = step % max(1, self.steps // 20) == 0 or step in (self.first + 1, self.steps)
+        if due or time.monotonic() - self._said >= self.silence / 2:
+            skipped = "  (skipped)" if metrics.get("skipped") else ""
+            self.say(
+                f"step {step}/{self.steps}  {self._pace.left()}  loss {metrics['loss']:.3f}{skipped}  experts/token "
+                f"{metrics['experts_per_token']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
+            )

@@ -75,7 +75,9 @@ def train(config: RunConfig) -> RunSummary:
             _open_run_folder(run_dir, config, corpus)
         dist.barrier()
         phase.follow_layers(engine.module)
-        trainer = Trainer(config, engine, groups, stream, held, corpus.bytes_per_token, position, data, lock)
+        trainer = Trainer(
+            config, engine, groups, stream, held, corpus.bytes_per_token, position, data, lock, corpus.tokenizer
+        )
         if lock is not None and lock.taken_over is not None:
             trainer.progress.say(f"took the run folder over from {lock.taken_over.text}, which is gone")
         trainer.progress.say(describe(config, world, corpus, model_size(config), checkpoint, position.step))

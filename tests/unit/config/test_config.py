@@ -123,7 +123,8 @@ def test_what_deepspeed_understands_is_passed_on():
         ({"model": {"num_layer": 2}}, "model.num_layer: unknown key (did you mean 'num_layers'?)"),
         (
             {"logging": {"zzz": 1}},
-            "logging.zzz: unknown key (known: experts, interval, run_dir, tensorboard, timings, trace)",
+            "logging.zzz: unknown key (known: experts, interval, layers, pictures, run_dir, tensorboard, timings, "
+            "trace)",
         ),
         # wrong types: nothing is converted silently
         ({"model": {"hidden_size": "256"}}, "model.hidden_size: found '256', expected a valid integer"),

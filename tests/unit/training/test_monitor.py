@@ -1,0 +1,148 @@
+"""Routing in DeepSpeed's own monitor: what TensorBoard's and CSV files hold, read back; and what pictures show."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dsmoe.config.schema import LoggingConfig
+from dsmoe.data.tokenizer import Tokenizer
+from dsmoe.routers.recorder import RoutingTotals
+from dsmoe.routers.routing import RoutingResult
+from dsmoe.training.metrics import layer_metrics, worst_layer
+from dsmoe.training.monitor import FirstSequence, RoutingMonitor
+from dsmoe.training.pictures import COLUMNS, VERMILION, coloured_text, load_heat_map
+
+COUNTS = [[8, 0, 4, 4], [4, 4, 4, 4], [16, 0, 0, 0]]
+
+
+def totals() -> RoutingTotals:
+    return RoutingTotals(torch.tensor(COUNTS), torch.tensor(16), torch.tensor([2, 0, 0]))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    texts = ["def main(argument):\n    return argument\n" * 20, "für Ä ünd λ\n" * 5]
+    return Tokenizer.train(texts, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model", 300)
+
+
+@pytest.fixture
+def monitor(groups, tmp_path):
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    settings = {"enabled": True, "output_path": str(tmp_path)}
+    return MonitorMaster(
+        get_monitor_config(
+            {"tensorboard": settings | {"job_name": "tensorboard"}, "csv_monitor": settings | {"job_name": "csv"}}
+        )
+    )
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()
+
+
+def test_layers_are_what_one_can_add_up():
+    layers = layer_metrics(totals())
+    assert layers["experts_per_token"] == [1.0, 1.0, 1.0] and layers["expert_imbalance"] == [2.0, 1.0, 4.0]
+    assert layers["no_expert"] == [2 / 16, 0, 0] and layers["dead_experts"] == [0.25, 0, 0.75]
+    assert worst_layer(layers) == {"worst_imbalance": 4.0, "worst_layer": 2}
+
+
+def test_curves_pictures_and_text_reach_tensorboard_and_curves_reach_csv(monitor, tokenizer, tmp_path):
+    said: list[str] = []
+    routing = RoutingMonitor(monitor, 0, LoggingConfig(layers=2, pictures=4), tokenizer, said.append)
+    for step in range(1, 9):
+        routing.after_step(step, totals(), layer_metrics(totals()))
+    ids = tokenizer.encode("def main(λ):\n")
+    assert routing.wants_text()
+    routing.text(8, torch.tensor(ids), torch.arange(2 * len(ids)).view(2, -1))
+    monitor.tb_monitor.summary_writer.close()
+    events = read_events(tmp_path / "tensorboard")
+    curve = events.Scalars("dsmoe/layers/expert_imbalance/02")
+    assert [(event.step, event.value) for event in curve] == [(2, 4.0), (4, 4.0), (6, 4.0), (8, 4.0)]
+    percentiles = {
+        name: events.Scalars(f"dsmoe/percentiles/expert_imbalance/{name}")[0].value for name in ("p50", "max")
+    }
+    assert percentiles == {"p50": 2.0, "max": 4.0}
+    assert [image.step for image in events.Images("load of experts")] == [4, 8]
+    assert [image.step for image in events.Images("experts per token")] == [8]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    with open(tmp_path / "csv" / "dsmoe_layers_dead_experts_02.csv") as file:
+        assert list(csv.reader(file)) == [["step", "02"], *([str(step), "0.75"] for step in (2, 4, 6, 8))]
+    assert not said
+
+
+def test_a_disk_that_is_full_costs_the_pictures_and_not_the_run(monitor, tokenizer):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    said: list[str] = []
+    routing = RoutingMonitor(monitor, 0, LoggingConfig(layers=0, pictures=1), tokenizer, said.append)
+    monitor.tb_monitor.summary_writer.add_image = full
+    for step in (1, 2):
+        routing.after_step(step, totals(), layer_metrics(totals()))
+    assert len(said) == 1 and "No space left" in said[0] and not routing.draws
+
+
+def test_nobody_listens_on_other_ranks_or_without_a_monitor(monitor, tokenizer):
+    assert RoutingMonitor(monitor, 1, LoggingConfig(), tokenizer, print).monitor is None
+    routing = RoutingMonitor(None, 0, LoggingConfig(layers=1, pictures=1), tokenizer, print)
+    routing.after_step(1, totals(), layer_metrics(totals()))
+    assert not routing.wants_text()
+
+
+def test_a_heat_map_has_a_cell_for_each_expert_and_shows_the_dead_ones():
+    image = load_heat_map(np.array(COUNTS))
+    rows, columns = len(COUNTS), len(COUNTS[0])
+    size = image.shape[0] // rows
+    cells = image[size // 2 :: size, size // 2 :: size]
+    assert cells.shape == (rows, columns, 3)
+    dead = (cells == VERMILION).all(-1)
+    assert (dead == (np.array(COUNTS) == 0)).all()
+    assert len({tuple(cell) for cell in cells[1]}) == 1, "a balanced layer has one colour"
+    assert load_heat_map(np.ones((2, 4000))).shape == (2, 4000, 3)
+
+
+def test_text_has_the_colours_of_its_tokens_on_their_places():
+    texts = ["ab", "\n", "x" * (COLUMNS + 3), "\t", ""]
+    image = coloured_text(texts, [0.0, 1.0, 4.0, 2.0, 0.0], "caption")
+    assert image.dtype == np.uint8 and image.shape[2] == 3
+    (yellow,), (purple,) = ([(253, 231, 37)], [(68, 1, 84)])
+    at = {colour: np.argwhere((image == colour).all(-1)) for colour in (yellow, purple)}
+    assert at[purple].min(0)[0] < at[yellow].min(0)[0], "the first line is above"
+    lines = np.unique(at[yellow][:, 0])
+    assert (np.diff(lines) > 1).sum() == 1, "a long token goes on in a second line"
+
+
+def test_the_first_sequence_is_told_from_the_others_of_its_batch(tokenizer):
+    length, batch, experts = 5, 3, 4
+
+    class Routes(nn.Module):
+        def forward(self, hidden):
+            map_SBE = torch.zeros(length, batch, experts, dtype=torch.bool)
+            for position in range(length):
+                map_SBE[position, 0, : position % experts] = True
+                map_SBE[position, 1:] = True
+            return RoutingResult((map_SBE.float().flatten(0, 1), map_SBE.flatten(0, 1)))
+
+    routers = [Routes(), Routes()]
+    with FirstSequence(routers) as first:
+        for _ in range(2):  # batches of an evaluation
+            for router in routers:
+                router(torch.zeros(length, batch, 8))
+    assert first.experts_LS.tolist() == [[0, 1, 2, 3, 0]] * 2
+    assert not routers[0]._forward_hooks
+
+
+def test_the_text_of_each_id_joined_is_the_text(tokenizer):
+    text = "für λ 漢:\n\tdef"
+    texts = tokenizer.texts_of(tokenizer.encode(text))
+    assert "".join(texts) == text and len(texts) == len(tokenizer.encode(text))
