@@ -17,6 +17,7 @@ import shutil
 from dsmoe.cli.options import optimizer_options, router_options
 from dsmoe.runtime.command_line import quiet_libraries
 from dsmoe.runtime.exit_codes import FINISHED, STOPPED
+from dsmoe.runtime.foreground import take_foreground
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     if arguments.help_config:
         return _show_keys(arguments.help_config)
+    take_foreground()
     from dsmoe.parallel.preflight import meet
 
     def read():  # whatever goes wrong in here on one rank, all hear of it
