@@ -60,16 +60,16 @@ class ImportOptions:
         router: name of the router; None: of an upcycled model `dsmoe.hf.upcycle.ROUTER`, of others their own. Another
             one than a mixture of experts has starts from its gates (`dsmoe.hf.surgery`).
         upcycling: of a dense model; None: as it is by default.
-        config: YAML file with the sections of the run that are not the model's; None: defaults.
         overrides: `section.key=value` for the run's configuration.
         check: hold the run to transformers' model, which needs the memory of one whole model.
+        config: YAML file with the sections of the run that are not the model's; None: defaults.
     """
 
     router: str | None = None
     upcycling: UpcyclingOptions | None = None
-    config: Path | None = None
     overrides: tuple[str, ...] = ()
     check: bool = True
+    config: Path | None = None
 
 
 def import_model(folder: Path, run: Path, options: ImportOptions) -> dict[str, Any]:

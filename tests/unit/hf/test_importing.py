@@ -574,7 +574,7 @@ def test_a_window_that_is_never_reached_is_none(groups, tmp_path):
         (None, "cannot be read"),
         ("{", "is damaged"),
         ("[]", "is damaged"),
-        ('{"model_type": "gpt2"}', "'gpt2' cannot be imported; mixtral, olmoe, qwen3_moe"),
+        ('{"model_type": "gpt2"}', "'gpt2' cannot be imported; mixtral, olmoe, qwen2_moe, qwen3_moe, dots1 and"),
         ('{"model_type": "llama", "num_attention_heads": "many"}', "is damaged"),
     ],
 )
