@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from dsmoe.errors import ConversionError
 from dsmoe.hf.remote.configuration_dsmoe import DsmoeConfig
 from dsmoe.hf.table import PACKED, TABLES, Row
+from dsmoe.moe.activations import ALPHA, LIMIT
 from dsmoe.routers.topk import TopKRouter
 from dsmoe.routers.topk_bias import TopKBiasRouter
 
@@ -113,11 +114,13 @@ def _of_architecture(architecture: str, config: PreTrainedConfig) -> dict[str, A
             f"num_nextn_predict_layers {predicted} (layers that predict further tokens)": predicted,
         }
     if architecture == "gpt_oss":
+        # Its experts have a place: model.expert_activation swigluoai, model.expert_bias.
         swiglu = f"swiglu_alpha {config.swiglu_alpha} and swiglu_limit {config.swiglu_limit}"
         return {
             "sinks (attention with a learned logit that takes no value)": True,
-            "biases of experts and router": True,
-            f"{swiglu} (a clamped SwiGLU that adds 1 to the up projection)": True,
+            "a bias of the router": True,
+            f"{swiglu} (swigluoai has {ALPHA} and {LIMIT})": (config.swiglu_alpha, config.swiglu_limit)
+            != (ALPHA, LIMIT),
         }
     return {}
 

@@ -533,7 +533,7 @@ ALWAYS = {
     ),
     "gpt_oss": (
         transformers.GptOssConfig,
-        ["sinks (", "biases of experts and router", "swiglu_limit 7.0", "rope_type 'yarn'", "sliding_window 128"],
+        ["sinks (", "a bias of the router", "attention_bias True", "rope_type 'yarn'", "sliding_window 128"],
     ),
 }
 NAMES = {"rope_parameters": "rope_type 'yarn'", "use_sliding_window": "sliding_window 8"}
