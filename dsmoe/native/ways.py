@@ -10,7 +10,7 @@ import ctypes
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ _seconds: dict[str, dict[str, float]] = {}  # of every candidate of what this pr
 
 
 def fastest(
-    kernel: str, shape: str, candidates: dict[str, Callable[[], object]], agreed_for: str | None = None
+    kernel: str, shape: str, candidates: Mapping[str, Callable[[], object]], agreed_for: str | None = None
 ) -> str:  # fmt: skip
     """The name of the candidate that takes least time; the only one without a measurement.
 
@@ -76,7 +76,7 @@ def _agreed(key: str, decide: Callable[[], str]) -> str:
     return store.get(name).decode() or decide()
 
 
-def _remembered(key: str, candidates: dict[str, Callable[[], object]]) -> str:
+def _remembered(key: str, candidates: Mapping[str, Callable[[], object]]) -> str:
     file = _file()
     seconds = _read(file).get(key, {})
     if set(seconds) != set(candidates):
@@ -102,7 +102,7 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def measure(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+def measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """Seconds of each candidate, its fastest round; rounds in turn, so that a disturbance hurts all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(ROUNDS + 1):

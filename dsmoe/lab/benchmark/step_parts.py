@@ -26,7 +26,7 @@ def time_parts(job: StepJob, rounds: int) -> list[dict[str, Any]]:
         return []
     sequences, size = job.sequences // 2, job.hidden // job.heads
     tokens = sequences * job.sequence
-    parts = {
+    parts: dict[str, dict] = {
         "attention with rotary embedding": attention_candidates(
             job.sequence, job.heads, job.heads, size, ROTARY_BASE, sequences
         ),
