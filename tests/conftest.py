@@ -18,6 +18,7 @@ os.environ.pop("DS_ACCELERATOR", None)  # DeepSpeed is to detect the device, as 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined, by whichever test imports it first
 
 SLOW = 20  # seconds
+LATE = ("test_pretended_model.py", "test_pretended_training.py")  # what they need is compiled by another file's tests
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -46,6 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONWARNINGS", "ignore")  # what libraries say while they are imported
             forkserver.ensure_running()  # while no test waits for it, and none has changed the environment
+    items.sort(key=lambda item: item.path.name in LATE)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

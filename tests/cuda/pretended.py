@@ -46,16 +46,22 @@ def library() -> Path:
     key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, torch.__version__)).encode()).hexdigest()[:16]
     path = build.cache_folder() / f"pretended-{key}.so"
     if not path.exists():
-        torch_dir = Path(torch.__file__).parent
-        includes = [f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"]
-        libraries = [f"-L{torch_dir}/lib", f"-Wl,-rpath,{torch_dir}/lib", "-ltorch_cpu", "-lc10"]
-        with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            made = Path(place) / path.name
-            command = [build.compiler(), *FLAGS, *includes, str(SOURCE), *libraries, "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-3000:]
-            os.replace(made, path)
+        with build.locked(path.parent):
+            if not path.exists():
+                _compile(path)
     return path
+
+
+def _compile(path: Path) -> None:
+    torch_dir = Path(torch.__file__).parent
+    includes = [f"-I{torch_dir}/include", f"-I{torch_dir}/include/torch/csrc/api/include"]
+    libraries = [f"-L{torch_dir}/lib", f"-Wl,-rpath,{torch_dir}/lib", "-ltorch_cpu", "-lc10"]
+    with tempfile.TemporaryDirectory(dir=path.parent) as place:
+        made = Path(place) / path.name
+        command = [build.compiler(), *FLAGS, *includes, str(SOURCE), *libraries, "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        os.replace(made, path)
 
 
 @dataclass(frozen=True)

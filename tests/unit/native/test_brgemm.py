@@ -66,12 +66,13 @@ def call(product, a, b, c, sizes, add: bool) -> None:
 @pytest.mark.parametrize("sizes", [(1, 16, 8), (3, 8, 5), (64, 64, 256), (33, 48, 24), (17, 5, 7)])
 def test_fp32(product, sizes, add):
     M, N, K = sizes
+    torch.manual_seed(0)
     a, b = torch.randn(M, K + 3)[:, :K], torch.randn(K, N)
     c = torch.randn(M, N + 2)
     expected = a.double() @ b.double() + (c[:, :N].double() if add else 0)
     beyond = c[:, N:].clone()
     call(product, a, b, c, sizes, add)
-    torch.testing.assert_close(c[:, :N].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(c[:, :N].double(), expected, rtol=1e-5, atol=1e-6 * K)
     assert torch.equal(c[:, N:], beyond)
 
 
