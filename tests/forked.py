@@ -27,7 +27,7 @@ import dsmoe.routers
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
-        "dsmoe.training.run", "dsmoe.hf.importing", "dsmoe.hf.observe", "dsmoe.moe.two_level",
+        "dsmoe.training.run", "dsmoe.hf.importing", "dsmoe.hf.observe", "dsmoe.moe.dispatchers.two_level",
         *(f"dsmoe.routers.{path.stem}" for path in Path(dsmoe.routers.__file__).parent.glob("*.py")),
         "megatron.core.datasets.gpt_dataset",
         "torch._dynamo",  # which every optimizer imports: more than a small training takes by itself

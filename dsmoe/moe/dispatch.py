@@ -10,7 +10,7 @@ hidden, r latent width. A *route* is an active (token, expert) pair.
     rows = dispatcher.reduce(out_RH, plan)                                  sums on this rank, before they are sent
     output_TH = dispatcher.combine(rows, plan).wait()                       per token, exactly 0 without a route
 
-A dispatcher is registered with `@register(name)` inside dsmoe and through the entry point group
+A dispatcher is registered with `@register(name)` in `dsmoe/moe/dispatchers` and through the entry point group
 `dsmoe.token_dispatchers` outside, and selected by `model.token_dispatcher`. `LocalDispatcher` is the smallest one.
 """
 

@@ -119,5 +119,5 @@ token_dispatchers: PluginRegistry[Any] = PluginRegistry(
     field="model.token_dispatcher",
     base="dsmoe.moe.dispatch:TokenDispatcher",
     group="dsmoe.token_dispatchers",
-    modules=("dsmoe.moe.dispatch", "dsmoe.moe.all_to_all", "dsmoe.moe.two_level"),
+    modules=("dsmoe.moe.dispatch", "dsmoe.moe.dispatchers.*"),
 )

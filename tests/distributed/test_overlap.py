@@ -16,7 +16,7 @@ from ranks import run_ranks
 from steps import batch_of, fresh_engine, tiny_config
 
 from dsmoe.moe import exchange
-from dsmoe.moe.all_to_all import AllToAllDispatchHandle
+from dsmoe.moe.dispatchers.all_to_all import AllToAllDispatchHandle
 from dsmoe.moe.layer import VariableMoELayer
 
 PARTS = 4

@@ -13,8 +13,8 @@ import torch
 
 from dsmoe.moe import exchange
 from dsmoe.moe import plan as plans
-from dsmoe.moe.all_to_all import AllToAllDispatcher
 from dsmoe.moe.dispatch import LocalDispatcher, TokenDispatcher
+from dsmoe.moe.dispatchers.all_to_all import AllToAllDispatcher
 from dsmoe.moe.plan import PendingPlan
 from dsmoe.routers.scores import weights_at
 

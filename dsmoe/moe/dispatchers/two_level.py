@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dsmoe.errors import ConfigError
-from dsmoe.moe.all_to_all import AllToAllDispatcher
 from dsmoe.moe.dispatch import CombineHandle, DispatchHandle, register
+from dsmoe.moe.dispatchers.all_to_all import AllToAllDispatcher
 from dsmoe.moe.exchange import AsyncAllToAll, sum_rows
 from dsmoe.moe.plan import ExchangePlan, PendingPlan, RowIndex, Splits, numbers_of, start_positions
 from dsmoe.parallel.collectives import start_all_to_all
