@@ -43,7 +43,7 @@ def initialize(model: nn.Module, seed: int, config: ModelConfig) -> None:
                 default = into_residual if piece.name.endswith(INTO_RESIDUAL) else config.init_std
                 drawn.normal_(0.0, getattr(parameter, "init_std", default), generator=generator)
             elif exception.distribution == "normal":
-                drawn.normal_(0.0, exception.std, generator=generator)
+                drawn.normal_(0.0, exception.std_of(piece.shape[-1]), generator=generator)
             else:
                 bound = math.sqrt(3) * exception.std_of(piece.shape[-1])
                 drawn.uniform_(-bound, bound, generator=generator)

@@ -44,7 +44,7 @@ class Activation:
         if up is None:
             return [self.derivative(grad, gate)]
         grad_up = grad * self.function(gate)
-        if self.scale is None:
+        if self.scale is None or self.scale_derivative is None:
             return [self.derivative(grad * up, gate), grad_up]
         return [self.derivative(grad * self.scale(up), gate), self.scale_derivative(grad_up, up)]
 

@@ -57,7 +57,7 @@ def choices() -> dict[str, str]:
 
 
 def _line(seconds: dict[str, float]) -> str:
-    ordered = sorted(seconds, key=seconds.get)
+    ordered = sorted(seconds, key=seconds.__getitem__)
     return ", ".join(f"{name} {1e3 * seconds[name]:.2f} ms" for name in ordered)
 
 
@@ -86,7 +86,7 @@ def _remembered(key: str, candidates: Mapping[str, Callable[[], object]]) -> str
                 seconds = measure(candidates)
                 _write(file, _read(file) | {key: seconds})
     _seconds[key] = seconds
-    return min(seconds, key=seconds.get)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def forward_and_backward(work: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> None:

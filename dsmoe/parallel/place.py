@@ -97,18 +97,18 @@ def _ask_slurm() -> None:
             f"launch/slurm/train.sbatch, or unset SLURM_NTASKS to train in one process"
         )
     job = int(environ.get("SLURM_JOB_ID") or 0) * 7 + int(environ.get("SLURM_STEP_ID") or 0)
-    found = {
+    variables = {
         "RANK": environ["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
         "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": str(20000 + job % 20000),  # two jobs may share a node
     }
-    for name, value in found.items():
+    for name, value in variables.items():
         environ.setdefault(name, value)
 
 
 def first_host(nodes: str) -> str:
     """The first of Slurm's list of hosts, such as `gpu[007-010,012],login1`."""
-    first = re.match(r"[^,\[]*(\[[^\]]*\][^,\[]*)*", nodes)[0]
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+    first = re.match(r"[^,\[]*(\[[^\]]*\][^,\[]*)*", nodes)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else nodes)

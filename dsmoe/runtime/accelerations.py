@@ -128,12 +128,12 @@ def _apex() -> Finding:
 
 def _apex_impostor(location: str) -> Finding:
     try:
-        found = metadata.metadata("apex")
+        package = metadata.metadata("apex")
     except metadata.PackageNotFoundError:
         version, label, remedy = None, location, "remove it from Python's path"
     else:
-        version, remedy = found["Version"], "pip uninstall apex"
-        label = f"apex {version}" + (f" ({found['Summary']})" if found["Summary"] else "")
+        version, remedy = package["Version"], "pip uninstall apex"
+        label = f"apex {version}" + (f" ({package['Summary']})" if package["Summary"] else "")
     reason = f"impostor: {label} only shares the name with NVIDIA's Apex, and Megatron-Core looks at the name; {remedy}"
     return Finding(False, reason, version)
 
@@ -217,7 +217,7 @@ def _compiler() -> Finding:
     # pip puts ninja beside Python, and that folder is on PATH only in an activated environment.
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     missing = [tool for tool, path in (("C++ compiler", compiler), ("ninja", ninja)) if path is None]
-    if missing:
+    if missing or compiler is None:
         return Finding(False, f"no {' and no '.join(missing)}; dsmoe's kernels and DeepSpeed's optional ops need it")
     shown = subprocess.run([compiler, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, timeout=10)
     reason = "builds dsmoe's kernels and DeepSpeed's optional ops; both can do without"

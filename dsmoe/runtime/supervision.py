@@ -245,7 +245,7 @@ class Server(Supervision):
                 self._gone_since = time.monotonic()
 
     def _greet(self, connection: Connection, owner: list[Rank], hello: dict[str, Any]) -> None:
-        rank = hello.get("rank")
+        rank = hello.get("rank", 0)
         known = hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode())
         if not known or rank in self._ranks or rank not in range(1, self.world):
             text = f"ParallelError: rank {rank} of {self.world} is here already: does another job use this port?"

@@ -41,7 +41,8 @@ class RankReport:
     samples: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
-        layer = f" (layer {_layer(self.first)})" if _layer(self.first or "") is not None else ""
+        number = _layer(self.first or "")
+        layer = "" if number is None else f" (layer {number})"
         sequences = f", in samples {_ranges(self.samples)} of the data" if self.samples else ""
         return f"rank {self.rank} on {self.host}: {self.first}{layer}{sequences}"
 
@@ -129,8 +130,8 @@ class StepDiagnosis:
 
 
 def _layer(text: str) -> int | None:
-    found = re.search(r"\.layers\.(\d+)\.", text)
-    return int(found[1]) if found else None
+    match = re.search(r"\.layers\.(\d+)\.", text)
+    return int(match[1]) if match else None
 
 
 def summary(reports: list[RankReport]) -> str:
@@ -140,7 +141,7 @@ def summary(reports: list[RankReport]) -> str:
         return "done again, everything in the step is finite: a fault of the hardware, or of a message between ranks"
     # A gradient or output that is bad everywhere came from a rank on which something came earlier: a weight, an output.
     order = ("weight", "output", "gradient")
-    source = min(bad, key=lambda report: (order.index(report.first.split()[0]), report.rank))
+    source = min(bad, key=lambda report: (order.index((report.first or "").split()[0]), report.rank))
     others = [str(report.rank) for report in bad if report is not source]
     return f"{source}" + (f"; also on rank{'s' if len(others) > 1 else ''} {', '.join(others)}" if others else "")
 
