@@ -5,7 +5,7 @@
 A grouped GEMM there is one small GEMM after another, each shared by all threads, with passes over all rows in between.
 Here a block of rows stays in the cache from its first GEMM to its last, threads work on different experts, and only
 rows, h and p are kept for the backward pass. `dsmoe.moe.experts.loop_linear` is the reference it is tested against.
-In fp32 `dsmoe.moe.native` is faster; this is for bf16, for other widths, and where no compiler is.
+`dsmoe.moe.native` takes fp32 and bf16 as well; this also takes widths that it does not, and needs no compiler.
 
 Shapes: R rows ordered by expert, e experts, H hidden, F expert width.
 """
