@@ -147,7 +147,7 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def step_of(folder: Path) -> int:
-    return int(_STEP.fullmatch(folder.name).group(1))
+    return int(folder.name.removeprefix("step_"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

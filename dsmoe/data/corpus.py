@@ -122,7 +122,7 @@ def open_corpus(data: DataConfig) -> Corpus:
         DataError: something is missing or damaged, the tokenizer is not the one the data was made with, or the
             documents are too few to hold one out.
     """
-    path = Path(data.path)
+    path = Path(str(data.path))
     if path.is_dir() and ((path / DESCRIPTION).is_file() or not _has_files(path)):
         return _open_folder(path, data)
     prefix = _megatron_prefix(_prefix(path))

@@ -56,7 +56,7 @@ def open_corpus(data: DataConfig) -> Corpus | Blend:
 def training_stream(corpus: Corpus | Blend, sequence_length: int, seed: int, cache_dir: str | Path | None = None):
     """The endless sequence of training samples of a corpus or a blend; see `TrainingStream`."""
     if isinstance(corpus, Blend):
-        streams = [TrainingStream(part, sequence_length, seed, cache_dir) for part in corpus.corpora]
+        streams: list[_Batches] = [TrainingStream(part, sequence_length, seed, cache_dir) for part in corpus.corpora]
         return BlendedSamples(streams, corpus.names, corpus.order(seed))
     return TrainingStream(corpus, sequence_length, seed, cache_dir)
 

@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.errors import ConversionError
-from dsmoe.hf import observe
+from dsmoe.hf import observe as observer
 from dsmoe.hf.observe import SEQUENCES_AT_ONCE
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
 from dsmoe.routers.base import Router
 from dsmoe.runtime.device import device_name
 
-OBSERVE = Path(observe.__file__)
+OBSERVE = Path(observer.__file__)
 EPSILON = torch.finfo(torch.float32).eps
 CLOSE = 64 * EPSILON  # of the logits' root mean square: equal without a look at fp64
 ROUNDINGS = 8  # times the error of dsmoe's own fp32 logits that the folder's may have

@@ -116,7 +116,7 @@ def _replace(model: LanguageModel, router_class: type[Router], options) -> list[
     for layer in [module for module in model.modules() if isinstance(module, VariableMoELayer)]:
         router = router_class(transformer_config(config, 1), model.groups.for_megatron(), options=options)
         router.to(device_name()).eval()
-        router.weight.data.copy_(layer.router.weight)
+        router.weight.data.copy_(layer.router.weight)  # type: ignore[attr-defined]
         router.attach(model.recorder, model.controller)
         layer.router = router
         routers.append(router)

@@ -196,10 +196,11 @@ def links(rows: Iterable[Row], model: ModelConfig, shapes: Shapes) -> list[Link]
     groups: dict[tuple[str, ...], tuple[Row, list[str]]] = {}
     homeless = []
     for name in shapes:
-        fields, row = next(((m.groupdict(), row) for p, row in patterns if (m := p.fullmatch(name))), (None, None))
-        if row is None:
+        match = next(((m.groupdict(), row) for p, row in patterns if (m := p.fullmatch(name))), None)
+        if match is None:
             homeless.append(name)
         else:
+            fields, row = match
             theirs = tuple(pattern.format(**fields) for pattern in row.theirs)
             groups.setdefault(theirs, (row, []))[1].append(name)
     if homeless:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -27,7 +28,7 @@ class AdamW(Optimizer):
     @classmethod
     def build(cls, groups, training) -> torch.optim.Optimizer:
         betas = training.adam_beta1, training.adam_beta2
-        if cls.options(training).kernel == "apex":
+        if AdamWOptions.model_validate(training.optimizer_options).kernel == "apex":
             return _apex_class()(groups, lr=training.lr, betas=betas, eps=training.adam_eps, adam_w_mode=True)
         kind = uncompiled(torch.optim.AdamW)
         return kind(groups, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
@@ -37,7 +38,7 @@ class AdamW(Optimizer):
         return {"step": torch.tensor(float(step), dtype=torch.float32, device=flat.device)}
 
 
-def _apex_class() -> type[torch.optim.Optimizer]:
+def _apex_class() -> Callable[..., torch.optim.Optimizer]:
     """Apex's FusedAdam, which counts steps in its groups, with the count beside each tensor's moments, where torch has
     it. Raises `ConfigError` where Apex is not usable."""
     from dsmoe.runtime.accelerations import find_acceleration

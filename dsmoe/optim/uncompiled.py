@@ -7,6 +7,7 @@ of torch._dynamo for that: two CPU seconds of every start and of every recovery.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ WRAPPED = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
 
 
 @cache
-def uncompiled(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """The same optimizer, with these methods as they are written."""
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in WRAPPED}
     return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})

@@ -201,10 +201,9 @@ class Trainer:
             if part == training.gradient_accumulation - 1:
                 sums[2] += stop.asked
                 sums[3] += self.saver.done
-                sent, between_nodes, exchanging = traffic.take()
-                sums[4] += sent
-                sums[5] += between_nodes
-                sums[6] += exchanging
+                own_traffic = traffic.take()
+                for place, value in enumerate(own_traffic, 4):
+                    sums[place] += value
                 sums[LOST] += self.lock is not None and self.lock.lost
                 sums[8 + self.groups.dp_rank] += peak_memory_bytes()
                 sum_over(self.groups.dp, sums)

@@ -38,7 +38,8 @@ class Curve:
 
     def __init__(self) -> None:
         self.means: list[float] = []
-        self._stride, self._pending = 1, []  # steps behind each mean; those of the next one
+        self._stride = 1  # steps behind each mean
+        self._pending: list[float] = []  # those of the next one
 
     def add(self, value: float) -> None:
         if not math.isfinite(value):
