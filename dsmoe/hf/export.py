@@ -90,6 +90,7 @@ class Source:
         reader = CheckpointReader(folder)
         config = saved_config(reader.manifest, folder)
         run_dir = folder.parent.parent
+        identity = Identity.of_run(run_dir)
         present = any((run_dir / name).is_file() for name in TOKENIZER_FILES)
         tokenizer = Tokenizer.load(run_dir) if present else None
         corpus = _open_text(config, data)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.config import RouterConfig
 from dsmoe.errors import ConversionError
+from dsmoe.hf.observe import SEQUENCES_AT_ONCE
 from dsmoe.hf.parity import Observation, Sample, compare, observe
 from dsmoe.model.gpt import LanguageModel, transformer_config
 from dsmoe.moe.layer import VariableMoELayer
@@ -98,8 +99,8 @@ def _gates(model: LanguageModel, tokens: Tensor) -> list[TrainedGate]:
 
     hooks = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, Router)]
     with torch.no_grad():
-        for row in tokens.split(1):
-            model(row.to(device_name()))
+        for rows in tokens.split(SEQUENCES_AT_ONCE):
+            model(rows.to(device_name()))
             model.recorder.take()
     for hook in hooks:
         hook.remove()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -200,7 +199,9 @@ def test_a_fine_tuned_import_keeps_its_identity(groups, chat_model, dataset, tmp
     from dsmoe.data.prepare import prepare
 
     texts = tmp_path / "texts"
-    shutil.copytree(Path(__file__).parent, texts, ignore=shutil.ignore_patterns("__pycache__"))
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(f"The router sends token {number} to the experts.\n" * 30)
     prepare([str(texts)], tmp_path / "data", tokenizer=str(tmp_path / "run" / "tokenizer.json"), workers=1)
     export(tmp_path / "run", tmp_path / "out", ExportOptions(format="mixtral", data=str(tmp_path / "data")))
     after = AutoTokenizer.from_pretrained(tmp_path / "out")

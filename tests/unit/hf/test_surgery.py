@@ -48,6 +48,7 @@ def operated(folder, run, router: str, *overrides: str) -> dict:
 
 @pytest.mark.parametrize("router", OTHERS)
 def test_it_starts_from_the_gate(groups, folder, tmp_path, router, monkeypatch):
+    """Two imports, with the trained gates and with drawn ones; more than 20 s where cores are shared."""
     report = operated(folder, tmp_path / "run", router)
     assert report["from"] == "topk" and report["router"] == router
     assert report["experts_per_token_before"] == 2
