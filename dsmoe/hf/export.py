@@ -97,9 +97,7 @@ class Source:
         if tokenizer is not None and corpus.tokenizer is not None and not encode_alike(tokenizer, corpus.tokenizer):
             raise DataError(f"{data or config.data.path} was made with another tokenizer than the run {run_dir}")
         corpus.check_vocabulary(config.model.vocab_size)
-        return cls(
-            reader, verification, config, get(config.router.name), tokenizer, corpus, run_dir, Identity.of_run(run_dir)
-        )
+        return cls(reader, verification, config, get(config.router.name), tokenizer, corpus, run_dir, identity)
 
     @property
     def options(self):
