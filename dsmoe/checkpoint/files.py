@@ -136,10 +136,11 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     try:
         if not folder.is_dir():
             return []
-        found = [path for path in folder.iterdir() if is_checkpoint_name(path.name) and (path / MANIFEST).is_file()]
+        folders = [path for path in folder.iterdir() if is_checkpoint_name(path.name)]
+        checkpoints = [path for path in folders if (path / MANIFEST).is_file()]
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoints in {folder}: {error.strerror or error}") from error
-    return sorted(found, key=step_of)
+    return sorted(checkpoints, key=step_of)
 
 
 def is_checkpoint_name(name: str) -> bool:

@@ -57,7 +57,7 @@ class CheckpointReader:
             file = safe_open(self.folder / name, framework="pt")
         except Exception as error:
             raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
-        found = []
+        fragments = []
         for key in file.keys():  # noqa: SIM118  (a safetensors file is no mapping)
             kind, tensor, start = key.rsplit("|", 2) if key.count("|") >= 2 else ("", "", "")
             if kind == "rng":
@@ -66,9 +66,9 @@ class CheckpointReader:
             flat_fp32 = part.get_dtype() == "F32" and len(part.get_shape()) == 1
             if not kind.isidentifier() or not start.isdecimal() or not flat_fp32:
                 raise CheckpointError(f"{self.folder / name}: {key!r} is not fp32 elements KIND|NAME|START of a tensor")
-            found.append(((kind, tensor), (int(start), int(start) + part.get_shape()[0], name, key)))
+            fragments.append(((kind, tensor), (int(start), int(start) + part.get_shape()[0], name, key)))
         self._open[name] = file
-        for place, part in found:
+        for place, part in fragments:
             insort(self._places[place], part)
 
     def kinds(self) -> set[str]:
@@ -226,10 +226,10 @@ def _check_model(manifest: Manifest, model: torch.nn.Module, config: RunConfig) 
         for name, shape in expected.items()
         if name in manifest.tensors and manifest.tensors[name] != shape
     ]
-    found = [("missing", missing), ("not in this model", extra), ("of another shape", other)]
-    problems = [f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in found if names]
+    differences = [("missing", missing), ("not in this model", extra), ("of a different shape", other)]
+    problems = [f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in differences if names]
     if problems:
-        raise CheckpointError(f"the checkpoint is of another model; tensors {'; '.join(problems)}")
+        raise CheckpointError(f"the checkpoint does not match this model: tensors {'; '.join(problems)}")
 
 
 def _restore_random_state(reader: CheckpointReader) -> None:

@@ -41,7 +41,7 @@ class CheckpointSaver:
     example); what was complete before stays as it is. Until `finish` returns, a save is no checkpoint.
 
     Args:
-        step: of the checkpoint that the run goes on from, if any.
+        step: of the checkpoint that the run resumes from, if any.
         data: what it says about the data.
 
     Attributes:
@@ -237,13 +237,13 @@ def _attempt(action) -> str | None:
 
 def _raise_together(problems: list[str | None], partial: Path) -> None:
     """Raise what any rank has met; `problems` is the same on every rank."""
-    said = "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
-    if not said:
+    reasons = "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+    if not reasons:
         return
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     raise CheckpointError(
-        f"the checkpoint {partial.name.removesuffix(files.PARTIAL)} could not be saved ({said}); "
+        f"the checkpoint {partial.name.removesuffix(files.PARTIAL)} could not be saved ({reasons}); "
         f"earlier checkpoints in {partial.parent} are untouched"
     )
 

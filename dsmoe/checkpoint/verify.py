@@ -2,7 +2,7 @@
 
 Everything is read once and nothing is trusted: every file's checksum; of every tensor that the configuration's model
 has, and no other, each element exactly once, as weight and as each state of the optimizer; finite values; as many
-distinct experts in every layer as there should be; the state that a run goes on from. One process, no process groups,
+distinct experts in every layer as there should be; the state that a run resumes from. One process, no process groups,
 and no more than a few MB of tensors in memory at a time.
 
 Experts are drawn apart and stay apart, so two equal ones mean that a save wrote one rank's experts under the names of
@@ -90,35 +90,35 @@ class Verification:
 
 def verify_checkpoint(folder: Path, progress: Progress = lambda done, total: None) -> Verification:
     """Read all of a checkpoint and list everything that is wrong with it; what is wrong raises nothing."""
-    found = Verification(folder)
+    result = Verification(folder)
     try:
-        manifest = found.manifest = files.read_manifest(folder)
+        manifest = result.manifest = files.read_manifest(folder)
     except CheckpointError as error:
-        found.problems.append(str(error))
-        return found
+        result.problems.append(str(error))
+        return result
     # Files are read twice: their bytes, then their values.
-    meter = _Meter(progress, 2 * found.bytes)
-    found.problems += _file_problems(folder, manifest, meter)
-    reader = _reader(folder, manifest, found.problems)
+    meter = _Meter(progress, 2 * result.bytes)
+    result.problems += _file_problems(folder, manifest, meter)
+    reader = _reader(folder, manifest, result.problems)
     shapes = {name: tuple(shape) for name, shape in manifest.tensors.items()}
-    optimizer, found.optimizer = None, manifest.optimizer
+    optimizer, result.optimizer = None, manifest.optimizer
     try:
         config = saved_config(manifest, folder)
         expected = _shapes_of(config)
-        found.problems += _shape_problems(shapes, expected)
-        found.problems += _state_problems(folder, manifest, config, found.state)
+        result.problems += _shape_problems(shapes, expected)
+        result.problems += _state_problems(folder, manifest, config, result.state)
         shapes, optimizer = expected, optimizer_class(config.training)
     except DsmoeError as error:
-        found.problems.append(f"{error}; so tensors are held against the manifest's own list only")
-    found.tensors, found.elements = len(shapes), sum(math.prod(shape) for shape in shapes.values())
-    kinds = _kinds(reader, manifest, optimizer, found)
-    whole = _coverage(reader, shapes, kinds, found.problems)
-    values = _check_values(reader, shapes, kinds, whole, found, meter)
+        result.problems.append(f"{error}; so tensors are held against the manifest's own list only")
+    result.tensors, result.elements = len(shapes), sum(math.prod(shape) for shape in shapes.values())
+    kinds = _kinds(reader, manifest, optimizer, result)
+    whole = _coverage(reader, shapes, kinds, result.problems)
+    values = _check_values(reader, shapes, kinds, whole, result, meter)
     for state in optimizer.states if optimizer else ():
         below = [name for (kind, name), value in values.items() if kind == state.name and value.negative]
         if state.non_negative and below:
-            found.problems.append(_counted(below, f"tensors have negative values of {state.name}"))
-    return found
+            result.problems.append(_counted(below, f"tensors have negative values of {state.name}"))
+    return result
 
 
 def _shapes_of(config: RunConfig) -> Shapes:
@@ -129,20 +129,20 @@ def _shapes_of(config: RunConfig) -> Shapes:
 
 
 def _kinds(
-    reader: CheckpointReader, manifest: Manifest, optimizer: type[Optimizer] | None, found: Verification
+    reader: CheckpointReader, manifest: Manifest, optimizer: type[Optimizer] | None, result: Verification
 ) -> tuple[str, ...]:
     """What each element should be there as: weight, and the optimizer's states after the first step."""
     there = reader.kinds() - {"weight"}
     expected = optimizer.kinds()[1:] if optimizer else tuple(sorted(there))
-    found.states = tuple(name for name in expected if name in there)
+    result.states = tuple(name for name in expected if name in there)
     if odd := sorted(there - {*expected}):
-        found.problems.append(f"{', '.join(odd)}: files hold it, but {found.optimizer} keeps no such state")
-    if manifest.step and expected and not found.states:
-        found.problems.append(
-            f"no optimizer state ({', '.join(expected)} of {found.optimizer}), but the checkpoint is of step "
+        result.problems.append(f"{', '.join(odd)}: files hold it, but {result.optimizer} keeps no such state")
+    if manifest.step and expected and not result.states:
+        result.problems.append(
+            f"no optimizer state ({', '.join(expected)} of {result.optimizer}), but the checkpoint is of step "
             f"{manifest.step}"
         )
-    return ("weight", *expected) if found.states else ("weight",)
+    return ("weight", *expected) if result.states else ("weight",)
 
 
 def checkpoints_of(path: Path, every: bool = False) -> list[Path]:
@@ -155,14 +155,14 @@ def checkpoints_of(path: Path, every: bool = False) -> list[Path]:
         return [path]
     if every:
         there = path / "checkpoints"
-        found = (
+        checkpoints = (
             [folder for folder in there.iterdir() if files.is_checkpoint_name(folder.name)] if there.is_dir() else []
         )
     else:
-        found = [folder for folder in [files.newest_checkpoint(path)] if folder]
-    if not found:
+        checkpoints = [folder for folder in [files.newest_checkpoint(path)] if folder]
+    if not checkpoints:
         raise CheckpointError(f"{path} is neither a checkpoint (a folder with {files.MANIFEST}) nor a run that has one")
-    return sorted(found, key=files.step_of)
+    return sorted(checkpoints, key=files.step_of)
 
 
 class _Meter:
@@ -207,16 +207,16 @@ def _shape_problems(saved: Shapes, expected: Shapes) -> list[str]:
         for name, shape in expected.items()
         if saved.get(name, shape) != shape
     ]
-    found = [
+    differences = [
         ("tensors of the configuration's model are missing", missing),
         ("tensors do not belong to the configuration's model", extra),
         ("tensors have another shape than the configuration says", other),
     ]
-    return [_counted(names, what) for what, names in found if names]
+    return [_counted(names, what) for what, names in differences if names]
 
 
 def _state_problems(folder: Path, manifest: Manifest, config: RunConfig, state: Shapes) -> list[str]:
-    """What a run goes on from, apart from tensors. Fills in the controller's state."""
+    """What a run resumes from, apart from tensors. Fills in the controller's state."""
     problems = []
     if manifest.step < 0 or manifest.samples < 0 or (manifest.step > 0) != (manifest.samples > 0):
         problems.append(f"step {manifest.step} after {manifest.samples} samples: one of them is wrong")
@@ -260,17 +260,17 @@ def _random_state_problems(folder: Path, manifest: Manifest) -> list[str]:
 def _coverage(reader: CheckpointReader, shapes: Shapes, kinds: tuple[str, ...], problems: list[str]) -> set:
     """Whether the ranges in files are each element of each tensor exactly once; the (kind, name) for which they are."""
     whole = set()
-    found: dict[str, list[str]] = defaultdict(list)
+    by_problem: dict[str, list[str]] = defaultdict(list)
     for kind in kinds:
         ranges = reader.ranges(kind)
-        found[f"tensors in files are not in the model ({kind})"] += [name for name in ranges if name not in shapes]
+        by_problem[f"tensors in files are not in the model ({kind})"] += [name for name in ranges if name not in shapes]
         for name, shape in shapes.items():
             faults = list(_faults(ranges.get(name, []), math.prod(shape)))
             for what, place in faults:
-                found[what].append(f"{kind} of {name} {place}")
+                by_problem[what].append(f"{kind} of {name} {place}")
             if not faults:
                 whole.add((kind, name))
-    problems += [_counted(names, what) for what, names in found.items() if names]
+    problems += [_counted(names, what) for what, names in by_problem.items() if names]
     return whole
 
 
@@ -297,7 +297,7 @@ class _Values:
 
 
 def _check_values(
-    reader: CheckpointReader, shapes: Shapes, kinds: tuple[str, ...], whole: set, found: Verification, meter: _Meter
+    reader: CheckpointReader, shapes: Shapes, kinds: tuple[str, ...], whole: set, result: Verification, meter: _Meter
 ) -> dict[tuple[str, str], _Values]:
     """All values, one tensor after another."""
     values: dict[tuple[str, str], _Values] = {}
@@ -306,9 +306,9 @@ def _check_values(
             if (kind, name) in whole:
                 values[kind, name] = _read_values(reader, kind, name, math.prod(shapes[name]), meter)
     odd = [f"{kind} of {name}" for (kind, name), value in values.items() if not value.finite]
-    found.problems += [_counted(odd, "tensors hold values that are not finite")] if odd else []
+    result.problems += [_counted(odd, "tensors hold values that are not finite")] if odd else []
     for module, experts in _expert_tensors(shapes).items():
-        _check_experts(module, experts, kinds, values, found)
+        _check_experts(module, experts, kinds, values, result)
     return values
 
 
@@ -340,7 +340,7 @@ def _expert_tensors(shapes: Shapes) -> dict[str, dict[int, list[str]]]:
 
 
 def _check_experts(
-    module: str, experts: dict[int, list[str]], kinds: tuple[str, ...], values: dict, found: Verification
+    module: str, experts: dict[int, list[str]], kinds: tuple[str, ...], values: dict, result: Verification
 ) -> None:
     """That no two experts of a module are equal, in weights or in the optimizer's states."""
     readable = {n: names for n, names in experts.items() if all((k, name) in values for k in kinds for name in names)}
@@ -354,15 +354,15 @@ def _check_experts(
         return [sorted(group) for group in groups.values() if len(group) > 1]
 
     equal = alike(("weight",), readable)
-    found.experts[module] = len(readable) - sum(len(group) - 1 for group in equal)
+    result.experts[module] = len(readable) - sum(len(group) - 1 for group in equal)
     for group in equal:
-        if found.manifest.copied_experts and not trained.intersection(group):
-            found.untrained_copies += len(group)
+        if result.manifest.copied_experts and not trained.intersection(group):
+            result.untrained_copies += len(group)
         else:
-            found.problems.append(f"{module}: experts {_listed(group)} are equal; each should have weights of its own")
+            result.problems.append(f"{module}: experts {_listed(group)} are equal; each should have weights of its own")
     for group in alike(states, trained) if states else ():
         equal_states = f"experts {_listed(group)} have equal optimizer states"
-        found.problems.append(f"{module}: {equal_states}; each should have its own")
+        result.problems.append(f"{module}: {equal_states}; each should have its own")
 
 
 def _counted(names: list[str], what: str) -> str:
@@ -370,5 +370,5 @@ def _counted(names: list[str], what: str) -> str:
 
 
 def _listed(names: list) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(map(str, names[:NAMED])) + more
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(str, names[:NAMED])) + rest

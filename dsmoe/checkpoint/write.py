@@ -48,8 +48,8 @@ def write_weights(
     folder = files.folder_of(run_dir, 0)
     folder.mkdir(parents=True)
     written: dict[str, dict] = {}
-    kept: dict[str, Tensor] = {}
-    kept_bytes = 0
+    pending: dict[str, Tensor] = {}
+    pending_bytes = 0
     left = dict(shapes)
     for name, tensor in tensors:
         shape = left.pop(name, None)
@@ -58,14 +58,14 @@ def write_weights(
         own = tensor.detach().to("cpu", torch.float32, copy=True).flatten()
         if not torch.isfinite(own).all():
             raise CheckpointError(f"the tensor {name} has values that are not finite")
-        if kept and kept_bytes + own.nbytes > file_size:
-            _write(folder, f"rank_{len(written):05d}.safetensors", kept, written)
-            kept, kept_bytes = {}, 0
-        kept[f"weight|{name}|0"] = own
-        kept_bytes += own.nbytes
+        if pending and pending_bytes + own.nbytes > file_size:
+            _write(folder, f"rank_{len(written):05d}.safetensors", pending, written)
+            pending, pending_bytes = {}, 0
+        pending[f"weight|{name}|0"] = own
+        pending_bytes += own.nbytes
     if left:
         raise CheckpointError(f"{len(left)} tensors are missing: {', '.join(list(left)[:8])}")
-    _write(folder, f"rank_{len(written):05d}.safetensors", kept, written)
+    _write(folder, f"rank_{len(written):05d}.safetensors", pending, written)
     ranks = len(written)
     if controller is not None:
         state = {name: value.detach().cpu().contiguous() for name, value in controller.items()}

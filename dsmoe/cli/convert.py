@@ -41,10 +41,9 @@ def _add_export(commands) -> None:
     command = _add(commands, "export", "write a run as a Hugging Face model", examples)
     command.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist")
-    formats = ("dsmoe", "auto", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
-    command.add_argument("--format", choices=formats, default="dsmoe",
-                         help="dsmoe: any router, with code of its own; others: an architecture of transformers, where "
-                              "one holds the model exactly (default: %(default)s)")  # fmt: skip
+    command.add_argument("--format", default="dsmoe", metavar="NAME",
+                         help="dsmoe: any router, with code of its own; an architecture of transformers that holds the "
+                              "model exactly, such as mixtral; or auto for any (default: %(default)s)")  # fmt: skip
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
     command.add_argument("--data", metavar="DATASET", help="prepared held-out text for the checks (default: the run's)")
@@ -96,9 +95,10 @@ def _import(arguments) -> int:
     from dsmoe.hf.upcycle import UpcyclingOptions
 
     names = {"num_experts": arguments.experts, "granularity": arguments.granularity, "noise": arguments.noise}
-    given = {name: value for name, value in names.items() if value is not None}
+    upcycling = {name: value for name, value in names.items() if value is not None}
     options = ImportOptions(
-        router=arguments.router, config=arguments.config, upcycling=UpcyclingOptions(**given) if given else None,
+        router=arguments.router, config=arguments.config,
+        upcycling=UpcyclingOptions(**upcycling) if upcycling else None,
         overrides=tuple(arguments.overrides), check=not arguments.skip_check,
     )  # fmt: skip
     print(summary(arguments.run, import_model(arguments.folder, arguments.run, options)))
@@ -125,7 +125,7 @@ def _verify(arguments) -> int:
         columns = (TextColumn(folder.name), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(folder.name, total=None)
-            found = verify_checkpoint(folder, lambda done, total: progress.update(task, completed=done, total=total))  # noqa: B023
-        console.print(found.report())
-        damaged += bool(found.problems)
+            result = verify_checkpoint(folder, lambda done, total: progress.update(task, completed=done, total=total))  # noqa: B023
+        console.print(result.report())
+        damaged += bool(result.problems)
     return REFUSED if damaged else 0

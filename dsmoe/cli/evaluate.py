@@ -46,6 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     from dsmoe.inference.evaluate import EvaluationOptions, evaluate, report
 
     model, target, tasks, _ = (arguments.pop(name) for name in ("model", "json", "tasks", "local_rank"))
-    found = evaluate(model, EvaluationOptions(**arguments, tasks=tuple(filter(None, (tasks or "").split(",")))))
-    report(found, target)
+    results = evaluate(model, EvaluationOptions(**arguments, tasks=tuple(filter(None, (tasks or "").split(",")))))
+    report(results, target)
     return 0

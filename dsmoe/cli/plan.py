@@ -103,22 +103,22 @@ def plan(arguments: argparse.Namespace) -> int:
     from dsmoe.lab.planner.search import batch_problems, search
     from dsmoe.lab.planner.show import show_plan, show_search, show_sizes
 
-    found = [] if arguments.nodes else ["--nodes: found none, expected at least 1"]
-    found += [f"--nodes: found {nodes}, expected at least 1" for nodes in arguments.nodes if nodes < 1]
+    errors = [] if arguments.nodes else ["--nodes: found none, expected at least 1"]
+    errors += [f"--nodes: found {nodes}, expected at least 1" for nodes in arguments.nodes if nodes < 1]
     if len(arguments.nodes) > 1 and not arguments.search:
-        found.append(f"--nodes: found {len(arguments.nodes)} of them, expected one, or --search")
+        errors.append(f"--nodes: found {len(arguments.nodes)} of them, expected one, or --search")
     if len(arguments.nodes) > 1 and arguments.write_config:
-        found.append(f"--write-config: found {len(arguments.nodes)} numbers of nodes, expected one")
-    found += [f"--imbalance: found {arguments.imbalance}, expected at least 1"] if arguments.imbalance < 1 else []
+        errors.append(f"--write-config: found {len(arguments.nodes)} numbers of nodes, expected one")
+    errors += [f"--imbalance: found {arguments.imbalance}, expected at least 1"] if arguments.imbalance < 1 else []
     for nodes in arguments.nodes:
         ranks = nodes * hardware.devices_per_node
         mistakes = problems(config, ranks, hardware) if ranks > 0 else []
         if arguments.search:  # these are what it looks for
             mistakes = [line for line in mistakes if not line.startswith(("parallel.", "training.global"))]
             mistakes += batch_problems(config, ranks) if ranks > 0 else []
-        found += [line for line in mistakes if line not in found]
-    if found:
-        raise ConfigError(found, "the plan")
+        errors += [line for line in mistakes if line not in errors]
+    if errors:
+        raise ConfigError(errors, "the plan")
     if arguments.skew:
         load = of_skew(arguments.skew, config.model.num_experts)
     else:
@@ -193,7 +193,7 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     )
     _add_devices(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, too")
-    parser.add_argument("--again", type=Path, metavar="FILE", help="fit anew what an earlier --json measured")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="fit again what an earlier --json measured")
     parser.set_defaults(run=calibrate)
 
 
@@ -210,14 +210,14 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
 def _check_devices(arguments: argparse.Namespace) -> None:
     from dsmoe.errors import ConfigError
 
-    given = {name: getattr(arguments, name) for name in ("ranks", "scale", "rounds")}
-    found = [
+    counts = {name: getattr(arguments, name) for name in ("ranks", "scale", "rounds")}
+    problems = [
         f"--{name}: found {value}, expected at least 1"
-        for name, value in given.items()
+        for name, value in counts.items()
         if value is not None and value < 1
     ]
-    if found:
-        raise ConfigError(found, "the measurement")
+    if problems:
+        raise ConfigError(problems, "the measurement")
 
 
 def calibrate(arguments: argparse.Namespace) -> None:
@@ -232,20 +232,20 @@ def calibrate(arguments: argparse.Namespace) -> None:
     console = _console()
     if arguments.again:
         measured = json.loads(arguments.again.read_text())
-        alone, runs = Hardware.model_validate(measured["alone"]), [run_from(one) for one in measured["runs"]]
+        alone, runs = Hardware.model_validate(measured["alone"]), [run_from(run) for run in measured["runs"]]
     else:
         say = lambda text: console.print(f"measuring {text}")  # noqa: E731
         alone, runs = measure_machine(_ranks(arguments), arguments.scale, arguments.rounds, say)
     hardware = fit(alone, runs)
     written = hardware.model_dump(exclude_none=True, exclude_defaults=True)
     write_atomically(arguments.out, yaml.safe_dump(written, sort_keys=False).encode())
-    _write(arguments.json, {"alone": alone.model_dump(exclude_none=True), "runs": [asdict(one) for one in runs]})
+    _write(arguments.json, {"alone": alone.model_dump(exclude_none=True), "runs": [asdict(run) for run in runs]})
     console.print(f"wrote {arguments.out}: {hardware.name}, {hardware.devices_per_node} devices")
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", required=True, type=Path, metavar="YAML", help="what `calibrate` wrote here")
-    parser.add_argument("--again", type=Path, metavar="FILE", help="predict anew what an earlier --json measured")
+    parser.add_argument("--again", type=Path, metavar="FILE", help="predict again what an earlier --json measured")
     _add_devices(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
     parser.set_defaults(run=validate)
@@ -260,15 +260,15 @@ def validate(arguments: argparse.Namespace) -> None:
     from dsmoe.lab.planner.validate import validate as validated
 
     if arguments.again:
-        found = again(hardware, json.loads(arguments.again.read_text()))
+        results = again(hardware, json.loads(arguments.again.read_text()))
     else:
-        found = validated(
+        results = validated(
             hardware, arguments.ranks or hardware.devices_per_node, arguments.scale, arguments.rounds,
             lambda text: console.print(f"measuring {text}"),
         )  # fmt: skip
-    console.print(table(found))
-    console.print(summary(found))
-    _write(arguments.json, [one.as_json() for one in found])
+    console.print(table(results))
+    console.print(summary(results))
+    _write(arguments.json, [result.as_json() for result in results])
 
 
 def show_published(arguments: argparse.Namespace) -> None:
@@ -327,10 +327,10 @@ def replay(arguments: argparse.Namespace) -> None:
         table.add_column(column, justify="left" if column == "placement" else "right", no_wrap=True)
     costs: list[Cost] = [cost_of(row, *shape, hardware) for row in rows]
     for row, cost in zip(rows, costs, strict=True):
-        more = f"{row.sent_routes / row.sent_rows:.2f} x" if row.sent_rows else ""
+        duplication = f"{row.sent_routes / row.sent_rows:.2f} x" if row.sent_rows else ""
         cells = [
             str(row.ranks), row.placement, f"{row.load:.2f}", f"{row.worst_load:.2f}", str(row.received_rows),
-            f"{cost.buffer_bytes / 2**20:.2f}", f"{cost.sent_bytes / 1e6:.2f}", more,
+            f"{cost.buffer_bytes / 2**20:.2f}", f"{cost.sent_bytes / 1e6:.2f}", duplication,
         ]  # fmt: skip
         if hardware:
             cells += [

@@ -52,12 +52,12 @@ def _known_path(model: type[BaseModel], location: tuple[int | str, ...]) -> tupl
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     """The model that an annotation is, or is in a union with None."""
     candidates = (annotation, *get_args(annotation)) if not _container(annotation) else ()
-    return next((one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _container(annotation: Any) -> Any:
     """The list or dict that an annotation is, or is in a union with something else."""
-    return next((one for one in (annotation, *get_args(annotation)) if get_origin(one) in (list, dict)), None)
+    return next((kind for kind in (annotation, *get_args(annotation)) if get_origin(kind) in (list, dict)), None)
 
 
 def _holds(annotation: Any, kind: type) -> bool:

@@ -42,7 +42,7 @@ def load_config(
     tree = {} if path is None else read_yaml(path)
     problems = apply_overrides(tree, overrides)
     source = str(path) if path else "configuration"
-    routers, optimizers = (found() if callable(found) else found for found in (routers, optimizers))
+    routers, optimizers = (options() if callable(options) else options for options in (routers, optimizers))
     return validate_config(tree, routers, problems, source, optimizers)
 
 

@@ -54,25 +54,25 @@ def validate_config(
     optimizers: Mapping[str, type[BaseModel]] | None = None,
 ) -> RunConfig:
     """Validate a tree of plain values in one pass. Raises `ConfigError` with all mistakes."""
-    found = _Mistakes(problems or [])
+    mistakes = _Mistakes(problems or [])
     for name in map(str, tree):
         if name not in SECTIONS and name != "deepspeed":
-            found.lines.append(f"{name}: unknown section{nearest_or_all(name, [*SECTIONS, 'deepspeed'])}")
+            mistakes.lines.append(f"{name}: unknown section{nearest_or_all(name, [*SECTIONS, 'deepspeed'])}")
     valid: dict[str, Any] = {
-        name: _validate_section(name, section, {} if tree.get(name) is None else tree[name], found)
+        name: _validate_section(name, section, {} if tree.get(name) is None else tree[name], mistakes)
         for name, section in SECTIONS.items()
     }
     if routers is not None:
-        valid["router"] = _validate_router(valid["router"], routers, valid["model"], found)
-        _check_token_dispatcher(valid["model"], found)
-    _check_optimizer(valid["training"], optimizers, found)
-    _check_resume_with(valid["training"], found)
+        valid["router"] = _validate_router(valid["router"], routers, valid["model"], mistakes)
+        _check_token_dispatcher(valid["model"], mistakes)
+    _check_optimizer(valid["training"], optimizers, mistakes)
+    _check_resume_with(valid["training"], mistakes)
     deepspeed = {} if tree.get("deepspeed") is None else tree["deepspeed"]
-    _check_deepspeed(deepspeed, found)
-    _check_model(valid["model"], found)
-    _check_plan(valid["model"], valid["parallel"], valid["training"], found)
-    if found.lines:
-        raise ConfigError(found.lines, source)
+    _check_deepspeed(deepspeed, mistakes)
+    _check_model(valid["model"], mistakes)
+    _check_plan(valid["model"], valid["parallel"], valid["training"], mistakes)
+    if mistakes.lines:
+        raise ConfigError(mistakes.lines, source)
     return RunConfig.model_construct(**valid, deepspeed=deepspeed)
 
 
@@ -83,8 +83,8 @@ class _Mistakes:
         self.lines = list(lines)
         self.fields: set[str] = set()
 
-    def add(self, field: str, found: Any, expected: str) -> None:
-        self.lines.append(f"{field}: found {found}, expected {expected}")
+    def add(self, field: str, value: Any, expected: str) -> None:
+        self.lines.append(f"{field}: found {value}, expected {expected}")
 
     def none_in(self, *fields: str) -> bool:
         """Whether none of these fields has a line of its own."""
@@ -95,56 +95,56 @@ class _Mistakes:
             self.add(field, value, f"a multiple of {divisor_field} ({divisor})")
 
 
-def _validate_section(name: str, section: type[BaseModel], value: Any, found: _Mistakes) -> BaseModel:
+def _validate_section(name: str, section: type[BaseModel], value: Any, mistakes: _Mistakes) -> BaseModel:
     """The section; where fields are wrong, the section without them, so that the other checks can go on."""
     if not isinstance(value, dict):
-        found.add(name, repr(value), "a mapping of keys to values")
+        mistakes.add(name, repr(value), "a mapping of keys to values")
         return section.model_construct()
     values = {str(key): item for key, item in value.items()}  # YAML's keys may be numbers
     try:
         return section.model_validate(values)
     except ValidationError as error:
         explained = explain(error, section, (name,))
-        found.lines.extend(explained.values())
-        found.fields.update(explained)
+        mistakes.lines.extend(explained.values())
+        mistakes.fields.update(explained)
         wrong = {field.removeprefix(f"{name}.").partition(".")[0] for field in explained}
         good = {key: item for key, item in values.items() if key not in wrong}
         return section.model_construct(**good)
 
 
 def _validate_router(
-    router: RouterConfig, routers: Mapping[str, type[BaseModel]], model: ModelConfig, found: _Mistakes
+    router: RouterConfig, routers: Mapping[str, type[BaseModel]], model: ModelConfig, mistakes: _Mistakes
 ) -> RouterConfig:
     if router.name not in routers:
-        found.add("router.name", repr(router.name), one_of(router.name, sorted(routers)))
+        mistakes.add("router.name", repr(router.name), one_of(router.name, sorted(routers)))
         return router
-    options = _validate_section("router", routers[router.name], router.options, found)
-    if not any(field.startswith(("router.", "model.")) for field in found.fields) and hasattr(
+    options = _validate_section("router", routers[router.name], router.options, mistakes)
+    if not any(field.startswith(("router.", "model.")) for field in mistakes.fields) and hasattr(
         options, "validate_for_model"
     ):
-        found.lines.extend(options.validate_for_model(model))
+        mistakes.lines.extend(options.validate_for_model(model))
     return RouterConfig(name=router.name, **options.model_dump())
 
 
 def _check_optimizer(
-    training: TrainingConfig, optimizers: Mapping[str, type[BaseModel]] | None, found: _Mistakes
+    training: TrainingConfig, optimizers: Mapping[str, type[BaseModel]] | None, mistakes: _Mistakes
 ) -> None:
     name = training.optimizer
     for field in ("adam_beta1", "adam_beta2", "adam_eps") if name != "adamw" else ():
         if getattr(training, field) != TrainingConfig.model_fields[field].default:
-            found.lines.append(f"training.{field}: is adamw's, but training.optimizer is {name}")
-    if optimizers is None or not found.none_in("training.optimizer", "training.optimizer_options"):
+            mistakes.lines.append(f"training.{field}: is adamw's, but training.optimizer is {name}")
+    if optimizers is None or not mistakes.none_in("training.optimizer", "training.optimizer_options"):
         return
     if name not in optimizers:
-        found.add("training.optimizer", repr(name), one_of(name, sorted(optimizers)))
+        mistakes.add("training.optimizer", repr(name), one_of(name, sorted(optimizers)))
     else:
-        _validate_section("training.optimizer_options", optimizers[name], training.optimizer_options, found)
+        _validate_section("training.optimizer_options", optimizers[name], training.optimizer_options, mistakes)
 
 
-def _check_token_dispatcher(model: ModelConfig, found: _Mistakes) -> None:
+def _check_token_dispatcher(model: ModelConfig, mistakes: _Mistakes) -> None:
     name, known = model.token_dispatcher, ["auto", *token_dispatchers.available()]
-    if name not in known and found.none_in("model.token_dispatcher"):
-        found.add("model.token_dispatcher", repr(name), one_of(name, known))
+    if name not in known and mistakes.none_in("model.token_dispatcher"):
+        mistakes.add("model.token_dispatcher", repr(name), one_of(name, known))
 
 
 def is_allowed(key: str, resume_with: list[str]) -> bool:
@@ -152,88 +152,90 @@ def is_allowed(key: str, resume_with: list[str]) -> bool:
     return key in resume_with or key.partition(".")[0] in resume_with
 
 
-def _check_resume_with(training: TrainingConfig, found: _Mistakes) -> None:
-    for name in training.resume_with if found.none_in("training.resume_with") else ():
+def _check_resume_with(training: TrainingConfig, mistakes: _Mistakes) -> None:
+    for name in training.resume_with if mistakes.none_in("training.resume_with") else ():
         section, _, key = name.partition(".")
         known = SECTIONS.get(section)
         if known is None or (key and section != "router" and key not in known.model_fields):
             keys = [f"{section}.{key}" for section, kind in SECTIONS.items() for key in kind.model_fields]
             close = nearest_or_all(name, [*SECTIONS, *keys])
-            found.add("training.resume_with", repr(name), f"a section or a key, such as data or training.seed{close}")
+            mistakes.add(
+                "training.resume_with", repr(name), f"a section or a key, such as data or training.seed{close}"
+            )
 
 
-def _check_deepspeed(deepspeed: Any, found: _Mistakes) -> None:
+def _check_deepspeed(deepspeed: Any, mistakes: _Mistakes) -> None:
     if not isinstance(deepspeed, dict):
-        found.add("deepspeed", repr(deepspeed), "a mapping of DeepSpeed's own JSON keys")
+        mistakes.add("deepspeed", repr(deepspeed), "a mapping of DeepSpeed's own JSON keys")
         return
     zero = deepspeed.get("zero_optimization")
     nested = [f"zero_optimization.{key}" for key in zero] if isinstance(zero, dict) else []
     for key in [*deepspeed, *nested]:
         if key in REFUSED_DEEPSPEED_KEYS:
-            found.lines.append(f"deepspeed.{key}: dsmoe sets this itself; {REFUSED_DEEPSPEED_KEYS[key]}")
+            mistakes.lines.append(f"deepspeed.{key}: dsmoe sets this itself; {REFUSED_DEEPSPEED_KEYS[key]}")
     if isinstance(zero, dict):
         for key in ("reduce_scatter", "contiguous_gradients"):
             if zero.get(key) is False:
-                found.add(f"deepspeed.zero_optimization.{key}", False, "True: ZeRO needs it for expert parameters")
+                mistakes.add(f"deepspeed.zero_optimization.{key}", False, "True: ZeRO needs it for expert parameters")
     elif zero is not None:
-        found.add("deepspeed.zero_optimization", repr(zero), "a mapping")
+        mistakes.add("deepspeed.zero_optimization", repr(zero), "a mapping")
 
 
-def _check_model(model: ModelConfig, found: _Mistakes) -> None:
+def _check_model(model: ModelConfig, mistakes: _Mistakes) -> None:
     """What no field of the model can know alone."""
     hidden, heads = model.hidden_size, model.num_attention_heads
-    found.check_multiple("model.num_attention_heads", heads, "model.num_query_groups", model.key_value_heads)
+    mistakes.check_multiple("model.num_attention_heads", heads, "model.num_query_groups", model.key_value_heads)
     if model.kv_channels is not None:
-        if model.kv_channels % 2 and found.none_in("model.kv_channels"):
-            found.add("model.kv_channels", model.kv_channels, "an even size, for rotary embedding")
+        if model.kv_channels % 2 and mistakes.none_in("model.kv_channels"):
+            mistakes.add("model.kv_channels", model.kv_channels, "an even size, for rotary embedding")
     else:
-        found.check_multiple("model.hidden_size", hidden, "model.num_attention_heads", heads)
+        mistakes.check_multiple("model.hidden_size", hidden, "model.num_attention_heads", heads)
         odd = hidden % heads == 0 and (hidden // heads) % 2
-        if odd and found.none_in("model.hidden_size", "model.num_attention_heads"):
+        if odd and mistakes.none_in("model.hidden_size", "model.num_attention_heads"):
             size = f"{hidden}, heads of size {hidden // heads}"
-            found.add("model.hidden_size", size, "heads of an even size, for rotary embedding")
+            mistakes.add("model.hidden_size", size, "heads of an even size, for rotary embedding")
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
-        found.add("model.moe_shared_expert_gate", True, "false, or model.moe_shared_expert_intermediate_size")
-    if not found.none_in("model.moe_layer_freq", "model.num_layers"):
+        mistakes.add("model.moe_shared_expert_gate", True, "false, or model.moe_shared_expert_intermediate_size")
+    if not mistakes.none_in("model.moe_layer_freq", "model.num_layers"):
         return
     frequency = model.moe_layer_freq
     if isinstance(frequency, int) and frequency < 1:
-        found.add("model.moe_layer_freq", frequency, "1 or more, or a list of 0 and 1")
+        mistakes.add("model.moe_layer_freq", frequency, "1 or more, or a list of 0 and 1")
     elif isinstance(frequency, list) and len(frequency) != model.num_layers:
-        found.add("model.moe_layer_freq", f"{len(frequency)} entries", f"one for each of {model.num_layers} layers")
+        mistakes.add("model.moe_layer_freq", f"{len(frequency)} entries", f"one for each of {model.num_layers} layers")
     elif not any(model.moe_layers()):
-        found.add("model.moe_layer_freq", frequency, "at least one MoE layer")
+        mistakes.add("model.moe_layer_freq", frequency, "at least one MoE layer")
 
 
-def _check_plan(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, found: _Mistakes) -> None:
+def _check_plan(model: ModelConfig, parallel: ParallelConfig, training: TrainingConfig, mistakes: _Mistakes) -> None:
     """What model, parallel plan and training can only know together."""
     experts, ranks = model.num_experts, parallel.expert_parallel
-    found.check_multiple("model.num_experts", experts, "parallel.expert_parallel", ranks)
+    mistakes.check_multiple("model.num_experts", experts, "parallel.expert_parallel", ranks)
     batch, parts = training.global_batch_size, training.gradient_accumulation
-    found.check_multiple("training.global_batch_size", batch, "training.gradient_accumulation", parts)
+    mistakes.check_multiple("training.global_batch_size", batch, "training.gradient_accumulation", parts)
     for field, reason in SIZE_ONE_ONLY.items():
         size = getattr(parallel, field)
-        if size != 1 and found.none_in(f"parallel.{field}"):
-            found.add(f"parallel.{field}", size, f"1: {reason}")
-    _check_schedule(training, found)
-    if training.final_lr > training.lr and found.none_in("training.min_lr", "training.lr"):
-        found.add("training.min_lr", training.min_lr, f"at most training.lr ({training.lr})")
+        if size != 1 and mistakes.none_in(f"parallel.{field}"):
+            mistakes.add(f"parallel.{field}", size, f"1: {reason}")
+    _check_schedule(training, mistakes)
+    if training.final_lr > training.lr and mistakes.none_in("training.min_lr", "training.lr"):
+        mistakes.add("training.min_lr", training.min_lr, f"at most training.lr ({training.lr})")
 
 
-def _check_schedule(training: TrainingConfig, found: _Mistakes) -> None:
-    if not found.none_in("training.schedule", "training.decay_steps", "training.decay_from", "training.steps"):
+def _check_schedule(training: TrainingConfig, mistakes: _Mistakes) -> None:
+    if not mistakes.none_in("training.schedule", "training.decay_steps", "training.decay_from", "training.steps"):
         return
     for field in ("decay_steps", "decay_from"):
         if training.schedule != "wsd" and getattr(training, field) is not None:
-            found.add(f"training.{field}", repr(getattr(training, field)), "none: training.schedule is not wsd")
+            mistakes.add(f"training.{field}", repr(getattr(training, field)), "none: training.schedule is not wsd")
     if (training.decay_steps or 0) > training.steps:
-        found.add("training.decay_steps", training.decay_steps, f"at most training.steps ({training.steps})")
+        mistakes.add("training.decay_steps", training.decay_steps, f"at most training.steps ({training.steps})")
     if training.decay_from is None:
         return
     name = Path(training.decay_from).name
     if not re.fullmatch(r"step_\d+", name):
-        found.add("training.decay_from", repr(training.decay_from), "a checkpoint's folder, .../checkpoints/step_N")
+        mistakes.add("training.decay_from", repr(training.decay_from), "a checkpoint's folder, .../checkpoints/step_N")
     elif int(name.removeprefix("step_")) >= training.steps:
-        found.add("training.decay_from", repr(name), f"a step before training.steps ({training.steps})")
+        mistakes.add("training.decay_from", repr(name), f"a step before training.steps ({training.steps})")
     if training.decay_steps is not None:
-        found.add("training.decay_steps", training.decay_steps, "none: the decay lasts from decay_from to steps")
+        mistakes.add("training.decay_steps", training.decay_steps, "none: the decay lasts from decay_from to steps")

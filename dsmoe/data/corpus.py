@@ -150,8 +150,8 @@ def _open_folder(folder: Path, data: DataConfig) -> Corpus:
     for name, expected in description.splits.items():
         files = TokenFiles.open(folder / name)
         if files.tokens != expected.tokens:
-            found = f"{folder / name}.idx has {files.tokens} tokens"
-            raise DataError(f"{found}, and {DESCRIPTION} says {expected.tokens}: prepare it again")
+            content = f"{folder / name}.idx has {files.tokens} tokens"
+            raise DataError(f"{content}, and {DESCRIPTION} says {expected.tokens}: prepare it again")
         splits[name] = Split(name, files, 0, len(files.lengths))
     tokenizer = Tokenizer.load(data.tokenizer or folder / description.tokenizer.file)
     if tokenizer.sha256 != description.tokenizer.sha256:
@@ -177,8 +177,8 @@ def _open_prefix(prefix: Path, data: DataConfig) -> Corpus:
             f"{prefix} has {documents} document(s), too few to hold some out; "
             "give another prefix as data.valid_path, or at least two documents"
         )
-    kept = documents - min(max(round(data.valid_fraction * documents), 1), documents - 1)
-    boundary = int(files.boundaries[kept])
+    train_documents = documents - min(max(round(data.valid_fraction * documents), 1), documents - 1)
+    boundary = int(files.boundaries[train_documents])
     train, valid = Split("train", files, 0, boundary), Split("valid", files, boundary, len(files.lengths))
     return Corpus(train, valid, tokenizer, None, data.cache_dir)
 

@@ -127,7 +127,9 @@ class TrainingStream(_Batches):
             seed = self._seed + epoch
             opened = _Epoch.open(self._corpus, self._corpus.train, self.sequence_length, seed, self._cache_dir)
             # A batch may span two epochs; older ones are not needed again.
-            self._epochs = {known: kept for known, kept in self._epochs.items() if known == epoch - 1} | {epoch: opened}
+            self._epochs = {known: samples for known, samples in self._epochs.items() if known == epoch - 1} | {
+                epoch: opened
+            }
         return self._epochs[epoch]
 
 

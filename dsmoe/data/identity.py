@@ -1,4 +1,4 @@
-"""What a dataset is, wherever it lies: enough to know whether a run goes on with the data that it began with."""
+"""What a dataset is, wherever it lies: enough to know whether a run continues with the data that it began with."""
 
 from __future__ import annotations
 

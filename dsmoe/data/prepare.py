@@ -79,15 +79,15 @@ def prepare(
     """
     workers = workers or len(os.sched_getaffinity(0))
     _check_options(valid_fraction, workers, limit_bytes, seed)
-    given = Tokenizer.load(tokenizer) if tokenizer else None
+    own_tokenizer = Tokenizer.load(tokenizer) if tokenizer else None
     separator = None if split_documents is None else separator_of(split_documents)
     held_out = _Texts(find_files(valid_sources), field, None, separator) if valid_sources else None
     texts = _Texts(find_files(sources), field, limit_bytes, separator)
     output = Path(output).expanduser()
     with new_folder(output, overwrite) as folder, _progress(console) as progress:
         texts = texts.holding_out(held_out, seed)
-        survey = _survey(texts, valid_fraction, seed, given is None, progress)
-        model = _provide_tokenizer(given, survey, folder, vocab_size, progress)
+        survey = _survey(texts, valid_fraction, seed, own_tokenizer is None, progress)
+        model = _provide_tokenizer(own_tokenizer, survey, folder, vocab_size, progress)
         splits = _encode(texts, survey, seed, model, folder, workers, progress)
         description = DatasetDescription(
             name=output.resolve().name,
@@ -103,7 +103,7 @@ def prepare(
                 sha256=model.sha256,
                 vocab_size=model.vocab_size,
                 eod_id=model.eod_id,
-                trained_here=given is None,
+                trained_here=own_tokenizer is None,
             ),
             splits=splits,
             files={path.name: file_sha256(path) for path in sorted(folder.iterdir())},
@@ -189,16 +189,16 @@ def _survey(texts: _Texts, valid_fraction: float, seed: int, with_sample: bool, 
     documents = texts.documents(lambda count: progress.advance(task, count))
     expected = texts.expected_bytes if with_sample else None
     survey = survey_documents(documents, valid_fraction, seed, expected, texts.held_out_hashes)
-    found = f"{survey.documents:,} documents, {survey.bytes / 1e6:,.1f} MB of text"
-    progress.update(task, total=1, completed=1, detail=found)
+    summary = f"{survey.documents:,} documents, {survey.bytes / 1e6:,.1f} MB of text"
+    progress.update(task, total=1, completed=1, detail=summary)
     return survey
 
 
 def _provide_tokenizer(
-    given: Tokenizer | None, survey: Survey, folder: Path, vocab_size: int, progress: Progress
+    own_tokenizer: Tokenizer | None, survey: Survey, folder: Path, vocab_size: int, progress: Progress
 ) -> Tokenizer:
-    if given is not None:
-        given.copy_to(folder)
+    if own_tokenizer is not None:
+        own_tokenizer.copy_to(folder)
         return Tokenizer.load(folder)
     task = progress.add_task("Training tokenizer", total=None, detail=f"vocabulary of {vocab_size:,}")
     model = Tokenizer.train(survey.sample, folder / "tokenizer.model", vocab_size)
@@ -218,18 +218,18 @@ def _encode(
             split = "valid" if survey.is_held_out(document_hash(text, seed)) else "train"
             size += writers[split].add(text, ids)
         progress.advance(task, size)
-    found = sum(writer.documents for writer in writers.values()), sum(writer.bytes for writer in writers.values())
-    if found != (survey.documents, survey.bytes):
+    read = sum(writer.documents for writer in writers.values()), sum(writer.bytes for writer in writers.values())
+    if read != (survey.documents, survey.bytes):
         raise DataError(
-            f"the sources changed while they were read: found {found[0]} documents of {found[1]} bytes, "
+            f"the sources changed while they were read: found {read[0]} documents of {read[1]} bytes, "
             f"expected {survey.documents} of {survey.bytes}; run it again"
         )
     progress.update(task, detail=f"{sum(writer.tokens for writer in writers.values()):,} tokens")
     return {name: writer.finish() for name, writer in writers.items()}
 
 
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class SplitWriter:

@@ -76,28 +76,28 @@ def passed_over(sources: Sequence[str]) -> dict[str, int]:
 def _files_of(source: str) -> list[SourceFile]:
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        found = [SourceFile(root / name, name, True) for name in _walk(root, skip=NOT_STDLIB) if name.endswith(".py")]
-        if not found:
+        files = [SourceFile(root / name, name, True) for name in _walk(root, skip=NOT_STDLIB) if name.endswith(".py")]
+        if not files:
             raise DataError(f"source {STDLIB!r}: this Python keeps no *.py sources in {root}")
-        return found
+        return files
     source = os.path.expanduser(source)  # a shell leaves ~ alone in --option=~/x and between quotes
     path = Path(source)
     if path.is_file():
         return [SourceFile(path, path.name)]
     if path.is_dir():
-        found = [SourceFile(path / name, name) for name in _walk(path) if _content_suffix(name) in FOLDER_SUFFIXES]
-        if not found:
+        files = [SourceFile(path / name, name) for name in _walk(path) if _content_suffix(name) in FOLDER_SUFFIXES]
+        if not files:
             raise DataError(
                 f"source {source!r}: the folder has no {', '.join(FOLDER_SUFFIXES)} file (or these with "
                 f"{' or '.join(COMPRESSIONS)}); for other names give a glob such as '{path.as_posix()}/**/*.py'"
             )
-        return found
+        return files
     if GLOB_CHARACTERS & set(source):
-        found = [SourceFile(Path(name), Path(name).as_posix()) for name in glob.glob(source, recursive=True)]
-        found = [file for file in found if file.path.is_file()]
-        if not found:
+        files = [SourceFile(Path(name), Path(name).as_posix()) for name in glob.glob(source, recursive=True)]
+        files = [file for file in files if file.path.is_file()]
+        if not files:
             raise DataError(f"source {source!r}: no file matches this glob (searched from {Path.cwd()})")
-        return found
+        return files
     raise DataError(
         f"source {source!r}: there is no such file or folder (looked for {path.absolute()}); "
         f"expected a file, a folder, a glob or {STDLIB!r}"

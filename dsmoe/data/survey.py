@@ -91,11 +91,11 @@ def byte_length(text: str) -> int:
 
 def first_bytes(texts: Iterable[str], limit: int | None) -> Iterator[str]:
     """Documents until `limit` bytes are reached; the one that reaches it is the last. None: all of them."""
-    taken = 0
+    total = 0
     for text in texts:
         yield text
-        taken += byte_length(text)
-        if limit is not None and taken >= limit:
+        total += byte_length(text)
+        if limit is not None and total >= limit:
             return
 
 

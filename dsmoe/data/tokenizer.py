@@ -266,15 +266,15 @@ class HuggingFaceTokenizer(Tokenizer):
         token = self._settings.get("eos_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None:
-            found = self._library.token_to_id(str(token))
-            if found is None:
+            token_id = self._library.token_to_id(str(token))
+            if token_id is None:
                 raise DataError(f"{self.path} does not hold the eos_token {token!r} that tokenizer_config.json names")
-            return found
+            return token_id
         for name in ("generation_config.json", "config.json"):
-            found = _read_json(self.path.with_name(name)).get("eos_token_id")
-            found = found[0] if isinstance(found, list) and found else found
-            if isinstance(found, int) and 0 <= found < self.vocab_size:
-                return found
+            token_id = _read_json(self.path.with_name(name)).get("eos_token_id")
+            token_id = token_id[0] if isinstance(token_id, list) and token_id else token_id
+            if isinstance(token_id, int) and 0 <= token_id < self.vocab_size:
+                return token_id
         raise DataError(
             f"cannot tell which token of {self.path} ends a document: the folder has no tokenizer_config.json with an "
             "eos_token, and no generation_config.json or config.json with an eos_token_id of the vocabulary"
@@ -311,14 +311,14 @@ class HuggingFaceTokenizer(Tokenizer):
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file, empty where there is no such file. Raises `DataError` where it holds something else."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{path} holds no JSON object")
-    return found
+    return content
 
 
 def _without_surrogates(text: str) -> str:

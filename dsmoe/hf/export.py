@@ -25,10 +25,10 @@ from dsmoe.checkpoint.verify import Verification, verify_checkpoint
 from dsmoe.config import RunConfig
 from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
-from dsmoe.errors import CheckpointError, ConversionError, DataError
+from dsmoe.errors import CheckpointError, ConversionError, DataError, one_of
 from dsmoe.hf.card import write_card
 from dsmoe.hf.identity import Identity
-from dsmoe.hf.native import native_config, native_host
+from dsmoe.hf.native import HOSTS, native_config, native_host
 from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared, tokens_compared
 from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, track
 from dsmoe.hf.table import PACKED, TABLES, Link, check_tensors, links, routing_name
@@ -51,7 +51,7 @@ class ExportOptions:
     """How a run is exported.
 
     Attributes:
-        format: "dsmoe", any router, with code of its own; the name of a native architecture; "auto", whichever of those
+        format: "dsmoe", any router, with code of its own; one of `dsmoe.hf.native.HOSTS`; "auto", whichever of those
             holds the model exactly.
         dtype: of the weights. With format dsmoe, routers stay fp32.
         max_shard_size: of one weight file, such as "5GB".
@@ -59,7 +59,7 @@ class ExportOptions:
         license, language: for the model card, as the Hub spells them.
     """
 
-    format: Literal["dsmoe", "auto", "qwen3_moe", "qwen2_moe", "mixtral", "olmoe"] = "dsmoe"
+    format: str = "dsmoe"
     dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_size: str = "5GB"
     data: str | None = None
@@ -275,6 +275,9 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
             held-out text; or the result does not compute what the run does. No folder is left then.
     """
     shard_size = parse_size(options.max_shard_size)
+    formats = ("dsmoe", "auto", *HOSTS)
+    if options.format not in formats:
+        raise ConversionError(f"--format: found {options.format!r}, expected {one_of(options.format, formats)}")
     with new_folder(out) as folder:
         source = Source.open(path, options.data)
         target = Target(source, options)
@@ -367,30 +370,30 @@ def _check(target: Target, folder: Path) -> dict[str, Any]:
     batch = held.batch(0, len(held))
     vocab_size = tokenizer.vocab_size if tokenizer is not None else config.model.vocab_size
     sample = Sample(batch["tokens"], vocab_size)
-    found: dict[str, Any] = {"tokenizer": None}
+    results: dict[str, Any] = {"tokenizer": None}
     if tokenizer is not None:
         texts = [tokenizer.decode(row) for row in batch["tokens"].tolist()]
         kept = source.identity is not None and source.identity.has_tokenizer
-        found["tokenizer"] = check_tokenizer(tokenizer, folder, texts, as_text=kept)
-    found["parity"], seen = check_parity(source.reader.folder, folder, sample, target.dtype, target.dtype_of)
+        results["tokenizer"] = check_tokenizer(tokenizer, folder, texts, as_text=kept)
+    results["parity"], seen = check_parity(source.reader.folder, folder, sample, target.dtype, target.dtype_of)
     loss = _loss(seen, batch["labels"])
     size, bytes_per_token = model_size(config), source.corpus.bytes_per_token
     by_layer = [] if seen.routes is None else seen.routes.sum(-1).double().mean(-1).tolist()
     mean = sum(by_layer) / len(by_layer) if by_layer else 0.0
     unused = (config.model.num_experts - mean) * len(by_layer) * size.expert
-    found["held_out"] = {
+    results["held_out"] = {
         "tokens": sample.tokens.numel(),
         "loss": loss,
         "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         "experts_per_token": mean,
         "experts_per_token_by_layer": by_layer,
     }
-    found["parameters"] = {
+    results["parameters"] = {
         "total": size.total,
         "active_measured": round(size.total - unused),
         "active_aim": size.active,
     }
-    return found
+    return results
 
 
 def _loss(seen: Observation, labels_BS: Tensor) -> float:
@@ -400,18 +403,18 @@ def _loss(seen: Observation, labels_BS: Tensor) -> float:
 
 
 def _generation_config(source: Source) -> dict[str, Any]:
-    found: dict[str, Any] = {"transformers_version": metadata.version("transformers")}
+    content: dict[str, Any] = {"transformers_version": metadata.version("transformers")}
     if source.tokenizer is not None:
         end, ids = source.tokenizer.eod_id, source.tokenizer.vocab_size
-        found |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-        found |= {} if source.identity is None else source.identity.generation_config(source.run_dir)
+        content |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        content |= {} if source.identity is None else source.identity.generation_config(source.run_dir)
         if ids < source.config.model.vocab_size:  # rows that fill the embedding up to a round size; no token has them
-            found["suppress_tokens"] = list(range(ids, source.config.model.vocab_size))
-    return found
+            content["suppress_tokens"] = list(range(ids, source.config.model.vocab_size))
+    return content
 
 
 def _training_state(source: Source) -> dict[str, Any]:
-    """What training goes on from and inference has no use for: averages, integrals and loss coefficients too."""
+    """What training continues from and inference has no use for: averages, integrals and loss coefficients too."""
     manifest, controller = source.reader.manifest, source.controller()
     state = {} if controller is None else {name: tensor.tolist() for name, tensor in controller.state.items()}
     return {"step": manifest.step, "samples": manifest.samples, "router": source.router.name, "controller": state}

@@ -89,7 +89,7 @@ def _refused(architecture: str, config: PreTrainedConfig, raw: dict[str, Any]) -
     window, longest = getattr(config, "sliding_window", None), config.max_position_embeddings
     layers = getattr(config, "layer_types", None)
     slides = layers is None or "sliding_attention" in layers
-    found = {
+    features = {
         f"rope_type {rope.get('rope_type')!r} (scaled rotary embedding)": rope.get("rope_type") != "default",
         f"partial_rotary_factor {rope.get('partial_rotary_factor')}": rope.get("partial_rotary_factor", 1.0) != 1.0,
         f"hidden_act {config.hidden_act!r} (experts are SwiGLU)": config.hidden_act != "silu",
@@ -97,10 +97,10 @@ def _refused(architecture: str, config: PreTrainedConfig, raw: dict[str, Any]) -
         "quantization_config (quantized weights)": raw.get("quantization_config"),
         "auto_map (code of its own)": raw.get("auto_map") and architecture != "dsmoe",
     }
-    found |= _of_architecture(architecture, config)
+    features |= _of_architecture(architecture, config)
     flags = ("attention_bias", "mlp_bias", "clip_qkv", "attention_dropout", "router_jitter_noise")
-    found |= {f"{flag} {getattr(config, flag)}": True for flag in flags if getattr(config, flag, None)}
-    return [phrase for phrase, present in found.items() if present]
+    features |= {f"{flag} {getattr(config, flag)}": True for flag in flags if getattr(config, flag, None)}
+    return [phrase for phrase, present in features.items() if present]
 
 
 def _of_architecture(architecture: str, config: PreTrainedConfig) -> dict[str, Any]:

@@ -122,13 +122,13 @@ def summary(run: Path, report: dict[str, Any]) -> str:
     if upcycling := report["upcycling"]:
         lines.append(
             f"upcycled: {upcycling['experts']} experts a layer, each {upcycling['expert_width']} wide, "
-            f"noise {upcycling['noise']}; routers drawn anew"
+            f"noise {upcycling['noise']}; routers newly initialised"
         )
         if "gate_projection_kept" in upcycling:
             lines.append(f"gate projections keep {upcycling['gate_projection_kept']:.1%} of their squared norm")
     parity = report["parity"]
     if parity == NOT_CHECKED:
-        lines.append("not held to transformers' model (--skip-check)")
+        lines.append("not compared with transformers' model (--skip-check)")
     else:
         figures = parity["fp32"] if parity["gate"] else parity["difference_from_dense"]
         what = "as transformers' model" if parity["gate"] else "not the dense model, which training has to reach again"
@@ -177,7 +177,7 @@ class Source:
         if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
             raise ConversionError(
                 f"{tokenizer.path} has {tokenizer.vocab_size} ids, more than the model's embedding "
-                f"({config.model.vocab_size}): they do not belong together"
+                f"({config.model.vocab_size}): they do not match"
             )
         shapes = logical_shapes(config.model, config.router)
         upcycler, dense = None, shapes
@@ -197,25 +197,25 @@ class Source:
 
     def _check_tensors(self) -> None:
         """Every tensor of the folder is used, and none is missing; but for those that a reader can do without."""
-        found = dict(self.reader.shapes)
+        shapes = dict(self.reader.shapes)
         expected = {name: shape for link in self.links for name, shape in link.theirs.items()}
-        self.left_out = [name for name in found if DERIVED.fullmatch(name)]
-        if self.config.model.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= found.keys():
+        self.left_out = [name for name in shapes if DERIVED.fullmatch(name)]
+        if self.config.model.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= shapes.keys():
             if not torch.equal(self.reader.read("lm_head.weight"), self.reader.read("model.embed_tokens.weight")):
                 raise ConversionError(
                     f"{self.folder}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight; "
                     "which of them holds?"
                 )
             self.left_out.append("lm_head.weight")
-        if HEAD in found and HEAD not in expected and self.config.model.tie_embeddings:
+        if HEAD in shapes and HEAD not in expected and self.config.model.tie_embeddings:
             self.left_out.append(HEAD)
             self.lost.append(f"the head of a classifier ({HEAD})")
         for name in self.left_out:
-            del found[name]
+            del shapes[name]
         if self.upcycler is None:
             state = self._inference_state(_fresh_controller(self.config))
             expected |= {name: tuple(value.shape) for name, value in state}
-        check_tensors(expected, found, str(self.folder))
+        check_tensors(expected, shapes, str(self.folder))
 
     def _inference_state(self, controller: Controller | None) -> Iterator[tuple[str, Tensor]]:
         router = get(self.config.router.name)
@@ -244,10 +244,10 @@ class Source:
             state = {name: torch.tensor(values, dtype=controller.state[name].dtype) for name, values in saved.items()}
         except OSError as error:
             raise ConversionError(
-                f"{path} cannot be read ({error.strerror}): the router's controller goes on from it"
+                f"{path} cannot be read ({error.strerror}): the router's controller resumes from it"
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(f"{path} is damaged, or of another router: {error}") from error
+            raise ConversionError(f"{path} is damaged, or belongs to another router: {error}") from error
         controller.load(state)
         differing = [
             name
@@ -255,7 +255,7 @@ class Source:
             if not _equal_as_stored(value, self.reader.read(name))
         ]
         if differing:
-            raise ConversionError(f"{path} and the weights do not belong together: {', '.join(differing[:5])} differ")
+            raise ConversionError(f"{path} and the weights do not match: {', '.join(differing[:5])} differ")
         return controller
 
     def _restore(self, controller: Controller) -> None:
@@ -440,15 +440,15 @@ def _compare_tokenizers(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
 
     logging.set_verbosity_error()
     ids = [tokenizer.encode(text) for text in PROBES]
-    found: dict[str, Any] = {"texts": len(PROBES)}
-    found["round_trip"] = sum(tokenizer.decode(own) == text for own, text in zip(ids, PROBES, strict=True))
+    report: dict[str, Any] = {"texts": len(PROBES)}
+    report["round_trip"] = sum(tokenizer.decode(own) == text for own, text in zip(ids, PROBES, strict=True))
     try:
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         encoded = [theirs(text, **plain)["input_ids"] for text in PROBES]
     except Exception as error:  # transformers raises whatever its parts raise
-        return found | {"same_ids_as_transformers": f"not known: {str(error).splitlines()[0][:200]}"}
-    return found | {"same_ids_as_transformers": sum(own == other for own, other in zip(ids, encoded, strict=True))}
+        return report | {"same_ids_as_transformers": f"not known: {str(error).splitlines()[0][:200]}"}
+    return report | {"same_ids_as_transformers": sum(own == other for own, other in zip(ids, encoded, strict=True))}
 
 
 def _parity(source: Source, checkpoint: Path) -> dict[str, Any]:

@@ -40,10 +40,10 @@ def native_host(config: RunConfig, wanted: str) -> str:
     """
     hosts = HOSTS if wanted == "auto" else (wanted,)
     reasons = {host: reasons_against(host, config.model, config.router) for host in hosts}
-    fitting = [host for host, found in reasons.items() if not found]
+    fitting = [host for host, against in reasons.items() if not against]
     if fitting:
         return fitting[0]
-    lines = [f"  {host}: {'; '.join(found)}" for host, found in reasons.items()]
+    lines = [f"  {host}: {'; '.join(against)}" for host, against in reasons.items()]
     raise ConversionError(
         "no architecture of transformers holds this model exactly (--format dsmoe holds every model):\n"
         + "\n".join(lines)
@@ -52,33 +52,33 @@ def native_host(config: RunConfig, wanted: str) -> str:
 
 def reasons_against(host: str, model: ModelConfig, router: RouterConfig) -> list[str]:
     """Why `host` cannot hold this model; empty if it can."""
-    found = []
+    reasons = []
     top_k = _softmax_top_k(router)
     if top_k is None:
-        found.append(f"router.name is {router.name}, it has softmax top-k")
+        reasons.append(f"router.name is {router.name}, it has softmax top-k")
     elif host == "mixtral" and not top_k.renormalize:
-        found.append("gates are not renormalised (router.renormalize, router.softmax), it always renormalises")
+        reasons.append("gates are not renormalised (router.renormalize, router.softmax), it always renormalises")
     if model.qk_layernorm != _QK_NORM[host]:
-        found.append(f"model.qk_layernorm is {model.qk_layernorm}, it has {_QK_NORM_IN_WORDS[_QK_NORM[host]]}")
+        reasons.append(f"model.qk_layernorm is {model.qk_layernorm}, it has {_QK_NORM_IN_WORDS[_QK_NORM[host]]}")
     if not ExpertMLP.of(model).is_plain_swiglu:
         bias = str(model.expert_bias).lower()
-        found.append(
+        reasons.append(
             f"model.expert_activation is {model.expert_activation}, model.expert_bias {bias}, its experts are swiglu "
             "without biases"
         )
     shared = bool(model.moe_shared_expert_intermediate_size)
     if host == "qwen2_moe" and not (shared and model.moe_shared_expert_gate):
-        found.append("model.moe_shared_expert_gate is false, it has a shared expert with a gate")
+        reasons.append("model.moe_shared_expert_gate is false, it has a shared expert with a gate")
     elif host != "qwen2_moe" and shared:
-        found.append("model.moe_shared_expert_intermediate_size is set, it has no shared expert")
+        reasons.append("model.moe_shared_expert_intermediate_size is set, it has no shared expert")
     if host != "qwen2_moe" and model.add_qkv_bias:
-        found.append("model.add_qkv_bias is true, it has no such biases")
+        reasons.append("model.add_qkv_bias is true, it has no such biases")
     if host not in ("qwen2_moe", "qwen3_moe") and not all(model.moe_layers()):
         dense = [str(layer) for layer, is_moe in enumerate(model.moe_layers()) if not is_moe]
-        found.append(f"layers {', '.join(dense)} are dense (model.moe_layer_freq), it has MoE layers only")
+        reasons.append(f"layers {', '.join(dense)} are dense (model.moe_layer_freq), it has MoE layers only")
     if host == "olmoe" and model.head_size * model.num_attention_heads != model.hidden_size:
-        found.append(f"heads are {model.head_size} wide (model.kv_channels), its heads share out hidden_size")
-    return found
+        reasons.append(f"heads are {model.head_size} wide (model.kv_channels), its heads share out hidden_size")
+    return reasons
 
 
 def _softmax_top_k(router: RouterConfig) -> SoftmaxTopK | None:

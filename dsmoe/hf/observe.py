@@ -24,7 +24,7 @@ SEQUENCES_AT_ONCE = 8
 def main(folder: str, source: str, target: str, dtype: str, device: str) -> None:
     sys.modules["dsmoe"] = None  # type: ignore[assignment]  # whoever imports it fails
     logging.set_verbosity_error()
-    given = load_file(source)
+    inputs = load_file(source)
     model, loading = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), trust_remote_code=True, local_files_only=True, output_loading_info=True
     )
@@ -34,19 +34,19 @@ def main(folder: str, source: str, target: str, dtype: str, device: str) -> None
     model = model.to(device).eval()
     routes = record_routes(model)
     logits = torch.cat(
-        [model(row.to(device), use_cache=False).logits.float().cpu() for row in given["tokens"].split(1)]
+        [model(row.to(device), use_cache=False).logits.float().cpu() for row in inputs["tokens"].split(1)]
     )
-    found = {"logits": logits}
+    outputs = {"logits": logits}
     layers = [torch.cat(parts) for parts in routes.values()]
     if layers:
-        found["routes"] = torch.stack(layers)
+        outputs["routes"] = torch.stack(layers)
     model.generation_config.eos_token_id = None  # it is to write on after the end of a document
-    steps = int(given["steps"])
-    prompt = given["prompt"].unsqueeze(0).to(device)
+    steps = int(inputs["steps"])
+    prompt = inputs["prompt"].unsqueeze(0).to(device)
     attention_mask = torch.ones_like(prompt)
     written = model.generate(prompt, attention_mask=attention_mask, max_new_tokens=steps, do_sample=False)
-    found["written"] = written[0, prompt.size(1) :].cpu().contiguous()
-    save_file(found, target)
+    outputs["written"] = written[0, prompt.size(1) :].cpu().contiguous()
+    save_file(outputs, target)
 
 
 def record_routes(model: nn.Module) -> dict[str, list[Tensor]]:

@@ -278,8 +278,8 @@ def observe_folder(folder: Path, sample: Sample, dtype: torch.dtype) -> Observat
     """Load a folder with transformers in a process of its own and run it. Raises `ConversionError` if that fails."""
     with tempfile.TemporaryDirectory(prefix="dsmoe-parity-") as place:
         source, target = Path(place) / "in.safetensors", Path(place) / "out.safetensors"
-        given = {"tokens": sample.tokens, "prompt": sample.prompt.clone(), "steps": torch.tensor(GREEDY_TOKENS)}
-        save_file(given, source)
+        inputs = {"tokens": sample.tokens, "prompt": sample.prompt.clone(), "steps": torch.tensor(GREEDY_TOKENS)}
+        save_file(inputs, source)
         name, device = str(dtype).removeprefix("torch."), device_name()
         # The folder's code is copied before it is imported: to a place that goes away again.
         environment = os.environ | {"HF_MODULES_CACHE": str(Path(place) / "modules"), "HF_HUB_OFFLINE": "1"}
@@ -287,8 +287,8 @@ def observe_folder(folder: Path, sample: Sample, dtype: torch.dtype) -> Observat
         if exit_code:
             reason = output.strip().splitlines()[-1:] or [f"exit code {exit_code}"]
             raise ConversionError(f"transformers cannot load or run the folder: {reason[0]}")
-        found = load_file(target)
-    return Observation(found["logits"], found.get("routes"), found["written"])
+        outputs = load_file(target)
+    return Observation(outputs["logits"], outputs.get("routes"), outputs["written"])
 
 
 def run_observer(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:

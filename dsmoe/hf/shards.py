@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as `5GB` or `500MiB`. Raises `CheckpointError`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", text.strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", text.strip().upper())
+    size = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if size < 1:
         raise CheckpointError(f"shard size: found {text!r}, expected a number and a unit, for example 5GB or 500MiB")
     return size
@@ -178,9 +178,9 @@ class ShardReader:
         others = sorted(
             path.name for pattern in ("*.safetensors", "*.bin", "*.pt*") for path in self.folder.glob(pattern)
         )
-        found = f"; found {', '.join(others[:5])}" if others else ""
+        present = f"; found {', '.join(others[:5])}" if others else ""
         raise CheckpointError(
-            f"{self.folder} has neither {SINGLE} nor {INDEX}{found} (only safetensors are read: other files may hold "
+            f"{self.folder} has neither {SINGLE} nor {INDEX}{present} (only safetensors are read: other files may hold "
             f"code; transformers' save_pretrained writes them)"
         )
 

@@ -1,4 +1,4 @@
-"""Router surgery: a mixture of experts goes on with another router, which starts from the weights of the trained gate.
+"""Router surgery: a mixture of experts continues with another router, starting from the trained gate's weights.
 
 Experts, attention, norms and embeddings stay. What a new router needs besides the gate's weights (a threshold for each
 token, cutoffs, a p) is found on text that the model reads; `Router.start_from_gates` of each router says how. The

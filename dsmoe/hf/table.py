@@ -210,12 +210,12 @@ def links(rows: Iterable[Row], model: ModelConfig, shapes: Shapes) -> list[Link]
 
 def _link(row: Row, ours: tuple[str, ...], theirs: tuple[str, ...], model: ModelConfig, shapes: Shapes) -> Link:
     try:
-        made = row.transform.to_theirs([torch.empty(tuple(shapes[name]), device="meta") for name in ours], model)
+        theirs_meta = row.transform.to_theirs([torch.empty(tuple(shapes[name]), device="meta") for name in ours], model)
     except RuntimeError as error:
         raise CheckpointError(
             f"tensors of shapes that do not fit together: {_some([f'{name} {list(shapes[name])}' for name in ours])}"
         ) from error
-    return Link(ours, {name: tuple(t.shape) for name, t in zip(theirs, made, strict=True)}, row.transform, model)
+    return Link(ours, {name: tuple(t.shape) for name, t in zip(theirs, theirs_meta, strict=True)}, row.transform, model)
 
 
 def _pattern(ours: str) -> re.Pattern:
@@ -223,15 +223,15 @@ def _pattern(ours: str) -> re.Pattern:
     return re.compile(re.sub(r"\\{(\w+)\\}", lambda field: f"(?P<{field[1]}>{fields[field[1]]})", re.escape(ours)))
 
 
-def check_tensors(expected: Shapes, found: Shapes, place: str) -> None:
-    """Raises `CheckpointError` that names every kind of difference: missing, extra and of another shape."""
+def check_tensors(expected: Shapes, present: Shapes, place: str) -> None:
+    """Raises `CheckpointError` that names every kind of difference: missing, extra and of a different shape."""
     differences = {
-        "missing": [name for name in expected if name not in found],
-        "not used by this architecture and configuration": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {list(found[name])} (expected {list(shape)})"
+        "missing": [name for name in expected if name not in present],
+        "not used by this architecture and configuration": [name for name in present if name not in expected],
+        "of a different shape": [
+            f"{name} {list(present[name])} (expected {list(shape)})"
             for name, shape in expected.items()
-            if name in found and tuple(found[name]) != tuple(shape)
+            if name in present and tuple(present[name]) != tuple(shape)
         ],
     }
     lines = [f"{what}: {_some(names)}" for what, names in differences.items() if names]
@@ -240,5 +240,5 @@ def check_tensors(expected: Shapes, found: Shapes, place: str) -> None:
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:LISTED])}{more})"
+    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:LISTED])}{rest})"

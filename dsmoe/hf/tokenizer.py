@@ -67,7 +67,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -
 
 
 def _piece_of(library: dict[str, Any], token: int) -> str:
-    return next(piece for piece, found in library["model"]["vocab"].items() if found == token)
+    return next(piece for piece, token_id in library["model"]["vocab"].items() if token_id == token)
 
 
 def _bpe(path: Path, content: bytes) -> str:
@@ -131,12 +131,12 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [pair for _, _, pair in sorted(pairs, reverse=True)]
 
 
-def encode_alike(one: Tokenizer, other: Tokenizer) -> bool:
+def encode_alike(first: Tokenizer, second: Tokenizer) -> bool:
     """Whether they are the same, or the same in two kinds of file."""
-    if one.sha256 == other.sha256:
+    if first.sha256 == second.sha256:
         return True
-    same = (one.vocab_size, one.eod_id) == (other.vocab_size, other.eod_id)
-    return same and all(one.encode(text) == other.encode(text) for text in PROBES)
+    same = (first.vocab_size, first.eod_id) == (second.vocab_size, second.eod_id)
+    return same and all(first.encode(text) == second.encode(text) for text in PROBES)
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str], as_text: bool = False) -> dict[str, int]:

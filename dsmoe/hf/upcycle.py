@@ -125,11 +125,11 @@ class Upcycler:
 
     def tensors(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What a tensor of the dense model, fp32, becomes: itself, or a part of every expert of its layer."""
-        found = _MLP.fullmatch(name)
-        if found is None or not self.config.model.moe_layers()[int(found[1])]:
+        match = _MLP.fullmatch(name)
+        if match is None or not self.config.model.moe_layers()[int(match[1])]:
             yield name, tensor
             return
-        layer, projection = int(found[1]), found[2]
+        layer, projection = int(match[1]), match[2]
         experts = f"{LAYER.format(layer=layer)}mlp.experts"
         latents = self._router(layer) if self._rank and projection == "1" else {}
         for expert in range(self.options.num_experts):
@@ -149,8 +149,8 @@ class Upcycler:
     def _through(self, reduce_rH: Tensor, gate_FH: Tensor) -> Tensor:
         """B [F, r] for which B A is nearest to the gate projection, given A [r, H]."""
         latent_Fr = torch.linalg.lstsq(reduce_rH.double().t(), gate_FH.double().t()).solution.t().float()
-        kept = (latent_Fr @ reduce_rH).square().sum() / gate_FH.square().sum().clamp(min=1e-30)
-        self.gate_kept.append(kept.item())
+        share = (latent_Fr @ reduce_rH).square().sum() / gate_FH.square().sum().clamp(min=1e-30)
+        self.gate_kept.append(share.item())
         return latent_Fr
 
     def _noisy(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -161,7 +161,7 @@ class Upcycler:
 
     def report(self) -> dict[str, object]:
         """What was done, for import_report.json; after all tensors."""
-        said = {
+        content = {
             "method": "sparse upcycling, arXiv 2212.05055",
             "experts": self.options.num_experts,
             "granularity": self.options.granularity,
@@ -171,5 +171,5 @@ class Upcycler:
             "computes_what_the_dense_model_does": self.keeps_the_function,
         }
         if self.gate_kept:
-            said["gate_projection_kept"] = sum(self.gate_kept) / len(self.gate_kept)
-        return said
+            content["gate_projection_kept"] = sum(self.gate_kept) / len(self.gate_kept)
+        return content

@@ -98,8 +98,8 @@ def _evaluate_run(path: Path, options: EvaluationOptions) -> dict[str, Any]:
     config = trained.config
     dtype = options.dtype or config.training.precision
     data = config.data if options.data is None else _other_data(options.data, config.data.cache_dir)
-    found = {"model": str(path), "kind": "run", "step": trained.step, "dtype": dtype}
-    return found | _heldout_loss(
+    report = {"model": str(path), "kind": "run", "step": trained.step, "dtype": dtype}
+    return report | _heldout_loss(
         trained.model.to(DTYPES[dtype]),
         _open_data(data, trained.run_dir, config.model.vocab_size),
         options.sequence_length or config.model.sequence_length,
@@ -119,9 +119,9 @@ def _evaluate_hosted(path: Path, options: EvaluationOptions) -> dict[str, Any]:
     settings = model.network.config
     names = {kind: name for name, kind in DTYPES.items()}
     used = options.dtype or names.get(settings.dtype, str(settings.dtype))
-    found: dict[str, Any] = {"model": str(path), "kind": "huggingface", "dtype": used}
+    report: dict[str, Any] = {"model": str(path), "kind": "huggingface", "dtype": used}
     if options.data is not None:
-        found |= _heldout_loss(
+        report |= _heldout_loss(
             model,
             _open_data(_other_data(options.data), path, model.network.get_input_embeddings().num_embeddings),
             options.sequence_length or settings.max_position_embeddings,
@@ -130,8 +130,8 @@ def _evaluate_hosted(path: Path, options: EvaluationOptions) -> dict[str, Any]:
             groups,
         )
     if options.tasks:
-        found["tasks"] = _run_tasks(model, path, options)
-    return found
+        report["tasks"] = _run_tasks(model, path, options)
+    return report
 
 
 def _other_data(path: str, cache_dir: str | None = None) -> DataConfig:
@@ -203,26 +203,26 @@ def _run_tasks(model: HostedModel, folder: Path, options: EvaluationOptions) -> 
         max_length=options.sequence_length or model.network.config.max_position_embeddings,
     )
     with chdir(here):
-        found = import_module("lm_eval").simple_evaluate(
+        results = import_module("lm_eval").simple_evaluate(
             hosted, tasks=list(options.tasks), task_manager=manager, limit=options.limit, log_samples=False
         )
-    return found["results"]
+    return results["results"]
 
 
-def report(found: dict[str, Any], target: str | None = None) -> None:
+def report(results: dict[str, Any], target: str | None = None) -> None:
     """Show an evaluation, and write it as JSON to `target`; on rank 0 only."""
     if torch.distributed.get_rank():
         return
-    for name, value in found.items():
+    for name, value in results.items():
         if name != "tasks":
             print(f"{name:32} {_shown(value)}")
-    for task, metrics in found.get("tasks", {}).items():
+    for task, metrics in results.get("tasks", {}).items():
         for metric, value in metrics.items():
             if isinstance(value, float):
                 print(f"{task}: {metric:{max(1, 30 - len(task))}} {_shown(value)}")
     if target is not None:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(target), (json.dumps(found, indent=2, default=str) + "\n").encode())
+        write_atomically(Path(target), (json.dumps(results, indent=2, default=str) + "\n").encode())
 
 
 def _shown(value: Any) -> str:

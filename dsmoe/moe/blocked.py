@@ -213,8 +213,8 @@ class _SwiGLUExperts(torch.autograd.Function):
                     to.add(block, grad_h[:, where], source[low:high].to(wide))
 
         run_tasks(work, tasks)
-        found = [x for pair in zip(grad_rows, (to.finish() for to in others), strict=True) for x in pair]
-        return None, None, grad_probs_R, down.finish(), *found
+        grads = [x for pair in zip(grad_rows, (to.finish() for to in others), strict=True) for x in pair]
+        return None, None, grad_probs_R, down.finish(), *grads
 
 
 def _multiply(left_BK: Tensor, weight_eKN: Tensor, block: list[Segment], out_BN: Tensor) -> None:

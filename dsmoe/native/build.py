@@ -61,18 +61,18 @@ def compiled_library() -> Path:
 
 def _compile(program: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+        library = Path(folder) / path.name
         sources = sorted(map(str, SOURCES.glob("*.cpp")))
         # Undefined symbols fail here, not at their first call: a torch without the micro-kernels is found out.
         strict = ["-Wl,-z,defs"] if platform.system() == "Linux" else []
-        command = [program, *flags(), *sources, "-o", str(made), f"-L{TORCH_LIBRARIES}", "-ltorch_cpu", *strict]
+        command = [program, *flags(), *sources, "-o", str(library), f"-L{TORCH_LIBRARIES}", "-ltorch_cpu", *strict]
         result = subprocess.run(command, capture_output=True, text=True)  # a busy machine may take minutes
         if result.returncode:
             lines = result.stderr.strip().splitlines() or ["no message"]
             if any("undefined reference" in line and "cpublas" in line for line in lines):
                 raise KernelsUnavailable(f"torch {torch.__version__} does not export its brgemm micro-kernels")
             raise KernelsUnavailable(f"{program} cannot compile them: {lines[0]}")
-        os.replace(made, path)
+        os.replace(library, path)
 
 
 @lru_cache(maxsize=4)

@@ -28,9 +28,9 @@ class Traffic:
 
     def take(self) -> tuple[int, int, float]:
         """Since the last call: bytes sent, those of them that left the node, and seconds."""
-        taken = self.sent_bytes, self.between_nodes_bytes, self.seconds
+        totals = self.sent_bytes, self.between_nodes_bytes, self.seconds
         self.sent_bytes, self.between_nodes_bytes, self.seconds = 0, 0, 0.0
-        return taken
+        return totals
 
     def count(self, rows_to_rank: list[int], row_bytes: int, group) -> None:
         self.sent_bytes += (sum(rows_to_rank) - rows_to_rank[group.rank()]) * row_bytes

@@ -161,7 +161,7 @@ def agree(report: Report, run_dir: Path, timeout: float) -> Verdict:
     if supervision.current is None:
         report.clock = 0.0
         return judge([report])
-    made: list[Path] = []
+    created: list[Path] = []
 
     def judge_reports(values: list[dict]) -> dict:
         reports = [Report(**value) for value in values]
@@ -171,7 +171,7 @@ def agree(report: Report, run_dir: Path, timeout: float) -> Verdict:
         if not verdict.problems:
             marker = run_dir / f".preflight-{secrets.token_hex(8)}"
             try:
-                made.extend(_make(run_dir))
+                created.extend(_make(run_dir))
                 marker.touch()
                 verdict.marker = str(marker)
             except OSError as error:
@@ -182,7 +182,7 @@ def agree(report: Report, run_dir: Path, timeout: float) -> Verdict:
     def judge_sight(values: list[list]) -> list[str]:
         blind = [f"rank {rank} on {host}" for rank, host, sees in values if not sees]
         os.unlink(verdict.marker)
-        for folder in reversed(made):
+        for folder in reversed(created):
             folder.rmdir()
         if not blind:
             return []
@@ -216,8 +216,8 @@ def judge(reports: list[Report]) -> Verdict:
             problems.append(f"{host}: {_gib(free)} of memory are free, and its {len(own)} ranks need {_gib(needed)}")
         for report in own:
             if report.device_free is not None and report.device_needed > report.device_free:
-                found = f"its GPU has {_gib(report.device_free)} free, and it needs {_gib(report.device_needed)}"
-                problems.append(f"rank {report.rank} on {host}: {found}")
+                memory = f"its GPU has {_gib(report.device_free)} free, and it needs {_gib(report.device_needed)}"
+                problems.append(f"rank {report.rank} on {host}: {memory}")
         clock = max((report.clock for report in own), key=abs)
         if abs(clock) > CLOCK_TOLERANCE:
             warnings.append(f"{host}: its clock is {abs(clock):.0f} s {'ahead of' if clock > 0 else 'behind'} rank 0's")

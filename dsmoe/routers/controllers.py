@@ -70,8 +70,8 @@ class Controller(ABC):
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore saved state. Raises `CheckpointError` if its names or shapes do not match."""
         if {n: v.shape for n, v in state.items()} != {n: v.shape for n, v in self.state.items()}:
-            found, expected = (sorted(f"{n} {tuple(v.shape)}" for n, v in s.items()) for s in (state, self.state))
-            raise CheckpointError(f"the checkpoint's router controller holds {found}, this router's {expected}")
+            saved, expected = (sorted(f"{n} {tuple(v.shape)}" for n, v in s.items()) for s in (state, self.state))
+            raise CheckpointError(f"the checkpoint's router controller holds {saved}, this router's {expected}")
         self.state = {name: value.to(self.state[name].device) for name, value in state.items()}
 
 

@@ -200,10 +200,10 @@ def top_p_map(probs_TE: Tensor, p: float | Tensor, rule: str) -> Tensor:
     """bool [T, E]: the fewest experts, largest first, whose mass is more than p ("above") or at least p ("reach")."""
     sorted_TE, expert_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
     before_TE = F.pad(sorted_TE.cumsum(dim=-1)[:, :-1], (1, 0))
-    kept_TE = before_TE <= p if rule == "above" else before_TE < p
-    kept_TE = kept_TE | (p >= 1)  # rounded sums may reach 1 early
-    kept_TE[:, 0] = True
-    return torch.zeros_like(kept_TE).scatter(1, expert_TE, kept_TE)
+    within_TE = before_TE <= p if rule == "above" else before_TE < p
+    within_TE = within_TE | (p >= 1)  # rounded sums may reach 1 early
+    within_TE[:, 0] = True
+    return torch.zeros_like(within_TE).scatter(1, expert_TE, within_TE)
 
 
 ROUTINGS = {

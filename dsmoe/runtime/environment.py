@@ -100,12 +100,12 @@ def find_packages() -> list[Package]:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             try:
-                found = metadata.version(requirement.name)
+                version = metadata.version(requirement.name)
             except metadata.PackageNotFoundError:
-                found = None
+                version = None
             # Sorted so that the lower bound comes first: '>=5,<6'.
             required = ",".join(sorted(map(str, requirement.specifier), reverse=True))
-            packages.append(Package(requirement.name, found, required))
+            packages.append(Package(requirement.name, version, required))
     return packages
 
 
@@ -217,10 +217,10 @@ def _device_table(host: Host, deepspeed: DeepSpeedDevice):
 
 def _acceleration_table(accelerations: list[Acceleration]):
     table = _table("acceleration", "", "what it gives, or why it is off")
-    for found in accelerations:
-        state = "[green]on[/]" if found.active else "[yellow]off[/]"
-        version = f" [dim]({found.version})[/]" if found.active and found.version else ""
-        table.add_row(found.name, state, _plain(found.reason) + version)
+    for acceleration in accelerations:
+        state = "[green]on[/]" if acceleration.active else "[yellow]off[/]"
+        version = f" [dim]({acceleration.version})[/]" if acceleration.active and acceleration.version else ""
+        table.add_row(acceleration.name, state, _plain(acceleration.reason) + version)
     return table
 
 

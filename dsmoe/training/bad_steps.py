@@ -29,7 +29,7 @@ class BadSteps:
 
     Args:
         skipped: steps of the run that were skipped already.
-        first_step: that the run goes on from.
+        first_step: that the run resumes from.
 
     Attributes:
         skipped: so far.

@@ -73,8 +73,8 @@ class DeadExpertReset:
     def load(self, idle_LE: Tensor | None) -> None:
         """Go on from a checkpoint; None: from one of a run without revival."""
         if idle_LE is not None and idle_LE.shape != self.idle_LE.shape:
-            found, expected = tuple(idle_LE.shape), tuple(self.idle_LE.shape)
-            raise CheckpointError(f"the checkpoint counts idle steps of experts {found}, this model has {expected}")
+            saved, expected = tuple(idle_LE.shape), tuple(self.idle_LE.shape)
+            raise CheckpointError(f"the checkpoint counts idle steps of experts {saved}, this model has {expected}")
         if idle_LE is not None:
             self.idle_LE = idle_LE.to(self.idle_LE.device)
 

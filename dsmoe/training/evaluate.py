@@ -48,10 +48,10 @@ def evaluate(engine, heldout, batch_size: int, groups: ParallelGroups, bytes_per
         engine.train(was_training)
         routing = model.recorder.take()
     loss = (sum_over(groups.dp, total) / count).item()
-    found: dict[str, float | list[float]] = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
+    results: dict[str, float | list[float]] = {"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}
     if bytes_per_token is not None:
-        found["val_bpb"] = loss / math.log(2) / bytes_per_token
+        results["val_bpb"] = loss / math.log(2) / bytes_per_token
     if routing is not None:
-        found["val_experts_per_token"] = routing_metrics(routing, groups.ep_size)["experts_per_token"]
-        found["val_experts_per_token_by_layer"] = experts_per_token_by_layer(routing)
-    return found
+        results["val_experts_per_token"] = routing_metrics(routing, groups.ep_size)["experts_per_token"]
+        results["val_experts_per_token_by_layer"] = experts_per_token_by_layer(routing)
+    return results

@@ -94,8 +94,8 @@ class OwnedExperts:
 
 
 def owned_experts(engine) -> list[OwnedExperts]:
-    found = [(packed, owned_fragment(packed.parameter, engine)) for packed in packed_experts(engine.module)]
-    return [OwnedExperts(packed, fragment) for packed, fragment in found if fragment is not None]
+    fragments = [(packed, owned_fragment(packed.parameter, engine)) for packed in packed_experts(engine.module)]
+    return [OwnedExperts(packed, fragment) for packed, fragment in fragments if fragment is not None]
 
 
 class ExpertGradients:

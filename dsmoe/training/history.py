@@ -30,7 +30,7 @@ class RunHistory:
     """What happened to a run, on rank 0; other ranks keep none.
 
     Args:
-        seconds: of the steps behind the checkpoint that the run goes on from.
+        seconds: of the steps behind the checkpoint that the run resumes from.
         step: that it is at.
     """
 
@@ -42,7 +42,7 @@ class RunHistory:
         self._last_life: float | None = None
         self.began = time.time()
         self._file = AppendedFile(run_dir / FILE, warn) if self.active else None
-        if self.active and step:  # else it begins anew in this folder
+        if self.active and step:  # else a new one is started in this folder
             self._read(run_dir, step)
 
     def _read(self, run_dir: Path, step: int) -> None:

@@ -143,7 +143,7 @@ class Trainer:
         if self.step < self.until:
             why, text = "signal", f"stopped by a signal at step {self.step}; the same command resumes there"
         elif self.step < self.config.training.steps:
-            why, text = "stop_at", f"stopped at step {self.step} (training.stop_at); without it the run goes on"
+            why, text = "stop_at", f"stopped at step {self.step} (training.stop_at); without it the run continues"
         self.progress.say(f"{text}; {self.history.end(self.step, why)}")
         seconds = self.history.seconds - self._before[1]
         speed = (self.tokens - self._before[0]) / seconds if seconds else None
@@ -324,9 +324,9 @@ class Trainer:
             first = FirstSequence(self.engine.module.recorder.routers)
             if self.monitor.wants_text():
                 until_done.enter_context(first)
-            found = evaluate(self.engine, self.held, self.micro_batch, self.groups, self.bytes_per_token)
+            results = evaluate(self.engine, self.held, self.micro_batch, self.groups, self.bytes_per_token)
         if self.monitor.wants_text():
             self.monitor.text(self.step, self.held.batch(0, 1)["tokens"][0], first.experts_LS)
-        bits = f"  {found['val_bpb']:.3f} bits per byte" if "val_bpb" in found else ""
-        self.progress.say(f"step {self.step}  held-out loss {found['val_loss']:.4f}{bits}")
-        return found
+        bits = f"  {results['val_bpb']:.3f} bits per byte" if "val_bpb" in results else ""
+        self.progress.say(f"step {self.step}  held-out loss {results['val_loss']:.4f}{bits}")
+        return results

@@ -49,13 +49,13 @@ class AppendedFile:
                 self._warned = time.monotonic()
                 self.warn(
                     f"cannot write {self.path} ({error.strerror or error}): {self._lost} line"
-                    f"{'s' if self._lost > 1 else ''} lost so far; training goes on"
+                    f"{'s' if self._lost > 1 else ''} lost so far; training continues"
                 )
 
     def _open(self) -> None:
         if self._descriptor is not None and not self.path.exists():
             self.close()
-            self.warn(f"{self.path} was deleted; it begins anew")
+            self.warn(f"{self.path} was deleted; a new one is started")
         if self._descriptor is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -70,7 +70,7 @@ class LineWriter:
     """Appends JSON lines with a `step` to a file, on rank 0; on other ranks it does nothing.
 
     Args:
-        first_step: a resumed run goes on after this step; lines of later steps, which are done again, are dropped.
+        first_step: a resumed run continues after this step; lines of later steps, which are done again, are dropped.
         warn: gets what could not be written.
 
     Raises:
@@ -83,8 +83,8 @@ class LineWriter:
             self._file = AppendedFile(path, warn)
             try:
                 if path.exists():
-                    kept = [line for line in read_lines(path) if _step_of(line) <= first_step]
-                    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+                    lines = [line for line in read_lines(path) if _step_of(line) <= first_step]
+                    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
             except OSError as error:
                 raise RunFolderError(f"cannot continue {path}: {error.strerror or error}") from error
 

@@ -8,7 +8,7 @@ optimizer whose state there is. `training.resume_with` names keys or sections fo
 The place in the data is a number of samples in the order of one seed and sequence length. Another batch reads on from
 there. Under another seed or sequence length the same number means other text; only between two epochs, each of which
 has an order of its own, is there a place that means the same: after n whole epochs. Anywhere else it is refused, or,
-where `training.resume_with` allows it, the run goes on with the next epoch.
+where `training.resume_with` allows it, the run continues with the next epoch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Change:
 
 
 def resume(manifest: Manifest, config: RunConfig, data: dict[str, Any]) -> tuple[Position, list[Change]]:
-    """Where a run goes on from a checkpoint, and what differs from the run that saved it.
+    """Where a run resumes from a checkpoint, and what differs from the run that saved it.
 
     Args:
         config: with vocabulary and precision settled.

@@ -48,9 +48,9 @@ class RoutingTrace:
     def map_TE(self, layer: int) -> np.ndarray:
         """bool, which token uses which expert in an MoE layer."""
         offsets, experts = self.layers[layer]
-        found = np.zeros((len(self.tokens_T), self.num_experts), dtype=bool)
-        found[np.repeat(np.arange(len(self.tokens_T)), np.diff(offsets)), experts] = True
-        return found
+        map_TE = np.zeros((len(self.tokens_T), self.num_experts), dtype=bool)
+        map_TE[np.repeat(np.arange(len(self.tokens_T)), np.diff(offsets)), experts] = True
+        return map_TE
 
 
 def trace_of(maps_LTE: list[np.ndarray], tokens_T: np.ndarray, sequence_length: int, step: int) -> RoutingTrace:
@@ -84,13 +84,13 @@ def read_trace(path: Path) -> RoutingTrace:
     """Read a trace, or the newest one of a run's folder.
 
     Raises:
-        DataError: there is none, or its arrays do not belong together.
+        DataError: there is none, or its arrays do not match.
     """
     if path.is_dir():
-        found = sorted([*path.glob("step_*.npz"), *path.glob(f"{FOLDER}/step_*.npz")])
-        if not found:
+        files = sorted([*path.glob("step_*.npz"), *path.glob(f"{FOLDER}/step_*.npz")])
+        if not files:
             raise DataError(f"{path} has no routing trace; a run with logging.trace=N writes one every N steps")
-        path = found[-1]
+        path = files[-1]
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = [name for name in arrays.files if name.endswith("_offsets")]
@@ -166,4 +166,4 @@ class StepTracer:
         try:
             write_trace(path_of(run_dir, step), trace_of(list(maps_LTE), tokens, length, step))
         except OSError as error:
-            warn(f"cannot write {path_of(run_dir, step)}: {error.strerror or error}; training goes on")
+            warn(f"cannot write {path_of(run_dir, step)}: {error.strerror or error}; training continues")

@@ -77,8 +77,8 @@ def cases(sizes: Sizes, seed: int) -> dict[str, tuple[Callable[[], list[Tensor]]
 
         return run
 
-    def fields(found: plan.RouteOrder) -> list[Tensor]:
-        return [found.flat_N, found.by_token.place_R, found.by_token.start_T]
+    def fields(order: plan.RouteOrder) -> list[Tensor]:
+        return [order.flat_N, order.by_token.place_R, order.by_token.start_T]
 
     return {
         "swiglu": (
@@ -108,17 +108,17 @@ def cases(sizes: Sizes, seed: int) -> dict[str, tuple[Callable[[], list[Tensor]]
 
 
 def check(sizes: Sizes, seed: int) -> list[Verdict]:
-    found = []
+    verdicts = []
     for name, (kernel, reference, allowed) in cases(sizes, seed).items():
         error = 0.0
         for value, expected in zip(kernel(), reference(), strict=True):
             value, expected = value.double(), expected.double()
             error = max(error, ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-9)).item())
-        repeated = all(torch.equal(one, other) for one, other in zip(kernel(), kernel(), strict=True))
+        repeated = all(torch.equal(first, second) for first, second in zip(kernel(), kernel(), strict=True))
         error = error if repeated else float("inf")
         times = (_milliseconds(kernel), _milliseconds(reference)) if on_gpu() else (None, None)
-        found.append(Verdict(name, error, allowed, *times))
-    return found
+        verdicts.append(Verdict(name, error, allowed, *times))
+    return verdicts
 
 
 def _milliseconds(action: Callable[[], object]) -> float:

@@ -72,10 +72,10 @@ def compile_kernel(name: str, capability: int) -> Compiled:
     kernel, signature, constants, warps = KERNELS[name]
     types = dict(argument.split() for argument in signature.split(", "))
     source = ASTSource(fn=kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
-    registers, spilled = _ptxas(made.asm["ptx"], capability)
-    matrix = next((word for word in ("tcgen05", "wgmma", "mma.sync") if word in made.asm["ptx"]), "")
-    return Compiled(name, capability, registers, spilled, made.metadata.shared, matrix)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    registers, spilled = _ptxas(compiled.asm["ptx"], capability)
+    matrix = next((word for word in ("tcgen05", "wgmma", "mma.sync") if word in compiled.asm["ptx"]), "")
+    return Compiled(name, capability, registers, spilled, compiled.metadata.shared, matrix)
 
 
 def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
@@ -88,10 +88,10 @@ def _ptxas(ptx: str, capability: int) -> tuple[int, int]:
         target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
         command = [program, "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "kernel.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stderr + done.stdout
+    output = done.stderr + done.stdout
     if done.returncode:
-        raise RuntimeError(f"ptxas cannot assemble it for {target}: {said}")
-    return int(re.search(r"Used (\d+) registers", said)[1]), int(re.search(r"(\d+) bytes spill stores", said)[1])
+        raise RuntimeError(f"ptxas cannot assemble it for {target}: {output}")
+    return int(re.search(r"Used (\d+) registers", output)[1]), int(re.search(r"(\d+) bytes spill stores", output)[1])
 
 
 def main() -> None:

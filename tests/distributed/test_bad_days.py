@@ -227,7 +227,7 @@ def test_a_deleted_run_folder_costs_its_logs_and_not_the_run(data, tmp_path):
     config = run_config(tmp_path / "run", data, logging=logging, training={"steps": 6})
     ((results, said),) = run_ranks(1, train_and_lose_the_folder, config)
     assert results == [("ended", 6, True)]
-    assert "warning: " in said and "metrics.jsonl was deleted; it begins anew" in said
+    assert "warning: " in said and "metrics.jsonl was deleted; a new one is started" in said
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [3, 4, 5, 6]
     assert verify_checkpoint(newest_checkpoint(tmp_path / "run")).problems == []
 

@@ -158,12 +158,12 @@ DAMAGES = {  # what happened to the folder, and what the error must name
     "a manifest without the controller": (lambda f: _forge(f, "state.safetensors"), "lambda"),
 }  # fmt: skip
 OTHER_MODELS = {
-    "another hidden size": ({"model": {"hidden_size": 64}}, "of another shape"),
+    "another hidden size": ({"model": {"hidden_size": 64}}, "of a different shape"),
     "more layers": ({"model": {"num_layers": 3}}, "missing"),
     "fewer layers": ({"model": {"num_layers": 1}}, "not in this model"),
     "more experts": ({"model": {"num_experts": 8}}, "experts.4.gate_up_proj"),
     "fewer experts": ({"model": {"num_experts": 2}}, "experts.2.gate_up_proj"),
-    "wider experts": ({"model": {"moe_ffn_hidden_size": 24}}, "of another shape"),
+    "wider experts": ({"model": {"moe_ffn_hidden_size": 24}}, "of a different shape"),
     "an untied output layer": ({"model": {"tie_embeddings": False}}, "output_layer.weight"),
     "another router": ({"router": {"name": "topk", "k": 1}}, "router is 'relu'"),
 }

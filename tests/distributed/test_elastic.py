@@ -56,7 +56,7 @@ def save_each(configs: dict) -> dict:
 
 
 def load_each(configs: dict, folders: dict) -> dict:
-    """For each layout one engine, which goes on from every folder: what it loaded wrong, and two steps."""
+    """For each layout one engine, which resumes from every folder: what it loaded wrong, and two steps."""
     found = {}
     for layout, config in configs.items():
         engine = fresh_engine(config)

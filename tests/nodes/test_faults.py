@@ -58,7 +58,7 @@ def test_a_disk_that_fills_up_loses_logs_then_ends_the_run_at_its_save_and_costs
         ended = job.finish()
         assert ended.code == 1
         assert f"cannot write {run_dir}/metrics.jsonl (No space left on device)" in ended.output
-        assert "training goes on" in ended.output and "step 12/12" in ended.output
+        assert "training continues" in ended.output and "step 12/12" in ended.output
         (line,) = [line for line in ended.output.splitlines() if "CheckpointError" in line and "rank 0" not in line]
         assert "No space left on device" in line
         assert (there / "checkpoints" / "latest").read_text() == "step_00000006"

@@ -109,19 +109,21 @@ def products_case(world: World, inputs: tuple[Tensor, Tensor]) -> Case:
     return Case("experts' products alone", "limit", products, [], [])
 
 
-def router_options(router: type[Router], problem: Problem, **more) -> RouterOptions:
-    """Options under which the router follows the tokens of `problem.Gate`, and `more`."""
+def router_options(router: type[Router], problem: Problem, **overrides) -> RouterOptions:
+    """Options under which the router follows the tokens of `problem.Gate`, and `overrides`."""
     options = router.benchmark_options(problem.k, problem.experts, latent_norm=GAIN)
-    return router.Options.model_validate({**options, **more})
+    return router.Options.model_validate({**options, **overrides})
 
 
-def build_layer(world: World, router_class: type[Router] = TopKRouter, chunks: int = 1, **more) -> VariableMoELayer:
+def build_layer(
+    world: World, router_class: type[Router] = TopKRouter, chunks: int = 1, **overrides
+) -> VariableMoELayer:
     """dsmoe's layer as a model has it, with a recorder and a controller of its own, routing as the tokens ask.
 
-    more: further options of the router.
+    overrides: further options of the router.
     """
     problem, groups = world.problem, world.groups
-    options = router_options(router_class, problem, **more)
+    options = router_options(router_class, problem, **overrides)
     experts = ModuleSpec(module=GroupedExperts)
     if rank := router_class.latent_rank(options):
         experts = ModuleSpec(module=LowRankExperts, params={"rank": rank})
@@ -168,7 +170,7 @@ def layer_case(world: World, layer: VariableMoELayer, name: str, inputs: tuple[T
     """Router, dispatch, experts, combine and the router's losses."""
     hidden, grad = inputs
     recorder: RoutingRecorder = layer.router.recorder
-    seen: list[float] = []
+    experts_per_token: list[float] = []
 
     def forward(hidden: Tensor) -> list[Tensor]:
         recorder.begin()
@@ -178,10 +180,10 @@ def layer_case(world: World, layer: VariableMoELayer, name: str, inputs: tuple[T
     def after() -> None:
         totals = recorder.take()
         if totals is not None:
-            seen.append((totals.counts_LE.sum() / totals.tokens).item())
+            experts_per_token.append((totals.counts_LE.sum() / totals.tokens).item())
 
     def mean() -> float | None:
-        return sum(seen) / len(seen) if seen else None
+        return sum(experts_per_token) / len(experts_per_token) if experts_per_token else None
 
     return Case(name, "ours", forward, [hidden], [grad], list(layer.parameters()), after, mean)
 

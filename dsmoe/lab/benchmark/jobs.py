@@ -21,21 +21,21 @@ def run_job(job: Job, huge_pages: bool = True, deadline: float = 7200) -> list[d
     rows = _rows_of(job, huge_pages, deadline)
     memory = {}
     if any(row["kind"] in ("peer", "ours") and "error" not in row for row in rows):
-        found = _rows_of(replace(job, what="memory"), huge_pages, deadline)
-        memory = {(row["name"], row["load"]): row for row in found if "error" not in row}
-        rows += [row | {"kind": "memory"} for row in found if "error" in row]
+        measured = _rows_of(replace(job, what="memory"), huge_pages, deadline)
+        memory = {(row["name"], row["load"]): row for row in measured if "error" not in row}
+        rows += [row | {"kind": "memory"} for row in measured if "error" in row]
     return [memory.get((row["name"], row["load"]), {}) | asdict(job.problem) | row for row in rows]
 
 
 def _rows_of(job: Job, huge_pages: bool, deadline: float) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        found = Path(folder, "rows.json")
+        result_file = Path(folder, "rows.json")
         description = Path(folder, "job.json")
-        replace(job, result=str(found)).save(description)
+        replace(job, result=str(result_file)).save(description)
         arguments = ["-m", "dsmoe.lab.benchmark.worker", str(description)]
         environment = {HUGE_PAGES: str(int(huge_pages))}
         error = wait_for_ranks(start_ranks(arguments, job.problem.ranks, Path(folder), environment), deadline)
-        rows = json.loads(found.read_text()) if found.exists() else []
+        rows = json.loads(result_file.read_text()) if result_file.exists() else []
     if error or not rows:
         error = f"{job.what}: {error or 'it left no rows'}"
         rows.append({"name": "the whole job", "kind": "job", "load": "", "error": error})

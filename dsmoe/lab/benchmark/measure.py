@@ -68,9 +68,9 @@ def largest(values: list[float]) -> list[float]:
     """Of all ranks, by place."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
-    found = torch.tensor(values, dtype=torch.float64, device=device_name())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return found.tolist()
+    largest_values = torch.tensor(values, dtype=torch.float64, device=device_name())
+    dist.all_reduce(largest_values, op=dist.ReduceOp.MAX)
+    return largest_values.tolist()
 
 
 @dataclass
@@ -115,8 +115,8 @@ def interleave(
             if number >= warm_up:
                 own[case.name].append(seconds)
                 order.append(case.name)
-    found = {case.name: largest(own[case.name]) for case in cases}
-    return Timings(found, order)
+    slowest = {case.name: largest(own[case.name]) for case in cases}
+    return Timings(slowest, order)
 
 
 def map_blocks_one_by_one() -> None:

@@ -110,8 +110,8 @@ def accept_registry_default() -> None:
 
     def get(self, model, default=None):
         key = model if isinstance(model, str) else str(model.__class__)
-        found = dict.get(self, key)
-        return found or ({} if default is None else default)
+        value = dict.get(self, key)
+        return value or ({} if default is None else default)
 
     output_capturing._CanRecordRegistry.get = get
 
@@ -265,19 +265,19 @@ Build = Callable[[World, str, tuple[Tensor, Tensor]], Case]
 
 def peers(ranks: int, device: str) -> dict[str, Build]:
     """Those that can run on so many expert-parallel ranks, by name."""
-    found: dict[str, Build] = {"DeepSpeed AutoEP": autoep_case, "DeepSpeed MoE": deepspeed_case}
+    builds: dict[str, Build] = {"DeepSpeed AutoEP": autoep_case, "DeepSpeed MoE": deepspeed_case}
     if ranks == 1:
-        found |= {
+        builds |= {
             "transformers eager": partial(transformers_case, implementation="eager"),
             "transformers grouped_mm": partial(transformers_case, implementation="grouped_mm"),
             "Megatron SequentialMLP": megatron_case,
         }
     if device != "cpu":
-        found["Megatron grouped"] = partial(megatron_case, grouped=True)
+        builds["Megatron grouped"] = partial(megatron_case, grouped=True)
         if ranks == 1:
-            found |= {
+            builds |= {
                 "MegaBlocks sparse": partial(megablocks_case, implementation="sparse"),
                 "MegaBlocks grouped": partial(megablocks_case, implementation="grouped"),
                 "ScatterMoE": scattermoe_case,
             }
-    return found
+    return builds

@@ -144,8 +144,8 @@ def quotas_of(problem: Problem) -> np.ndarray:
 
 def trace_routes() -> tuple[np.ndarray, np.ndarray]:
     """The recorded trace: int [T, k] experts of each token, and the share of routes of each of its experts."""
-    with np.load(TRACES / "routes.npz") as found:
-        routes, experts = found["routes"].astype(np.int64), int(found["experts"])
+    with np.load(TRACES / "routes.npz") as file:
+        routes, experts = file["routes"].astype(np.int64), int(file["experts"])
     return routes, np.bincount(routes.ravel(), minlength=experts) / routes.size
 
 
@@ -191,9 +191,9 @@ def routing_map(problem: Problem, variable: bool) -> Tensor:
             expert_R[place], expert_R[other] = expert_R[other], expert_R[place]
     else:
         raise mistake(f"load {problem.load}: found no routes of {k} different experts a token with it")
-    found = torch.zeros(tokens, experts, dtype=torch.bool)
-    found[torch.from_numpy(token_R), torch.from_numpy(expert_R)] = True
-    return found
+    map_TE = torch.zeros(tokens, experts, dtype=torch.bool)
+    map_TE[torch.from_numpy(token_R), torch.from_numpy(expert_R)] = True
+    return map_TE
 
 
 @dataclass(frozen=True)

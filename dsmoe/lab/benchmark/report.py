@@ -172,8 +172,8 @@ def show_summary(rows: list[dict], console: Console) -> None:
         console.print(f"[bold]Time over the limit: {dtype}, EP={ranks}, {load} load[/]")
         table = _table("experts", *map(str, counts))
         for name in dict.fromkeys(row["name"] for row in chosen if row["kind"] in ("peer", "ours")):
-            found = {row["experts"]: row for row in chosen if row["name"] == name}
-            table.add_row(name, *[_ratio(found.get(count)) for count in counts])
+            by_experts = {row["experts"]: row for row in chosen if row["name"] == name}
+            table.add_row(name, *[_ratio(by_experts.get(count)) for count in counts])
         console.print(table)
 
 

@@ -297,8 +297,8 @@ def main() -> None:
     quiet_libraries()
     job, reply = StepJob.load(Path(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w")
 
-    def answer(**found) -> None:
-        print(json.dumps(found), file=reply, flush=True)
+    def answer(**fields) -> None:
+        print(json.dumps(fields), file=reply, flush=True)
 
     try:
         step = KINDS[job.kind](job, int(os.environ.get("RANK", "0")))

@@ -74,12 +74,12 @@ class StepProcesses:
 
     def answers(self, deadline: float) -> list[dict[str, Any]]:
         """What all ranks say next; empty, and `error` set, where one failed, ended, or is silent for `deadline` s."""
-        found: dict[int, dict] = {}
+        by_rank: dict[int, dict] = {}
         with selectors.DefaultSelector() as ready:
             for rank, (_, replies) in enumerate(self.ranks):
                 ready.register(replies, selectors.EVENT_READ, rank)
             end = time.monotonic() + deadline
-            while len(found) < len(self.ranks):
+            while len(by_rank) < len(self.ranks):
                 events = ready.select(max(0.0, end - time.monotonic()))
                 if not events:
                     return self._fail(f"no answer within {deadline:.0f} s")
@@ -88,9 +88,9 @@ class StepProcesses:
                     answer = json.loads(line) if line else {"error": "the process ended"}
                     if "error" in answer:
                         return self._fail(answer["error"])
-                    found[key.data] = answer
+                    by_rank[key.data] = answer
                     ready.unregister(key.fileobj)
-        return [found[rank] for rank in range(len(self.ranks))]
+        return [by_rank[rank] for rank in range(len(self.ranks))]
 
     def _fail(self, error: str) -> list:
         self.error = error
@@ -131,17 +131,17 @@ def run_steps(jobs: list[StepJob], rounds: int = 7, deadline: float = 900) -> li
                 running.append(model)
                 if model.answers(deadline):
                     model.step(deadline)  # AdamW makes its moments in the first step
-            found: dict[str, list[list[dict]]] = {model.job.name: [] for model in running}
+            by_model: dict[str, list[list[dict]]] = {model.job.name: [] for model in running}
             for number in range(rounds):
                 turn = number % max(1, len(running))
                 for model in running[turn:] + running[:turn]:
                     if model.error is None and (answers := model.step(deadline)):
-                        found[model.job.name].append(answers)
+                        by_model[model.job.name].append(answers)
             for model in running:
                 if model.error:
                     rows[model.job.name]["error"] = model.error
                 else:
-                    rows[model.job.name] |= summary(model.job, found[model.job.name])
+                    rows[model.job.name] |= summary(model.job, by_model[model.job.name])
         finally:
             for model in running:
                 model.close()

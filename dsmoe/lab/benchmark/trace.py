@@ -37,11 +37,13 @@ def record(path: Path, tokens: int = TOKENS, data: str | None = None) -> tuple[n
         raise DataError(f"{source.path} holds out {len(held) * length} tokens, expected at least {tokens}")
     routers = [module for module in trained.model.modules() if isinstance(module, Router)]
     maps: list[list[torch.Tensor]] = [[] for _ in routers]
-    for router, found in zip(routers, maps, strict=True):
-        router.register_forward_hook(lambda module, args, output, found=found: found.append(output[1].cpu()))
+    for router, layer_maps in zip(routers, maps, strict=True):
+        router.register_forward_hook(
+            lambda module, args, output, layer_maps=layer_maps: layer_maps.append(output[1].cpu())
+        )
     for number in range(len(held)):
         trained.model(held.batch(number, 1)["tokens"])
-    maps_LTE = torch.stack([torch.cat(found)[:tokens] for found in maps])
+    maps_LTE = torch.stack([torch.cat(layer_maps)[:tokens] for layer_maps in maps])
     per_token = maps_LTE.sum(2).unique()
     if len(per_token) > 1:
         raise DataError(f"{path}: tokens have {per_token.tolist()} experts, expected the same number for all")

@@ -73,17 +73,17 @@ def entries_of(world, job: Job) -> list[Entry]:
     from dsmoe.routers.topk import TopKRouter
 
     ranks = world.groups.ep_size
-    found = [
+    entries = [
         Entry(name, "peer", False, _once(build, world, name))
         for name, build in peers.peers(ranks, world.device).items()
     ]
     for name, router in available().items():
-        found.append(_ours(world, f"dsmoe {name}", router))
+        entries.append(_ours(world, f"dsmoe {name}", router))
         for variant, options in router.benchmark_variants(ranks).items():
-            found.append(_ours(world, f"dsmoe {name}, {variant}", router, **options))
+            entries.append(_ours(world, f"dsmoe {name}, {variant}", router, **options))
         if ranks > 1 and router is TopKRouter:
-            found.append(_ours(world, f"dsmoe {name}, {PARTS} parts", router, chunks=PARTS))
-    return [entry for entry in found if job.wants(entry.name)]
+            entries.append(_ours(world, f"dsmoe {name}, {PARTS} parts", router, chunks=PARTS))
+    return [entry for entry in entries if job.wants(entry.name)]
 
 
 def _ours(world, name: str, router: type, chunks: int = 1, **options) -> Entry:
@@ -128,9 +128,9 @@ def _memory(job: Job, world) -> list[dict[str, Any]]:
     for load in job.loads:
         inputs = {variable: world.inputs(load, variable) for variable in (False, True)}
         for entry in entries:
-            found, error = _agreed(partial(_warmed, entry, inputs[entry.variable]))
+            warmed, error = _agreed(partial(_warmed, entry, inputs[entry.variable]))
             row = {"name": entry.name, "kind": entry.kind, "load": load}
-            rows.append(row | ({"error": f"memory: {error}"} if error else memory_row(found[0], job.problem)))
+            rows.append(row | ({"error": f"memory: {error}"} if error else memory_row(warmed[0], job.problem)))
     return rows
 
 
@@ -145,18 +145,18 @@ def _times(job: Job, world) -> list[dict[str, Any]]:
         inputs = {variable: world.inputs(load, variable) for variable in (False, True)}
         good, outputs = limit_cases(world), {}
         if world.device == "cpu" and job.problem.dtype == "fp32":
-            found, error = _agreed(partial(cases.products_case, world, inputs[False]))
+            result, error = _agreed(partial(cases.products_case, world, inputs[False]))
             if error:
                 rows.append({"name": "experts' products alone", "kind": "limit", "load": load, "error": error})
             else:
-                good.append(found)
+                good.append(result)
         for entry in entries:
-            found, error = _agreed(partial(_warmed, entry, inputs[entry.variable]))
+            result, error = _agreed(partial(_warmed, entry, inputs[entry.variable]))
             if error:
                 rows.append({"name": entry.name, "kind": entry.kind, "load": load, "error": error})
             else:
-                good.append(found[0])
-                outputs[entry.name] = found[1]
+                good.append(result[0])
+                outputs[entry.name] = result[1]
         if job.wants("dsmoe topk"):
             parts, error = _agreed(partial(_parts, world, inputs[False]))
             good += parts or []
@@ -187,7 +187,7 @@ def _agreed(work: Callable[[], Any]) -> tuple[Any, str | None]:
     if dist.get_world_size() > 1:
         errors: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
-        error = next((found for found in errors if found), None)
+        error = next((message for message in errors if message), None)
     return value, error
 
 
@@ -195,13 +195,13 @@ def _parts(world, inputs: tuple[Tensor, Tensor]) -> list[Case]:
     """The parts of the top-k layer, each run once."""
     from dsmoe.lab.benchmark.cases import part_cases
 
-    found = part_cases(world, inputs)
-    for case in found:
+    part_list = part_cases(world, inputs)
+    for case in part_list:
         case.clear()
         case.run()
         case.after()
         case.clear()
-    return found
+    return part_list
 
 
 def _warmed(entry: Entry, inputs: tuple[Tensor, Tensor]) -> tuple[Case, Tensor]:

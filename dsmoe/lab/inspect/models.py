@@ -1,7 +1,7 @@
 """What can be inspected, behind one interface: a run of ours, an export of ours, a Mixtral, OLMoE or Qwen3-MoE.
 
-Routes are read with forward hooks, on the tensors that the model itself goes on with, and a hook may change them: that
-is how a sweep drops routes (`Setting`).
+Routes are read with forward hooks, on the tensors that the model itself continues with, and a hook may change them:
+that is how a sweep drops routes (`Setting`).
 
 Shapes: S tokens of one sequence, E experts, k routes of a token, H hidden, F expert width, r latent width,
 V vocabulary.

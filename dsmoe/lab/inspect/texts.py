@@ -89,9 +89,7 @@ def tokenize(text: Text, tokenizer: Tokenizer, context: int, vocab_size: int, wi
             "the command line",
         )
     if max(ids) >= vocab_size:
-        raise DataError(
-            f"{tokenizer.path} gives id {max(ids)}, and the model has {vocab_size}: they do not belong together"
-        )
+        raise DataError(f"{tokenizer.path} gives id {max(ids)}, and the model has {vocab_size}: they do not match")
     if len(ids) > windows * context:
         needed = -(-len(ids) // context)
         most = f"{windows} windows of {context}" if windows > 1 else f"the context of {context}"

@@ -60,11 +60,11 @@ def cases(scale: int, ranks: int) -> list[Case]:
         "spread, k 8": {count: 16 * ranks, "router.k": 8, "model.num_layers": 4},
         "spread, dense layers": {"model.num_layers": 4, "model.moe_layer_freq": 4},
     }
-    found = [Case(name, ranks, {**small, **keys}) for name, keys in varied.items()]
+    runs = [Case(name, ranks, {**small, **keys}) for name, keys in varied.items()]
     if ranks > 1:
         small["parallel.expert_parallel"] = ranks
-        found += [Case(name, ranks, {**small, **keys}) for name, keys in spread.items()]
-    return found
+        runs += [Case(name, ranks, {**small, **keys}) for name, keys in spread.items()]
+    return runs
 
 
 def measure_machine(
@@ -118,8 +118,8 @@ def fit(alone: Hardware, runs: list[MeasuredRun]) -> Hardware:
         for run, done, layout in zip(runs, works, layouts, strict=True):
             if part in done:
                 rows.append([*(getattr(done[part], feature) for feature in FEATURES), 1.0])
-                taken = run.seconds_by_part.get(part, 0.0)
-                times.append(max(taken - _network(part, replace(layout, hardware=networked)), 0.1 * taken))
+                measured = run.seconds_by_part.get(part, 0.0)
+                times.append(max(measured - _network(part, replace(layout, hardware=networked)), 0.1 * measured))
         least = np.array([1e-12 / alone.peak_tflops[precision], 0.0, 0.0, 0.0, 0.0])
         speeds[part] = _speed(robust_fit(np.array(rows), np.array(times), least), precision)
     return _with_memory(networked.model_copy(update={"speeds": speeds}), layouts, runs)
@@ -139,7 +139,7 @@ def _link(alone: Hardware, layouts: list[Layout], runs: list[MeasuredRun]) -> Li
 def _with_memory(hardware: Hardware, layouts: list[Layout], runs: list[MeasuredRun]) -> Hardware:
     """What a process takes alone, and what its allocator holds for each byte of state and of activations."""
     counted = [memory(layout) for layout in layouts]
-    rows = np.array([(1.0, found.state, found.transient) for found in counted])
+    rows = np.array([(1.0, predicted.state, predicted.transient) for predicted in counted])
     fitted = non_negative_fit(rows, np.array([run.peak_memory for run in runs]), np.array([0.0, 1.0, 1.0]))
     return hardware.model_copy(
         update={
@@ -164,8 +164,8 @@ def _speed(seconds_per: np.ndarray, precision: Precision) -> Speed:
     )  # fmt: skip
 
 
-def _rate(seconds_per_one: float, unit: float) -> float | None:
-    return float(f"{unit / seconds_per_one:.4g}") if seconds_per_one > 0 else None
+def _rate(seconds_per_unit: float, unit: float) -> float | None:
+    return float(f"{unit / seconds_per_unit:.4g}") if seconds_per_unit > 0 else None
 
 
 def robust_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray) -> np.ndarray:

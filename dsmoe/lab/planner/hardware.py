@@ -17,7 +17,8 @@
     price_per_hour: 0.1            of a device
 
 A part takes flops / tflops + activation bytes / gb_s + weight bytes / weights_gb_s + calls x call_us + step_us:
-nothing overlaps, as in dsmoe. `dsmoe plan calibrate` writes such a file for the machine at hand.
+parts are added up, as if nothing overlapped. dsmoe hides exchanges behind shared experts and other chunks where it
+can, so a prediction is an upper bound there. `dsmoe plan calibrate` writes such a file for this machine.
 """
 
 from __future__ import annotations

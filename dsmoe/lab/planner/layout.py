@@ -168,41 +168,45 @@ class Layout:
 
 def problems(config: RunConfig, ranks: int, hardware: Hardware | None = None) -> list[str]:
     """Why a run cannot be laid out so, apart from memory."""
-    found = []
+    reasons = []
     training, ep = config.training, config.parallel.expert_parallel
     if config.model.vocab_size is None:
-        found.append("model.vocab_size: not set, and a plan sees no tokenizer; add for example model.vocab_size=32000")
+        reasons.append(
+            "model.vocab_size: not set, and a plan sees no tokenizer; add for example model.vocab_size=32000"
+        )
     if ranks % ep:
-        found.append(f"parallel.expert_parallel: found {ep}, expected a divisor of the {ranks} ranks")
+        reasons.append(f"parallel.expert_parallel: found {ep}, expected a divisor of the {ranks} ranks")
     parts = ranks * training.gradient_accumulation
     if training.global_batch_size % parts:
-        found.append(
+        reasons.append(
             f"training.global_batch_size: found {training.global_batch_size}, expected a multiple of {ranks} ranks x "
             f"{training.gradient_accumulation} micro-steps"
         )
     if hardware is not None:
         if config.parallel.placement == "within_node" and ep > hardware.devices_per_node:
-            found.append(
+            reasons.append(
                 f"parallel.expert_parallel: found {ep} with parallel.placement: within_node, expected at most the "
                 f"{hardware.devices_per_node} devices of a node"
             )
         if not hardware.cpu and config.model.experts_implementation in ("auto", "grouped_mm"):
             widths = {"hidden_size": config.model.hidden_size, "moe_ffn_hidden_size": config.model.moe_ffn_hidden_size}
-            found += [
+            reasons += [
                 f"model.{name}: found {width}, expected a multiple of 8, or model.experts_implementation=loop"
                 for name, width in widths.items()
                 if width % 8
             ]
         if ranks > hardware.devices_per_node and hardware.between_nodes is None:
-            found.append(f"--nodes: {hardware.name} is one node: its file has no between_nodes")
+            reasons.append(f"--nodes: {hardware.name} is one node: its file has no between_nodes")
         if training.precision not in hardware.peak_tflops:
             known = ", ".join(hardware.peak_tflops)
-            found.append(f"training.precision: found {training.precision}, expected one of {hardware.name}'s: {known}")
-    return found
+            reasons.append(
+                f"training.precision: found {training.precision}, expected one of {hardware.name}'s: {known}"
+            )
+    return reasons
 
 
 def checked(layout: Layout) -> Layout:
     """The same layout. Raises `ConfigError` with every reason why it cannot be."""
-    if found := problems(layout.config, layout.ranks, layout.hardware):
-        raise ConfigError(found, "the plan")
+    if reasons := problems(layout.config, layout.ranks, layout.hardware):
+        raise ConfigError(reasons, "the plan")
     return layout

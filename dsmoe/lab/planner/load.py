@@ -44,8 +44,8 @@ def recorded(path: Path, experts: int) -> Load:
 def _contiguous(trace: RoutingTrace, ep: int) -> float:
     if ep == 1:
         return 1.0
-    if found := problems(trace, [ep]):
-        raise ConfigError(found, "the trace")
+    if reasons := problems(trace, [ep]):
+        raise ConfigError(reasons, "the trace")
     return next(row.load for row in replay(trace, [ep]) if row.placement == "contiguous")
 
 

@@ -47,8 +47,8 @@ class MeasuredRun:
 
 def run_from(written: dict) -> MeasuredRun:
     """What `dataclasses.asdict` made of one, among other keys."""
-    kept = {field.name: written[field.name] for field in fields(MeasuredRun)}
-    return MeasuredRun(**{**kept, "case": Case(**written["case"])})
+    values = {field.name: written[field.name] for field in fields(MeasuredRun)}
+    return MeasuredRun(**{**values, "case": Case(**written["case"])})
 
 
 def settings(case: Case, vocabulary: int) -> dict[str, object]:

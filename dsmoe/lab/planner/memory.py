@@ -138,11 +138,11 @@ def at_work(layout: Layout) -> float:
     model = layout.model
     parts = model.moe_chunks if model.recompute != "none" else 1
     rows = layout.routes / parts * 2 * model.hidden_size * layout.element
-    under_way = min(1.0, 2.5 / parts)  # the part at work, one on its way here and one on its way home
-    travelling = layout.tokens * layout.reach() * under_way * 2 * model.hidden_size * layout.element
-    again = moe_activations(layout) / parts if model.recompute != "none" else 0.0
-    again += attention(layout) if model.recompute == "full" else 0.0
-    return rows + travelling + again + 3 * layout.tokens * model.hidden_size * layout.element
+    in_flight = min(1.0, 2.5 / parts)  # the part at work, one on its way here and one on its way home
+    exchanged = layout.tokens * layout.reach() * in_flight * 2 * model.hidden_size * layout.element
+    recomputed = moe_activations(layout) / parts if model.recompute != "none" else 0.0
+    recomputed += attention(layout) if model.recompute == "full" else 0.0
+    return rows + exchanged + recomputed + 3 * layout.tokens * model.hidden_size * layout.element
 
 
 def logits(layout: Layout) -> float:

@@ -104,10 +104,10 @@ def predicted(figure: Published, machines: Path) -> Prediction:
     keys |= {"training.global_batch_size": figure.batch}
     assignments = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()]
     config = load_config(None, assignments, option_classes())
-    found = search(config, hardware, figure.nodes * hardware.devices_per_node)
-    for one in (*found.fitting, *found.too_large):
-        if figure.fixed.items() <= choices(one.layout).items():
-            return one
+    result = search(config, hardware, figure.nodes * hardware.devices_per_node)
+    for prediction in (*result.fitting, *result.too_large):
+        if figure.fixed.items() <= choices(prediction.layout).items():
+            return prediction
     raise ValueError(f"{figure.name}: no layout has {figure.fixed}")
 
 
@@ -119,21 +119,21 @@ def table(machines: Path) -> tuple[Table, list[dict]]:
         shown.add_column(column, justify="right", no_wrap=True)
     rows = []
     for figure in FIGURES:
-        found = predicted(figure, machines)
-        error = found.tflops / figure.tflops - 1
-        fits = f"{found.worst_memory / 2**30:.0f} GiB" + ("" if found.fits else " (too much)")
-        shown.add_row(figure.name, f"{figure.tflops:.0f}", f"{found.tflops:.0f}", f"{error:+.0%}", fits)
+        prediction = predicted(figure, machines)
+        error = prediction.tflops / figure.tflops - 1
+        fits = f"{prediction.worst_memory / 2**30:.0f} GiB" + ("" if prediction.fits else " (too much)")
+        shown.add_row(figure.name, f"{figure.tflops:.0f}", f"{prediction.tflops:.0f}", f"{error:+.0%}", fits)
         rows.append(
             {
                 "figure": figure.name,
                 "source": figure.source,
                 "note": figure.note,
                 "tflops": figure.tflops,
-                "predicted_tflops": found.tflops,
+                "predicted_tflops": prediction.tflops,
                 "error": error,
-                "layout": choices(found.layout),
-                "memory_bytes": found.worst_memory,
-                "fits": found.fits,
+                "layout": choices(prediction.layout),
+                "memory_bytes": prediction.worst_memory,
+                "fits": prediction.fits,
             }
         )
     return shown, rows

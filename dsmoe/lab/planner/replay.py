@@ -101,8 +101,8 @@ def skewed(trace: RoutingTrace, text: str) -> RoutingTrace:
         # The k largest of log(weight) + Gumbel noise are k different experts, drawn by their weights.
         keys_TE = np.log(weights_E) + random.gumbel(size=(len(offsets) - 1, trace.num_experts))
         order_TE = np.argsort(-keys_TE, axis=1)
-        taken = [np.sort(order_TE[token, :count]) for token, count in enumerate(np.diff(offsets))]
-        layers.append((offsets, np.concatenate(taken).astype(np.int16)))
+        chosen_experts = [np.sort(order_TE[token, :count]) for token, count in enumerate(np.diff(offsets))]
+        layers.append((offsets, np.concatenate(chosen_experts).astype(np.int16)))
     return replace(trace, layers=layers)
 
 
@@ -176,8 +176,8 @@ def replay(
     Raises:
         ConfigError: a number of ranks does not divide the experts.
     """
-    if found := problems(trace, ranks):
-        raise ConfigError(found, "the replay")
+    if reasons := problems(trace, ranks):
+        raise ConfigError(reasons, "the replay")
     real = [routes_of(offsets, experts) for offsets, experts in trace.layers]
     balanced = [(token_N, dealt(len(token_N), trace.num_experts)) for token_N, _ in real]
     sizes = len(trace.tokens_T), trace.num_experts

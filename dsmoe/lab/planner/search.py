@@ -15,7 +15,7 @@ CHUNKS = (1, 2, 4, 8)  # of a recomputed layer's tokens
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """All layouts, the fastest that fit first; of those that do not fit, the nearest first."""
 
     fitting: list[Prediction]
@@ -32,20 +32,28 @@ def search(
     ranks: int,
     load: Callable[[int], float] = lambda ep: 1.0,
     experts_per_token: float | None = None,
-) -> Found:
+) -> SearchResult:
     """Try everything that divides.
 
     Args:
         load: routes of the busiest rank over the mean, by expert-parallel size.
         experts_per_token: None for what the router aims at.
     """
-    found = []
+    predictions = []
     for candidate in layouts(config, ranks):
         if not problems(candidate, ranks, hardware):
             ep = candidate.parallel.expert_parallel
-            found.append(predict(Layout(candidate, hardware, ranks, load(ep), experts_per_token)))
-    fitting = sorted((one for one in found if one.fits), key=lambda one: one.step_seconds)
-    return Found(fitting, sorted((one for one in found if not one.fits), key=lambda one: one.missing_memory))
+            predictions.append(predict(Layout(candidate, hardware, ranks, load(ep), experts_per_token)))
+    fitting = sorted(
+        (prediction for prediction in predictions if prediction.fits), key=lambda prediction: prediction.step_seconds
+    )
+    return SearchResult(
+        fitting,
+        sorted(
+            (prediction for prediction in predictions if not prediction.fits),
+            key=lambda prediction: prediction.missing_memory,
+        ),
+    )
 
 
 def layouts(config: RunConfig, ranks: int) -> list[RunConfig]:
@@ -96,9 +104,9 @@ def choices(layout: Layout) -> dict[str, object]:
     }
 
 
-def changes(to: Layout, given: Layout) -> list[str]:
+def changes(to: Layout, current: Layout) -> list[str]:
     """Overrides that make one layout the other."""
-    before = choices(given)
+    before = choices(current)
     return [f"{key}={value}" for key, value in choices(to).items() if value != before[key]]
 
 

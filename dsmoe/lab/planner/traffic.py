@@ -30,10 +30,10 @@ class Flow:
     def seconds(self, layout: Layout) -> float:
         """Of the busiest rank. Both networks are taken one after the other."""
         near, far = layout.hardware.within_node, layout.hardware.between_nodes
-        found = self.within / (near.gb_s * 1e9) + (self.calls + self.calls_within) * near.call_us * 1e-6
+        seconds = self.within / (near.gb_s * 1e9) + (self.calls + self.calls_within) * near.call_us * 1e-6
         if far is not None and layout.ranks > layout.hardware.devices_per_node:
-            found += self.between / (far.gb_s * 1e9) + self.calls * (far.call_us - near.call_us) * 1e-6
-        return found
+            seconds += self.between / (far.gb_s * 1e9) + self.calls * (far.call_us - near.call_us) * 1e-6
+        return seconds
 
 
 def exchange(layout: Layout) -> Flow:
@@ -41,27 +41,27 @@ def exchange(layout: Layout) -> Flow:
     if layout.ep == 1:
         return Flow(0.0, 0.0, 0.0)
     model = layout.model
-    again = 1 if model.recompute != "none" else 0  # a recomputed layer sends its rows again, up to the experts
+    recomputed = 1 if model.recompute != "none" else 0  # a recomputed layer sends its rows again, up to the experts
     routes = layout.tokens * layout.experts * (layout.ep - 1) / layout.ep
     # Row numbers go out once, weights out and their gradients home.
-    sent = routes * (INDEX + WEIGHT * (2 + again))
-    calls = (2 + again) + 2 + 1 + (2 + again)  # rows out and home, both backward, row numbers, weights
+    sent = routes * (INDEX + WEIGHT * (2 + recomputed))
+    calls = (2 + recomputed) + 2 + 1 + (2 + recomputed)  # rows out and home, both backward, row numbers, weights
     if layout.sends_latents:
-        sent += routes * layout.latent * layout.wire * (2 + again)
-        calls += 2 + again
+        sent += routes * layout.latent * layout.wire * (2 + recomputed)
+        calls += 2 + recomputed
     if layout.shards_latents:  # tokens to all owners, a score of every expert back, and the gradients of both
         sent += 2 * layout.tokens * (layout.ep - 1) * model.hidden_size * layout.element
         sent += 2 * layout.tokens * 4 * model.num_experts * (layout.ep - 1) / layout.ep
         calls += 4
     times = layout.moe_layers * layout.micro_steps
     within, between = (sent * share for share in _split(layout, layout.ep))
-    rows, row_bytes = layout.expected_rows(), model.hidden_size * layout.wire * (4 + again)
+    rows, row_bytes = layout.expected_rows(), model.hidden_size * layout.wire * (4 + recomputed)
     within += layout.tokens * rows.within_node * row_bytes
     between += layout.tokens * rows.between_nodes * row_bytes
     calls_within = 0
     if layout.dispatcher == "two_level":
         between += layout.tokens * rows.between_nodes * layout.ranks_per_node  # which ranks of its node need a row
-        calls, calls_within = calls + 1, 4 + again
+        calls, calls_within = calls + 1, 4 + recomputed
     calls, calls_within = (count * model.moe_chunks * times for count in (calls, calls_within))
     return Flow(within * times, between * times, calls, calls_within)
 

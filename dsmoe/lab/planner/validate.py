@@ -59,7 +59,7 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
     """Other shapes, routers, ZeRO stages and layouts than those of the calibration."""
     hidden, ffn = "model.hidden_size", "model.moe_ffn_hidden_size"
     count, batch, length = "model.num_experts", "training.global_batch_size", "model.sequence_length"
-    zero, again = "parallel.zero_stage", "model.recompute"
+    zero, recompute = "parallel.zero_stage", "model.recompute"
     base: dict[str, Any] = {
         "model.num_layers": 3, "model.num_attention_heads": 4, hidden: 192 * scale, length: 192, count: 16,
         ffn: 192 * scale, "router.name": TopKRouter.name, "router.k": 2, batch: 6 * ranks,
@@ -77,15 +77,17 @@ def cases(ranks: int, scale: int = 1) -> list[Case]:
         "spread, 192 experts": {**spread, count: 192, ffn: 96 * scale, "model.num_layers": 2},
         "spread, ZeRO 2, accumulated": {**spread, zero: 2, "training.gradient_accumulation": 3},
         "spread, ZeRO 3": {**spread, zero: 3, count: 24},
-        "spread, experts recomputed": {**spread, again: "moe", batch: 12 * ranks},
-        "spread, all recomputed": {**spread, again: "full", length: 384},
+        "spread, experts recomputed": {**spread, recompute: "moe", batch: 12 * ranks},
+        "spread, all recomputed": {**spread, recompute: "full", length: 384},
         "spread, top-p": {**spread, "router.name": TopPRouter.name, "router.k": ..., "router.p": 0.4},
         "spread, relu": {**spread, **relu, count: 32},
         "spread, shared expert": {**spread, "model.moe_shared_expert_intermediate_size": 192 * scale},
         "spread, every second layer": {**spread, "model.moe_layer_freq": 2, "model.num_layers": 4},
     }
-    found = [{name: value for name, value in {**base, **keys}.items() if value is not ...} for keys in varied.values()]
-    cases_ = [Case(name, ranks, keys) for name, keys in zip(varied, found, strict=True)]
+    settings = [
+        {name: value for name, value in {**base, **keys}.items() if value is not ...} for keys in varied.values()
+    ]
+    cases_ = [Case(name, ranks, keys) for name, keys in zip(varied, settings, strict=True)]
     return cases_ if ranks > 1 else [case for case in cases_ if "spread" not in case.name]
 
 
@@ -103,33 +105,33 @@ def validate(
     return [Checked(run, predict(layout_of(run, hardware))) for run in measure_all(runs, VOCABULARY, rounds, say)]
 
 
-def table(found: list[Checked]) -> Table:
+def table(checks: list[Checked]) -> Table:
     """One row a run: measured, predicted, error; those beyond a bar in red."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("run")
     for column in ("step ms", "memory MiB", "all-to-all MB"):
         shown.add_column(column, justify="right", no_wrap=True)
-    for one in found:
-        run, prediction = one.run, one.prediction
+    for check in checks:
+        run, prediction = check.run, check.prediction
         sent = prediction.flows["exchange"].bytes * run.case.ranks
         shown.add_row(
             run.case.name,
-            _beside(run.seconds * 1e3, prediction.step_seconds * 1e3, ".0f", one.seconds_error, SECONDS_BAR),
-            _beside(run.peak_memory / 2**20, prediction.memory.total / 2**20, ".0f", one.memory_error, MEMORY_BAR),
+            _beside(run.seconds * 1e3, prediction.step_seconds * 1e3, ".0f", check.seconds_error, SECONDS_BAR),
+            _beside(run.peak_memory / 2**20, prediction.memory.total / 2**20, ".0f", check.memory_error, MEMORY_BAR),
             ""
-            if one.bytes_error is None
-            else _beside(run.all_to_all / 1e6, sent / 1e6, ".1f", one.bytes_error, BYTES_BAR),
+            if check.bytes_error is None
+            else _beside(run.all_to_all / 1e6, sent / 1e6, ".1f", check.bytes_error, BYTES_BAR),
         )
     return shown
 
 
-def summary(found: list[Checked]) -> str:
+def summary(checks: list[Checked]) -> str:
     """How many runs are within each bar, and the worst of each."""
     lines = []
     for what, bar, errors in (
-        ("step time", SECONDS_BAR, [one.seconds_error for one in found]),
-        ("memory", MEMORY_BAR, [one.memory_error for one in found]),
-        ("all-to-all bytes", BYTES_BAR, [one.bytes_error for one in found if one.bytes_error is not None]),
+        ("step time", SECONDS_BAR, [check.seconds_error for check in checks]),
+        ("memory", MEMORY_BAR, [check.memory_error for check in checks]),
+        ("all-to-all bytes", BYTES_BAR, [check.bytes_error for check in checks if check.bytes_error is not None]),
     ):
         if errors:
             within = sum(abs(error) <= bar for error in errors)
@@ -139,5 +141,5 @@ def summary(found: list[Checked]) -> str:
 
 
 def _beside(measured: float, predicted: float, form: str, error: float, bar: float) -> str:
-    said = f"{error:+.1%}" if abs(error) <= bar else f"[red]{error:+.1%}[/]"
-    return f"{measured:{form}} → {predicted:{form}} {said}"
+    shown = f"{error:+.1%}" if abs(error) <= bar else f"[red]{error:+.1%}[/]"
+    return f"{measured:{form}} → {predicted:{form}} {shown}"

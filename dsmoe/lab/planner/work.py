@@ -38,20 +38,20 @@ class Work:
 def work(layout: Layout) -> dict[str, Work]:
     """By part; a part that the model has not is left out."""
     model, micro = layout.model, layout.micro_steps
-    found = {
+    parts = {
         "attention": attention(layout),
         "rest": rest(layout),
         "loss": loss(layout),
         "optimizer": optimizer(layout),
     }
     if layout.moe_layers:
-        found |= {"routing": routing(layout), "dispatch": dispatch(layout), "experts": experts(layout)}
-        found["combine"] = combine(layout)
+        parts |= {"routing": routing(layout), "dispatch": dispatch(layout), "experts": experts(layout)}
+        parts["combine"] = combine(layout)
     if layout.moe_layers and model.moe_shared_expert_intermediate_size:
         width = model.moe_shared_expert_intermediate_size
         times = layout.moe_layers * micro
-        found["shared experts"] = _mlp(layout, width, times)
-    return found
+        parts["shared experts"] = _mlp(layout, width, times)
+    return parts
 
 
 def total_flops(layout: Layout) -> float:
@@ -69,10 +69,10 @@ def attention(layout: Layout) -> Work:
     """Scores and their use, causal; the projections belong to the rest."""
     model = layout.model
     heads = model.num_attention_heads * model.head_size
-    again = model.recompute == "full"
+    recomputed = model.recompute == "full"
     tokens, layers = layout.tokens, model.num_layers * layout.micro_steps
     # Two products forward, five backward, where scores are made again.
-    flops = (7 + 2 * again) * tokens * heads * model.sequence_length * layers
+    flops = (7 + 2 * recomputed) * tokens * heads * model.sequence_length * layers
     return Work(flops, tokens * heads * 8 * layout.element * layers, calls=layers)
 
 
@@ -101,8 +101,8 @@ def rest(layout: Layout) -> Work:
 
 def _mlp(layout: Layout, width: int, times: float) -> Work:
     """A SwiGLU of every token."""
-    again = layout.model.recompute == "full"
-    flops = 2 * 3 * layout.model.hidden_size * width * (PASSES + again) * layout.tokens * times
+    recomputed = layout.model.recompute == "full"
+    flops = 2 * 3 * layout.model.hidden_size * width * (PASSES + recomputed) * layout.tokens * times
     return Work(flops, 12 * width * layout.tokens * layout.element * times, calls=times)
 
 
@@ -119,18 +119,18 @@ def routing(layout: Layout) -> Work:
     are not kept are made again; that a CPU does so for active pairs only, where the others have no gradient, is not
     counted."""
     model, times = layout.model, layout.moe_layers * layout.micro_steps
-    width, kept = max(1, layout.latent), layout.sends_latents
-    passes = PASSES + (layout.latent > 0 and not kept)
+    width, retained = max(1, layout.latent), layout.sends_latents
+    passes = PASSES + (layout.latent > 0 and not retained)
     flops = 2 * passes * layout.tokens * model.num_experts * width * model.hidden_size * times
-    elements = layout.tokens * model.num_experts * (20 + 4 * layout.latent * kept) * times
+    elements = layout.tokens * model.num_experts * (20 + 4 * layout.latent * retained) * times
     return Work(flops, 4 * elements, calls=times)
 
 
 def dispatch(layout: Layout) -> Work:
     """The plan, from the map [T, E]; rows gathered by destination and by expert, and their gradients summed."""
     model, times = layout.model, layout.moe_layers * layout.micro_steps
-    again = model.recompute != "none"
-    rows = (layout.routes + _rows(layout)) * model.hidden_size * layout.element * (5 + 2 * again)
+    recomputed = model.recompute != "none"
+    rows = (layout.routes + _rows(layout)) * model.hidden_size * layout.element * (5 + 2 * recomputed)
     plan = layout.tokens * model.num_experts * 12
     return Work(0.0, (rows + plan) * times, calls=times * model.moe_chunks)
 
@@ -138,20 +138,20 @@ def dispatch(layout: Layout) -> Work:
 def combine(layout: Layout) -> Work:
     """Sums of rows, for each token; their gradients are gathered."""
     model, times = layout.model, layout.moe_layers * layout.micro_steps
-    again = model.recompute != "none"
-    rows = (layout.routes + _rows(layout)) * model.hidden_size * layout.element * (5 + 2 * again)
+    recomputed = model.recompute != "none"
+    rows = (layout.routes + _rows(layout)) * model.hidden_size * layout.element * (5 + 2 * recomputed)
     return Work(0.0, rows * times, calls=times * model.moe_chunks)
 
 
 def experts(layout: Layout) -> Work:
     """The projections of every route; each expert's weights are read forward and backward, and gradients written."""
     model, times = layout.model, layout.moe_layers * layout.micro_steps
-    again = model.recompute != "none"
+    recomputed = model.recompute != "none"
     matrices = layout.expert.multiplications
-    flops = 2 * matrices * (PASSES + again) * layout.routes * times
-    elements = layout.routes * (14 + 4 * again) * model.moe_ffn_hidden_size * layout.element * times
+    flops = 2 * matrices * (PASSES + recomputed) * layout.routes * times
+    elements = layout.routes * (14 + 4 * recomputed) * model.moe_ffn_hidden_size * layout.element * times
     used = min(layout.local_experts, layout.routes) * model.moe_chunks  # each chunk goes through its experts' weights
-    return Work(flops, elements, used * matrices * layout.element * (3 + again) * times, used * times)
+    return Work(flops, elements, used * matrices * layout.element * (3 + recomputed) * times, used * times)
 
 
 def optimizer(layout: Layout) -> Work:

@@ -69,36 +69,36 @@ def logarithmic(axis: Axes, places: list[float]) -> None:
 
 
 def has_axis(results: StudyResults) -> bool:
-    return results.study.x is not None and len({one.x for one in results.full if one.x is not None}) > 1
+    return results.study.x is not None and len({run.x for run in results.full if run.x is not None}) > 1
 
 
-def shade(one: Measured, among: list[Measured]) -> float:
+def shade(run: Measured, among: list[Measured]) -> float:
     """Opacity that tells an arm's cells apart: stronger for larger x."""
-    places = sorted({other.x for other in among if other.cell.arm == one.cell.arm and other.x is not None})
-    return 1.0 if len(places) < 2 or one.x is None else 0.3 + 0.7 * places.index(one.x) / (len(places) - 1)
+    places = sorted({other.x for other in among if other.cell.arm == run.cell.arm and other.x is not None})
+    return 1.0 if len(places) < 2 or run.x is None else 0.3 + 0.7 * places.index(run.x) / (len(places) - 1)
 
 
-def label(one: Measured) -> str:
+def label(run: Measured) -> str:
     """Its place on the axes."""
-    return ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in one.cell.point)
+    return ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in run.cell.point)
 
 
-def first_seed(ones: list[Measured]) -> list[Measured]:
+def first_seed(runs: list[Measured]) -> list[Measured]:
     """Of each arm those of its smallest seed, so that no arm is missing whose first seed failed; small x first."""
     seeds: dict[str, int] = {}
-    for one in ones:
-        seeds[one.cell.arm] = min(one.cell.seed, seeds.get(one.cell.arm, one.cell.seed))
-    return sorted((one for one in ones if one.cell.seed == seeds[one.cell.arm]), key=lambda one: one.x or 0.0)
+    for run in runs:
+        seeds[run.cell.arm] = min(run.cell.seed, seeds.get(run.cell.arm, run.cell.seed))
+    return sorted((run for run in runs if run.cell.seed == seeds[run.cell.arm]), key=lambda run: run.x or 0.0)
 
 
 def first_seed_words(results: StudyResults) -> str:
     """Which seed a picture of single runs shows, for a caption."""
-    return "One seed" if len({one.cell.seed for one in results.found}) == 1 else "First seed of each arm"
+    return "One seed" if len({run.cell.seed for run in results.measured}) == 1 else "First seed of each arm"
 
 
 def seeds_note(results: StudyResults) -> str:
     """What dots and bands are, for a caption."""
-    seeds = {one.cell.seed for one in results.found}
+    seeds = {run.cell.seed for run in results.measured}
     if len(seeds) == 1:
         return "One seed: there is no interval."
     return (

@@ -19,13 +19,13 @@ def gain(results: StudyResults) -> Picture | None:
     if results.study.x != EXPERTS:
         return None
     colors, rows = colors_of(results), []
-    ones = [one for one in results.full if any("val_loss" in point for point in one.curve)]
-    arms = [arm for arm in results.arms() if len({one.x for one in ones if one.cell.arm == arm}) > 1]
+    runs = [run for run in results.full if any("val_loss" in point for point in run.curve)]
+    arms = [arm for arm in results.arms() if len({run.x for run in runs if run.cell.arm == arm}) > 1]
     if not arms:
         return None
     figure, axes = panels(columns=len(arms), height=3.8, sharey=True)
     for axis, arm in zip(axes[0], arms, strict=True):
-        curves, ends = _evaluations([one for one in ones if one.cell.arm == arm]), []
+        curves, ends = _evaluations([run for run in runs if run.cell.arm == arm]), []
         fewest = min(curves)
         for x, curve in sorted(curves.items()):
             tokens = sorted(set(curve) & set(curves[fewest]))
@@ -39,65 +39,65 @@ def gain(results: StudyResults) -> Picture | None:
         axis.set(title=arm, xlabel="tokens so far (millions)")
         label_ends(axis, ends)
     axes[0, 0].set_ylabel("held-out loss below that of the fewest experts")
-    caption = f"Above 0 more experts are better at the same number of tokens. {_seeds(ones)}"
+    caption = f"Above 0 more experts are better at the same number of tokens. {_seeds(runs)}"
     headings = ["arm", "x", "tokens", "held-out loss", "gain"]
     return Picture("gain", "From which length more experts pay", caption, headings, rows, figure)
 
 
-def _evaluations(ones: list[Measured]) -> dict[float, dict[float, float]]:
+def _evaluations(runs: list[Measured]) -> dict[float, dict[float, float]]:
     """x -> tokens -> held-out loss, mean over seeds that got there."""
     every: dict[float, dict[float, list[float]]] = {}
-    for one in ones:
-        for point in one.curve:
+    for run in runs:
+        for point in run.curve:
             if "val_loss" in point:
-                every.setdefault(one.x, {}).setdefault(point["tokens"], []).append(point["val_loss"])
+                every.setdefault(run.x, {}).setdefault(point["tokens"], []).append(point["val_loss"])
     return {x: {t: float(numpy.mean(losses)) for t, losses in curve.items()} for x, curve in every.items()}
 
 
 def loss_over_compute(results: StudyResults) -> Picture | None:
     """Held-out loss at the end of each length over realised compute; lines are power laws through the lengths."""
-    ones = [one for one in results.found if {"val_loss", "training_flops"} <= one.values.keys()]
-    if len({one.cell.length for one in ones}) < 2 and results.study.preset is None:
+    runs = [run for run in results.measured if {"val_loss", "training_flops"} <= run.values.keys()]
+    if len({run.cell.length for run in runs}) < 2 and results.study.preset is None:
         return None
     colors, rows, ends = colors_of(results), [], []
     figure, axes = panels(height=4.4)
     axis = axes[0, 0]
     for arm in results.arms():
-        of_arm = [one for one in ones if one.cell.arm == arm]
-        for x in sorted({one.x for one in of_arm}, key=lambda value: value or 0):
-            group = [one for one in of_arm if one.x == x]
-            compute = numpy.array([one.values["training_flops"] for one in group])
-            loss = numpy.array([one.values["val_loss"] for one in group])
-            alpha, law = shade(group[0], ones), fit_power(compute, loss)
+        of_arm = [run for run in runs if run.cell.arm == arm]
+        for x in sorted({run.x for run in of_arm}, key=lambda value: value or 0):
+            group = [run for run in of_arm if run.x == x]
+            compute = numpy.array([run.values["training_flops"] for run in group])
+            loss = numpy.array([run.values["val_loss"] for run in group])
+            alpha, law = shade(group[0], runs), fit_power(compute, loss)
             axis.plot(compute, loss, "o", color=colors[arm], alpha=alpha)
-            rows += [[arm, "" if x is None else x, one.cell.length, one.cell.seed, *pair]
-                     for one, *pair in zip(group, compute, loss, strict=True)]  # fmt: skip
+            rows += [[arm, "" if x is None else x, run.cell.length, run.cell.seed, *pair]
+                     for run, *pair in zip(group, compute, loss, strict=True)]  # fmt: skip
             if law:
                 fine = numpy.geomspace(compute.min(), compute.max(), 40)
                 axis.plot(fine, numpy.exp(law.p) * fine**-law.alpha, color=colors[arm], alpha=alpha, linewidth=1.2)
-            name = arm if x is None or len({one.x for one in of_arm}) == 1 else f"{arm} {x:g}"
+            name = arm if x is None or len({run.x for run in of_arm}) == 1 else f"{arm} {x:g}"
             ends.append((compute.max(), loss.min(), name, colors[arm]))
     axis.set(xscale="log", xlabel="training FLOP, as realised", ylabel="held-out loss (nats per token)")
     label_ends(axis, ends)
-    caption = f"Lines are power laws through the lengths of a run. {_seeds(ones)}"
+    caption = f"Lines are power laws through the lengths of a run. {_seeds(runs)}"
     headings = ["arm", "x", "length", "seed", "FLOP", "held-out loss"]
     return Picture("loss_over_compute", "Held-out loss over compute", caption, headings, rows, figure)
 
 
 def speedup(results: StudyResults) -> Picture | None:
     """Effective speedup of every cell over the dense law and over the baseline's at the same place."""
-    valued = [one for one in worth(results) if one.over_dense is not None or one.over_baseline is not None]
+    valued = [run for run in worth(results) if run.over_dense is not None or run.over_baseline is not None]
     if not valued or not has_axis(results) or results.study.x == MEASURED:
         return None
     colors, rows = colors_of(results), []
     kinds = [("over_dense", f"over {dense_arm(results)}"), ("over_baseline", f"over {results.study.reference}")]
-    kinds = [kind for kind in kinds if any(getattr(one, kind[0]) is not None for one in valued)]
+    kinds = [kind for kind in kinds if any(getattr(run, kind[0]) is not None for run in valued)]
     figure, axes = panels(columns=len(kinds), height=3.8)
     for axis, (name, title) in zip(axes[0], kinds, strict=True):
         places, ends = [], []
         for arm in results.arms():
-            points = [(w.one.x, w.one.cell.length, getattr(w, name)) for w in valued
-                      if w.one.cell.arm == arm and getattr(w, name) is not None]  # fmt: skip
+            points = [(w.run.x, w.run.cell.length, getattr(w, name)) for w in valued
+                      if w.run.cell.arm == arm and getattr(w, name) is not None]  # fmt: skip
             for length in sorted({length for _, length, _ in points}):
                 curve = sorted((x, value) for x, at, value in points if at == length)
                 axis.plot(*zip(*curve, strict=True), "o-", color=colors[arm], alpha=0.3 + 0.7 * length)
@@ -112,7 +112,7 @@ def speedup(results: StudyResults) -> Picture | None:
     axes[0, 0].set_ylabel("effective speedup in compute")
     caption = (
         "Compute that the reference's law needs for a cell's loss, over the compute it took. Stronger lines are longer "
-        f"runs. {_seeds([one.one for one in valued])}"
+        f"runs. {_seeds([run.run for run in valued])}"
     )
     headings = ["reference", "arm", "x", "length", "speedup"]
     return Picture("speedup", "Effective speedup", caption, headings, rows, figure)
@@ -120,17 +120,17 @@ def speedup(results: StudyResults) -> Picture | None:
 
 def leverage(results: StudyResults) -> Picture | None:
     """Efficiency leverage: the speedup over dense against the share of the experts that a token uses."""
-    valued = [one for one in worth(results) if one.over_dense is not None and "mean_experts" in one.one.values]
-    if len({one.one.shape.get("num_experts") for one in valued}) < 2:
+    valued = [run for run in worth(results) if run.over_dense is not None and "mean_experts" in run.run.values]
+    if len({run.run.shape.get("num_experts") for run in valued}) < 2:
         return None
     colors, rows, ends = colors_of(results), [], []
     figure, axes = panels(height=3.8)
     axis = axes[0, 0]
     for arm in results.arms():
         mine = sorted(
-            (w.one.values["mean_experts"] / w.one.shape["num_experts"], w.over_dense)
+            (w.run.values["mean_experts"] / w.run.shape["num_experts"], w.over_dense)
             for w in valued
-            if w.one.cell.arm == arm and w.one.cell.length == 1
+            if w.run.cell.arm == arm and w.run.cell.length == 1
         )
         if mine:
             axis.plot(*zip(*mine, strict=True), "o-", color=colors[arm])
@@ -143,15 +143,15 @@ def leverage(results: StudyResults) -> Picture | None:
     label_ends(axis, ends)
     caption = (
         "Dense compute over the cell's at equal loss, full length. Ling (arXiv 2507.17702) reports that it rises as "
-        f"the activation ratio falls. {_seeds([one.one for one in valued])}"
+        f"the activation ratio falls. {_seeds([run.run for run in valued])}"
     )
     return Picture("leverage", "Efficiency leverage", caption, ["arm", "activation ratio", "leverage"], rows, figure)
 
 
 def iso_memory(results: StudyResults) -> Picture | None:
     """Held-out loss over all parameters, which is what memory is spent on."""
-    ones = [one for one in results.full if {"val_loss", "parameters"} <= one.values.keys()]
-    if len({one.values["parameters"] for one in ones}) < 3:
+    runs = [run for run in results.full if {"val_loss", "parameters"} <= run.values.keys()]
+    if len({run.values["parameters"] for run in runs}) < 3:
         return None
     colors, rows, ends = colors_of(results), [], []
     figure, axes = panels(height=3.8)
@@ -159,7 +159,7 @@ def iso_memory(results: StudyResults) -> Picture | None:
     for arm in results.arms():
         groups = [group for group in results.by_point(arm).values() if all("val_loss" in o.values for o in group)]
         curve = sorted(
-            (group[0].values["parameters"], float(numpy.mean([one.values["val_loss"] for one in group])))
+            (group[0].values["parameters"], float(numpy.mean([run.values["val_loss"] for run in group])))
             for group in groups
         )
         if curve:
@@ -173,6 +173,6 @@ def iso_memory(results: StudyResults) -> Picture | None:
     return Picture("iso_memory", "Held-out loss over memory", caption, headings, rows, figure)
 
 
-def _seeds(ones: list[Measured]) -> str:
-    seeds = len({one.cell.seed for one in ones})
+def _seeds(runs: list[Measured]) -> str:
+    seeds = len({run.cell.seed for run in runs})
     return "One seed: there is no interval." if seeds == 1 else f"Means over {seeds} seeds."

@@ -26,7 +26,7 @@ def limit_tables(every: list[StudyResults]) -> dict[str, Rows]:
     tables = {}
     for limit, names in SHOWN_BY.items():
         speaking = [results for results in every if limit in results.study.limits and results.full]
-        shown = [name for name in names if any(name in one.values for results in speaking for one in results.full)]
+        shown = [name for name in names if any(name in run.values for results in speaking for run in results.full)]
         if not shown:
             continue
         if limit == "latency":
@@ -49,13 +49,13 @@ def _latency(speaking: list[StudyResults]) -> Rows:
     losses, none is shown."""
     rows = []
     for results in speaking:
-        for one in results.full:
-            if "token" not in one.values or one.inside is None:
+        for run in results.full:
+            if "token" not in run.values or run.inside is None:
                 continue
-            for tried in one.inside.probe["latency"]:
+            for tried in run.inside.probe["latency"]:
                 loss = f"{tried['loss']:.3f}" if results.study.quality else "not compared"
                 times = (f"{1e3 * tried[name]:.2f}" for name in ("first_token_seconds", "token_seconds"))
-                rows.append([results.study.title, one.cell.arm, at(one.cell.point), tried["setting"],
+                rows.append([results.study.title, run.cell.arm, at(run.cell.point), tried["setting"],
                              f"{tried['experts_per_token']:.2f}", *times, loss])  # fmt: skip
     times = (MEASURES[name].heading for name in ("first_token", "token"))
     return ["study", "arm", "at", "router", "experts per token", *times, "held-out loss (nats/token)"], rows
@@ -67,5 +67,5 @@ def at(point) -> str:
 
 
 def _mean(group, name: str) -> str:
-    values = [one.values[name] for one in group if name in one.values]
+    values = [run.values[name] for run in group if name in run.values]
     return f"{centre_and_band(values)[0]:{MEASURES[name].form}}" if values else "not measured"

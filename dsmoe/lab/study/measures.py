@@ -103,7 +103,7 @@ class StudyResults:
 
     study: Study
     out: Path
-    found: list[Measured]
+    measured: list[Measured]
     missing: list[tuple[Cell, str]]  # cells without a result, and why
     machine: str
     commits: list[str]
@@ -111,29 +111,29 @@ class StudyResults:
     @property
     def full(self) -> list[Measured]:
         """Cells of the whole length."""
-        return [one for one in self.found if one.cell.length == 1]
+        return [run for run in self.measured if run.cell.length == 1]
 
     @property
     def with_runs(self) -> list[Measured]:
         """Those of them whose runs are there, and not only their numbers."""
-        return [one for one in self.full if one.lines]
+        return [run for run in self.full if run.lines]
 
     def arms(self) -> list[str]:
         """Those with a result, in the study's order."""
-        return [arm.name for arm in self.study.arms if any(m.cell.arm == arm.name for m in self.found)]
+        return [arm.name for arm in self.study.arms if any(m.cell.arm == arm.name for m in self.measured)]
 
     def by_point(self, arm: str, length: float = 1.0) -> dict[tuple, list[Measured]]:
         """An arm's cells of a length that differ in the seed alone, together; in the order of x."""
         groups: dict[tuple, list[Measured]] = {}
-        for one in self.found:
-            if one.cell.arm == arm and one.cell.length == length:
-                groups.setdefault(one.cell.point, []).append(one)
-        return dict(sorted(groups.items(), key=lambda item: mean(one.x or 0.0 for one in item[1])))
+        for run in self.measured:
+            if run.cell.arm == arm and run.cell.length == length:
+                groups.setdefault(run.cell.point, []).append(run)
+        return dict(sorted(groups.items(), key=lambda item: mean(run.x or 0.0 for run in item[1])))
 
 
 def read_results(study: Study, out: Path) -> StudyResults:
     """All cells of a study."""
-    found, missing, machines, commits = [], [], [], []
+    measured, missing, machines, commits = [], [], [], []
     for cell in study.cells():
         if cell.gate is not None:
             continue
@@ -146,9 +146,9 @@ def read_results(study: Study, out: Path) -> StudyResults:
             continue
         machines.append(record.get("machine", ""))
         commits.append(record.get("commit", ""))
-        found.append(measure(study, cell, folder, record))
+        measured.append(measure(study, cell, folder, record))
     return StudyResults(
-        study, out, found, missing, next(iter(machines), ""), list(dict.fromkeys(filter(None, commits)))
+        study, out, measured, missing, next(iter(machines), ""), list(dict.fromkeys(filter(None, commits)))
     )
 
 
@@ -247,12 +247,12 @@ def wall(lines: list[dict]) -> numpy.ndarray:
 
 def spikes(loss: list[float]) -> int:
     """Steps whose loss stands out above the steps before: the median and median absolute deviation of a window."""
-    values, found = numpy.array(loss), 0
+    values, count = numpy.array(loss), 0
     for step in range(SPIKE_WINDOW, len(values)):
         before = values[step - SPIKE_WINDOW : step]
         middle = numpy.median(before)
-        found += values[step] > middle + SPIKE_SIZE * max(1e-9, numpy.median(abs(before - middle)))
-    return int(found)
+        count += values[step] > middle + SPIKE_SIZE * max(1e-9, numpy.median(abs(before - middle)))
+    return int(count)
 
 
 def centre_and_band(values: list[float]) -> tuple[float, float | None]:

@@ -56,7 +56,7 @@ def page(names: list[str], every: list[StudyResults], sections: list[str]) -> st
     links = "".join(
         f'<a href="#{name}">{html.escape(results.study.title)}</a>' for name, results in zip(names, every, strict=True)
     )
-    runs = sum(len(results.found) for results in every)
+    runs = sum(len(results.measured) for results in every)
     many = "study" if len(every) == 1 else "studies"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Scaling studies</title>'

@@ -33,7 +33,7 @@ from dsmoe.lab.study.training_pictures import density, kinds, layers, layers_ove
 
 def draw_pictures(results: StudyResults) -> Iterator[Picture]:
     """Everything that the finished cells of a study allow."""
-    if not results.found:
+    if not results.measured:
         return
     with plt.rc_context(STYLE):
         of_losses = (_loss_over_x, gain, loss_over_compute, speedup, leverage, iso_memory, _published, _over_flops,
@@ -51,13 +51,13 @@ def _loss_over_x(results: StudyResults) -> Picture | None:
     study = results.study
     if not has_axis(results):
         return _loss_by_arm(results)
-    lengths = sorted({one.cell.length for one in results.found})
+    lengths = sorted({run.cell.length for run in results.measured})
     figure, axes = panels(columns=len(lengths), height=4.2, sharey=len(lengths) > 1)
     rows = [row for axis, length in zip(axes[0], lengths, strict=True) for row in _loss_panel(results, axis, length)]
     axes[0, 0].set_ylabel("held-out loss (nats per token)")
     if len(lengths) > 1:
         for axis, length in zip(axes[0], lengths, strict=True):
-            tokens = max(one.values.get("tokens", 0.0) for one in results.found if one.cell.length == length)
+            tokens = max(run.values.get("tokens", 0.0) for run in results.measured if run.cell.length == length)
             axis.set_title(f"{tokens / 1e6:.2f} M tokens" if tokens else f"length {length:g}")
     caption = seeds_note(results)
     if study.law and any(row[-1] for row in rows):
@@ -73,9 +73,9 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
     study, colors, rows, places, ends, flat = results.study, colors_of(results), [], [], [], []
     for arm in results.arms():
         groups = list(results.by_point(arm, length).values())
-        xs = [float(numpy.mean([one.x for one in group])) for group in groups]
-        bands = [centre_and_band([one.values["val_loss"] for one in group]) for group in groups]
-        every = [(one.x, one.values["val_loss"]) for group in groups for one in group]
+        xs = [float(numpy.mean([run.x for run in group])) for group in groups]
+        bands = [centre_and_band([run.values["val_loss"] for run in group]) for group in groups]
+        every = [(run.x, run.values["val_loss"]) for group in groups for run in group]
         if not groups:
             continue
         means = numpy.array([middle for middle, _ in bands])
@@ -113,7 +113,7 @@ def _loss_by_arm(results: StudyResults) -> Picture | None:
     figure, axes = panels(height=1.1 + 0.42 * len(arms))
     axis = axes[0, 0]
     for place, arm in enumerate(arms):
-        losses = [one.values["val_loss"] for one in results.full if one.cell.arm == arm]
+        losses = [run.values["val_loss"] for run in results.full if run.cell.arm == arm]
         middle, band = centre_and_band(losses)
         axis.errorbar(middle, place, xerr=band, fmt="o", color=colors[arm], capsize=3)
         axis.scatter(losses, [place] * len(losses), s=8, color=colors[arm], alpha=0.45, linewidths=0)
@@ -127,17 +127,17 @@ def _loss_by_arm(results: StudyResults) -> Picture | None:
 def _published(results: StudyResults) -> Picture | None:
     """Ours and a paper's side by side, each as the change from its own smallest x."""
     study, colors = results.study, colors_of(results)
-    with_shapes = [one for one in study.published if min(map(len, one.values.values())) > 1]  # a place is no shape
+    with_shapes = [run for run in study.published if min(map(len, run.values.values())) > 1]  # a place is no shape
     if not with_shapes or not has_axis(results):
         return None
     figure, axes = panels(columns=1 + len(with_shapes), height=3.8)
     ours = {
-        arm: {float(numpy.mean([one.x for one in group])): float(numpy.mean([one.values["val_loss"] for one in group]))
+        arm: {float(numpy.mean([run.x for run in group])): float(numpy.mean([run.values["val_loss"] for run in group]))
               for group in results.by_point(arm).values()}
         for arm in results.arms() if len(results.by_point(arm)) > 1
     }  # fmt: skip
     curves: list[tuple[str, str, dict[str, dict[float, float]]]] = [("dsmoe, here", "held-out loss", ours)]
-    curves += [(one.source.partition(",")[0], one.quantity, one.values) for one in with_shapes]
+    curves += [(run.source.partition(",")[0], run.quantity, run.values) for run in with_shapes]
     rows = []
     for axis, (source, quantity, values) in zip(axes[0], curves, strict=True):
         places, ends = sorted({float(x) for curve in values.values() for x in curve}), []
@@ -160,27 +160,27 @@ def _over_training(results: StudyResults, name: str, title: str, caption: str, l
 
     An arm with one place on the axis is in every panel.
     """
-    ones = [one for one in results.full if any(cost in point for point in one.curve)]
-    if not ones:
+    runs = [run for run in results.full if any(cost in point for point in run.curve)]
+    if not runs:
         return None
-    colors, rows, ones = colors_of(results), [], first_seed(ones)
-    single = {arm for arm in results.arms() if len({one.x for one in ones if one.cell.arm == arm}) == 1}
-    places = sorted({one.x for one in ones if one.x is not None and one.cell.arm not in single})
+    colors, rows, runs = colors_of(results), [], first_seed(runs)
+    single = {arm for arm in results.arms() if len({run.x for run in runs if run.cell.arm == arm}) == 1}
+    places = sorted({run.x for run in runs if run.x is not None and run.cell.arm not in single})
     several = has_axis(results) and len(places) > 1 and results.study.x != MEASURED
     shown = sorted({places[0], places[len(places) // 2], places[-1]}) if several else [None]
     figure, axes = panels(columns=len(shown), height=3.8, sharey=True)
     for axis, place in zip(axes[0], shown, strict=True):
-        drawn = [one for one in ones if place is None or one.x == place or one.cell.arm in single]
-        for one in drawn:
-            points = [point for point in one.curve if point.get(cost, 0.0) > 0]
+        drawn = [run for run in runs if place is None or run.x == place or run.cell.arm in single]
+        for run in drawn:
+            points = [point for point in run.curve if point.get(cost, 0.0) > 0]
             axis.plot([point[cost] for point in points], [point["loss"] for point in points],
-                      color=colors[one.cell.arm], linewidth=1.3)  # fmt: skip
+                      color=colors[run.cell.arm], linewidth=1.3)  # fmt: skip
         _zoomed(axis, drawn)
         if log:
             axis.set_xscale("log")
         axis.set(xlabel=label, title="" if place is None else f"{results.study.x.rpartition('.')[2]} = {place:g}")
-    rows = [[str(one.cell), point["step"], point[cost], point["loss"]]
-            for one in ones for point in one.curve if cost in point]  # fmt: skip
+    rows = [[str(run.cell), point["step"], point[cost], point["loss"]]
+            for run in runs for point in run.curve if cost in point]  # fmt: skip
     axes[0, 0].set_ylabel("training loss, smoothed (nats per token)")
     arms = results.arms()
     figure.legend([plt.Line2D([], [], color=colors[arm]) for arm in arms], arms, loc="outside upper center",
@@ -188,9 +188,9 @@ def _over_training(results: StudyResults, name: str, title: str, caption: str, l
     return Picture(name, title, caption, ["cell", "step", label, "loss"], rows, figure)
 
 
-def _zoomed(axis, ones: list[Measured]) -> None:
+def _zoomed(axis, runs: list[Measured]) -> None:
     """Without the first tenth of a run's fall, beside which all else is flat."""
-    losses = [[point["loss"] for point in one.curve if "loss" in point] for one in ones]
+    losses = [[point["loss"] for point in run.curve if "loss" in point] for run in runs]
     if losses and all(len(curve) > 9 for curve in losses):
         low, high = min(map(min, losses)), max(curve[len(curve) // 10] for curve in losses)
         axis.set_ylim(low - 0.05 * (high - low), high)

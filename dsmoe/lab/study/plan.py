@@ -24,7 +24,9 @@ def study_of_plan(tree: dict[str, Any], source: str) -> dict[str, Any]:
     """The tree of a study that trains what a plan trains. Raises `ConfigError` where it is no sound plan."""
     variants, corpora = tree.get("variants"), tree.get("corpora")
     problems = []
-    if not isinstance(variants, list) or not all(isinstance(one, dict) and "config" in one for one in variants):
+    if not isinstance(variants, list) or not all(
+        isinstance(variant, dict) and "config" in variant for variant in variants
+    ):
         problems.append("variants: expected a list of {name, config, overrides, seeds, match_compute_of}")
     if not isinstance(corpora, dict) or not corpora:
         problems.append("corpora: expected a mapping of names to dataset folders")

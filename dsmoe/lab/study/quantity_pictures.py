@@ -44,7 +44,7 @@ def became(results: StudyResults) -> Picture | None:
 
 def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) -> Picture | None:
     """A panel for each quantity that any cell has, and that is not 0 in all of them."""
-    names = tuple(name for name in names if any(one.values.get(name) for one in results.full))
+    names = tuple(name for name in names if any(run.values.get(name) for run in results.full))
     if not names:
         return None
     columns, rows = min(COLUMNS, len(names)), []
@@ -64,7 +64,7 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
         figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
     headings = ["quantity", "arm", "x", "seeds", "mean", "half of the 95 % interval"]
     over = f", over {x_title(results.study)}" if has_axis(results) else ""
-    caption = f"Means over seeds{over}." if len({one.cell.seed for one in results.full}) > 1 else f"One seed{over}."
+    caption = f"Means over seeds{over}." if len({run.cell.seed for run in results.full}) > 1 else f"One seed{over}."
     return Picture(file, title, caption, headings, rows, figure)
 
 
@@ -74,9 +74,9 @@ def _over_x(results: StudyResults, axis, name: str) -> list[list]:
     for arm in results.arms():
         points = []
         for group in results.by_point(arm).values():
-            values = [one.values[name] for one in group if name in one.values]
+            values = [run.values[name] for run in group if name in run.values]
             if values:
-                x, (middle, band) = float(numpy.mean([one.x for one in group])), centre_and_band(values)
+                x, (middle, band) = float(numpy.mean([run.x for run in group])), centre_and_band(values)
                 points.append((x, middle))
                 rows.append([name, arm, x, len(values), middle, "" if band is None else band])
         if points:
@@ -94,7 +94,7 @@ def _over_x(results: StudyResults, axis, name: str) -> list[list]:
 def _by_arm(results: StudyResults, axis, name: str) -> list[list]:
     colors, arms, rows = colors_of(results), results.arms(), []
     for place, arm in enumerate(arms):
-        values = [one.values[name] for one in results.full if one.cell.arm == arm and name in one.values]
+        values = [run.values[name] for run in results.full if run.cell.arm == arm and name in run.values]
         if values:
             middle, band = centre_and_band(values)
             axis.barh(place, middle, color=colors[arm], height=0.6)
@@ -123,8 +123,8 @@ def _wrapped(text: str, width: int = 38) -> str:
 
 def parts(results: StudyResults) -> Picture | None:
     """Seconds of a step by part, stacked, a panel for each arm."""
-    timed = [one for one in results.with_runs if results.study.timed and parts_of(one.lines)]
-    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in timed)]
+    timed = [run for run in results.with_runs if results.study.timed and parts_of(run.lines)]
+    arms = [arm for arm in results.arms() if any(run.cell.arm == arm for run in timed)]
     if not arms:
         return None
     rows: list[list] = []
@@ -136,20 +136,20 @@ def parts(results: StudyResults) -> Picture | None:
         for axis in axes.flat[len(arms) :]:
             axis.set_visible(False)
         for axis, arm in zip(axes.flat, arms, strict=False):
-            ones = sorted((one for one in timed if one.cell.arm == arm), key=lambda one: one.x or 0.0)
-            for place, one in enumerate(ones):
-                rows += _stack(axis.bar, "bottom", place, one, seen)
-            axis.set_xticks(range(len(ones)), [label(one).rpartition(" ")[2] for one in ones])
+            runs = sorted((run for run in timed if run.cell.arm == arm), key=lambda run: run.x or 0.0)
+            for place, run in enumerate(runs):
+                rows += _stack(axis.bar, "bottom", place, run, seen)
+            axis.set_xticks(range(len(runs)), [label(run).rpartition(" ")[2] for run in runs])
             axis.set(title=arm, xlabel=x_title(results.study))
             axis.grid(axis="x", visible=False)
         for line in axes:
             line[0].set_ylabel("seconds of a step")
     else:
-        ones = first_seed(timed)
-        figure, axes = panels(height=1.3 + 0.4 * len(ones))
-        for place, one in enumerate(ones):
-            rows += _stack(axes[0, 0].barh, "left", place, one, seen)
-        axes[0, 0].set_yticks(range(len(ones)), [f"{one.cell.arm} {label(one)}".strip() for one in ones])
+        runs = first_seed(timed)
+        figure, axes = panels(height=1.3 + 0.4 * len(runs))
+        for place, run in enumerate(runs):
+            rows += _stack(axes[0, 0].barh, "left", place, run, seen)
+        axes[0, 0].set_yticks(range(len(runs)), [f"{run.cell.arm} {label(run)}".strip() for run in runs])
         axes[0, 0].invert_yaxis()
         axes[0, 0].grid(axis="y", visible=False)
         axes[0, 0].set_xlabel("seconds of a step")
@@ -163,14 +163,14 @@ def parts(results: StudyResults) -> Picture | None:
     return Picture("parts", "Where a step's time goes", caption, ["cell", "part", "seconds"], rows, figure)
 
 
-def _stack(bar, start: str, place: int, one: Measured, seen: dict[str, str]) -> list[list]:
+def _stack(bar, start: str, place: int, run: Measured, seen: dict[str, str]) -> list[list]:
     """Draw a cell's parts one on the other with `bar`, whose option `start` is where each begins; fills `seen`."""
-    taken, so_far, rows = parts_of(one.lines), 0.0, []
+    taken, so_far, rows = parts_of(run.lines), 0.0, []
     for part in (part for part in FEW_PARTS if part in taken):
         color = seen.setdefault(part, _part_color(part))
         bar(place, taken[part], 0.7, **{start: so_far}, color=color, linewidth=0)
         so_far += taken[part]
-        rows.append([str(one.cell), part, taken[part]])
+        rows.append([str(run.cell), part, taken[part]])
     return rows
 
 
@@ -182,16 +182,16 @@ def _part_color(part: str) -> str:
 
 def latency(results: StudyResults) -> Picture | None:
     """Seconds of a token at inference: over x, as trained; and over experts per token, at every setting tried."""
-    ones = [one for one in results.with_runs if "token" in one.values]
-    if not ones:
+    runs = [run for run in results.with_runs if "token" in run.values]
+    if not runs:
         return None
     figure, axes = panels(columns=3, height=3.6)
     colors, rows = colors_of(results), []
-    for one in ones:
-        for tried in one.inside.probe["latency"]:
+    for run in runs:
+        for tried in run.inside.probe["latency"]:
             first, later = (1e3 * tried[name] for name in ("first_token_seconds", "token_seconds"))
-            rows.append([str(one.cell), tried["setting"], tried["experts_per_token"], first, later, tried["loss"]])
-            axes[0, 2].plot(tried["experts_per_token"], later, "o", color=colors[one.cell.arm], alpha=0.7)
+            rows.append([str(run.cell), tried["setting"], tried["experts_per_token"], first, later, tried["loss"]])
+            axes[0, 2].plot(tried["experts_per_token"], later, "o", color=colors[run.cell.arm], alpha=0.7)
     for axis, name in zip(axes[0], ("first_token", "token"), strict=False):
         if has_axis(results):
             _over_x(results, axis, name)
@@ -202,7 +202,7 @@ def latency(results: StudyResults) -> Picture | None:
     axes[0, 2].set_xscale("log", base=2)
     axes[0, 2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0, 2].set_ylim(bottom=0)
-    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in ones)]
+    arms = [arm for arm in results.arms() if any(run.cell.arm == arm for run in runs)]
     lines = [plt.Line2D([], [], color=colors[arm], marker="o", linestyle="") for arm in arms]
     figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
     caption = (

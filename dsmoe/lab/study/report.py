@@ -108,13 +108,13 @@ def _markdown(name: str, results: StudyResults, tables: list[Table], pictures: l
 
 def insert_tables(page: Path, tables: dict[str, str]) -> Path:
     """Replace what `page` shows between the marks of each table that it has a place for; return `page`."""
-    text, found = page.read_text(encoding="utf-8"), False
+    text, inserted = page.read_text(encoding="utf-8"), False
     for name, table in tables.items():
         before, begin, rest = text.partition(TABLE_BEGIN.format(name=name))
         _, end, after = rest.partition(TABLE_END)
         if begin and end:
-            text, found = before + begin + table + end + after, True
-    if not found:
+            text, inserted = before + begin + table + end + after, True
+    if not inserted:
         lines = " or ".join(repr(TABLE_BEGIN.format(name=name).strip()) for name in tables)
         problem = f"found no place for a table, expected a line {lines} and below it {TABLE_END!r}"
         raise ConfigError([problem], str(page))

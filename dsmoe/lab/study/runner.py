@@ -1,4 +1,4 @@
-"""Run a study: its cells as real training runs, several at a time, in a folder that a later call goes on with.
+"""Run a study: its cells as real training runs, several at a time, in a folder that a later call continues with.
 
 A cell leaves `cell.json` beside its run. One that ended well is never run again; one that failed is kept with its error
 while the others go on; one that was cut off continues from its last checkpoint. The folder holds the study beside its
@@ -58,7 +58,7 @@ def run_study(
 
     Raises:
         ConfigError: `out` holds a cell that was run with another configuration.
-        TrainingError: another study is at work in `out`.
+        TrainingError: another study is running in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
     runner = StudyRunner(study, out, parallel, retry, console, before)
@@ -134,7 +134,7 @@ class StudyRunner:
     def launch(self, cell: Cell) -> Launch | dict | None:
         """How to run a cell; the record of one that cannot be run; None: it waits for another cell."""
         if cell.gate is None and self.study.gate is not None:
-            gates = [one for one in self.study.gate_cells() if one.arm in (cell.arm, self.study.reference)]
+            gates = [run for run in self.study.gate_cells() if run.arm in (cell.arm, self.study.reference)]
             if not all(gate in self.ended for gate in gates):
                 return None
             if reason := reason_to_skip(self.study, cell.arm, {gate: self._loss(gate) for gate in gates}):
@@ -183,7 +183,7 @@ class StudyRunner:
 
         Raises:
             ConfigError: the folder holds a cell that was run with another configuration.
-            TrainingError: another study is at work in the folder.
+            TrainingError: another study is running in the folder.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         with _only_one(self.out) as self.lock, _sigterm_interrupts():
@@ -386,7 +386,7 @@ def _only_one(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise TrainingError(f"another study, or a run it left behind, is at work in {out}") from None
+            raise TrainingError(f"another study, or a run it left behind, is running in {out}") from None
         yield lock.fileno()
 
 

@@ -35,8 +35,8 @@ def save_results(results: StudyResults, folder: Path) -> list[Path]:
     about = {"machine": results.machine, "commits": results.commits, "missing": missing}
     write_atomically(folder / STUDY, study.encode())
     write_atomically(folder / ABOUT, (json.dumps(about) + "\n").encode())
-    axes = list(dict.fromkeys(axis for one in results.found for axis, _ in one.cell.point))
-    names = [name for name in MEASURES if any(name in one.values for one in results.found)]
+    axes = list(dict.fromkeys(axis for run in results.measured for axis, _ in run.cell.point))
+    names = [name for name in MEASURES if any(name in run.values for run in results.measured)]
     identity = ["arm", "seed", "length", *axes]
 
     def of(cell: Cell) -> list:
@@ -46,11 +46,13 @@ def save_results(results: StudyResults, folder: Path) -> list[Path]:
     write_csv(
         folder / CELLS,
         [*identity, *shapes, *names],
-        [[*of(one.cell), *(one.shape.get(name, "") for name in shapes), *(one.values.get(name, "") for name in names)]
-         for one in results.found],
+        [[*of(run.cell), *(run.shape.get(name, "") for name in shapes), *(run.values.get(name, "") for name in names)]
+         for run in results.measured],
     )  # fmt: skip
     columns = [*CURVE, "val_loss"]
-    rows = [[*of(one.cell), *(point.get(name, "") for name in columns)] for one in results.found for point in one.curve]
+    rows = [
+        [*of(run.cell), *(point.get(name, "") for name in columns)] for run in results.measured for point in run.curve
+    ]
     write_csv(folder / CURVES, [*identity, *columns], rows)
     return [folder / name for name in (STUDY, CELLS, CURVES, ABOUT)]
 
@@ -69,16 +71,16 @@ def read_saved(folder: Path) -> StudyResults:
             curves.setdefault(_cell(study, row, folder), []).append(
                 {name: float(row[name]) for name in names if row.get(name)}
             )
-    found = []
+    measured = []
     for row in read_csv(folder / CELLS):
         cell = _cell(study, row, folder)
         values = {name: float(row[name]) for name in MEASURES if row.get(name)}
         shape = {name: int(row[name]) for name in ("num_experts", "expert_width") if row.get(name)}
         x = x_of(study, cell, values.get("experts"))
-        found.append(Measured(cell, values, x, shape, curves.get(cell, [])))
+        measured.append(Measured(cell, values, x, shape, curves.get(cell, [])))
     missing = [(Cell(arm, tuple((axis, value) for axis, value in point), seed, length), why)
                for arm, point, seed, length, why in about.get("missing", [])]  # fmt: skip
-    return StudyResults(study, folder, found, missing, about.get("machine", ""), about.get("commits", []))
+    return StudyResults(study, folder, measured, missing, about.get("machine", ""), about.get("commits", []))
 
 
 def _cell(study: Study, row: dict[str, str], folder: Path) -> Cell:
@@ -92,11 +94,11 @@ def _cell(study: Study, row: dict[str, str], folder: Path) -> Cell:
 
 def merged(first: StudyResults, second: StudyResults) -> StudyResults:
     """The cells of both, the second's where both have one: a study that was run in two places."""
-    cells = {one.cell: one for one in (*first.found, *second.found)}
+    cells = {run.cell: run for run in (*first.measured, *second.measured)}
     missing = [(cell, why) for cell, why in second.missing if cell not in cells]
     commits = list(dict.fromkeys([*first.commits, *second.commits]))
     machine = first.machine or second.machine
-    return replace(second, found=list(cells.values()), missing=missing, commits=commits, machine=machine)
+    return replace(second, measured=list(cells.values()), missing=missing, commits=commits, machine=machine)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ BEYOND = 0.02  # of the baseline's compute: more is no equal compute
 class Worth:
     """One cell beside the references."""
 
-    one: Measured
+    run: Measured
     compute_ratio: float | None  # to the baseline's at the same place, length and seed
     over_baseline: float | None  # effective speedup
     over_dense: float | None
@@ -51,7 +51,7 @@ class Worth:
 def dense_arm(results: StudyResults) -> str | None:
     """The arm without a choice of experts, or None."""
     for arm in results.arms():
-        shapes = {one.shape.get("num_experts") for one in results.found if one.cell.arm == arm}
+        shapes = {run.shape.get("num_experts") for run in results.measured if run.cell.arm == arm}
         if arm == DENSE or shapes == {1}:
             return arm
     return None
@@ -59,25 +59,25 @@ def dense_arm(results: StudyResults) -> str | None:
 
 def worth(results: StudyResults) -> list[Worth]:
     """Every cell with a loss and a compute, in the study's order."""
-    cells = [one for one in results.found if {"val_loss", "training_flops"} <= one.values.keys()]
+    cells = [run for run in results.measured if {"val_loss", "training_flops"} <= run.values.keys()]
     reference, dense = results.study.reference, dense_arm(results)
-    laws = {x: law_of(ones) for x, ones in _by_x(cells, reference).items()}
-    dense_law = law_of([one for one in cells if one.cell.arm == dense])
-    baseline = {_place(one): one.values["training_flops"] for one in cells if one.cell.arm == reference}
-    speeds = [speed for one in cells if one.cell.arm == dense and (speed := _flop_per_second(one))]
+    laws = {x: law_of(runs) for x, runs in _by_x(cells, reference).items()}
+    dense_law = law_of([run for run in cells if run.cell.arm == dense])
+    baseline = {_place(run): run.values["training_flops"] for run in cells if run.cell.arm == reference}
+    speeds = [speed for run in cells if run.cell.arm == dense and (speed := _flop_per_second(run))]
     found = []
-    for one in cells:
-        compute = one.values["training_flops"]
-        at_equal = baseline.get(_place(one))
-        law = laws.get(one.x)
-        dense_compute = dense_law.compute_at(one.values["val_loss"]) if dense_law else None
-        own_speed = _flop_per_second(one)
+    for run in cells:
+        compute = run.values["training_flops"]
+        at_equal = baseline.get(_place(run))
+        law = laws.get(run.x)
+        dense_compute = dense_law.compute_at(run.values["val_loss"]) if dense_law else None
+        own_speed = _flop_per_second(run)
         found.append(
             Worth(
-                one,
-                compute / at_equal if at_equal and one.cell.arm != reference else None,
-                law.compute_at(one.values["val_loss"]) / compute if law and one.cell.arm != reference else None,
-                dense_compute / compute if dense_law and one.cell.arm != dense else None,
+                run,
+                compute / at_equal if at_equal and run.cell.arm != reference else None,
+                law.compute_at(run.values["val_loss"]) / compute if law and run.cell.arm != reference else None,
+                dense_compute / compute if dense_law and run.cell.arm != dense else None,
                 bool(dense_law) and not dense_law.holds(dense_compute),
                 own_speed / mean(speeds) if own_speed and speeds else None,
             )
@@ -85,26 +85,26 @@ def worth(results: StudyResults) -> list[Worth]:
     return found
 
 
-def law_of(ones: list[Measured]) -> Power | None:
+def law_of(runs: list[Measured]) -> Power | None:
     """Of an arm at one place, through its lengths and seeds."""
-    compute = numpy.array([one.values["training_flops"] for one in ones], float)
-    return fit_power(compute, numpy.array([one.values["val_loss"] for one in ones], float))
+    compute = numpy.array([run.values["training_flops"] for run in runs], float)
+    return fit_power(compute, numpy.array([run.values["val_loss"] for run in runs], float))
 
 
 def _by_x(cells: list[Measured], arm: str) -> dict[float | None, list[Measured]]:
     groups = defaultdict(list)
-    for one in cells:
-        if one.cell.arm == arm:
-            groups[one.x].append(one)
+    for run in cells:
+        if run.cell.arm == arm:
+            groups[run.x].append(run)
     return groups
 
 
-def _place(one: Measured) -> tuple:
-    return one.x, one.cell.length, one.cell.seed
+def _place(run: Measured) -> tuple:
+    return run.x, run.cell.length, run.cell.seed
 
 
-def _flop_per_second(one: Measured) -> float | None:
-    values = one.values
+def _flop_per_second(run: Measured) -> float | None:
+    values = run.values
     if not {"tokens_per_second", "tokens"} <= values.keys():
         return None
     return values["tokens_per_second"] * values["training_flops"] / values["tokens"]

@@ -26,7 +26,7 @@ def svg_of(figure: Figure, name: str) -> str:
     text = re.sub(r"; stroke-linecap: square|; stroke-linejoin: \w+", "", text)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
     # Tenths of a point are enough.
-    text = NUMBERS.sub(lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), text)
+    text = NUMBERS.sub(lambda match: re.sub(r"(\.\d)\d+", r"\1", match[0]), text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups
     text = _without_bare_groups(text)
     text = re.sub(r"\s+", " ", text).replace("> <", ">\n<")
@@ -35,13 +35,13 @@ def svg_of(figure: Figure, name: str) -> str:
 
 def _without_bare_groups(text: str) -> str:
     """Groups without an attribute change nothing."""
-    kept: list[bool] = []
+    has_attributes: list[bool] = []
 
-    def replace(found: re.Match) -> str:
-        if found["attributes"] is None:
-            return "</g>" if kept.pop() else ""
-        kept.append(bool(found["attributes"].strip()))
-        return found[0] if kept[-1] else ""
+    def replace(match: re.Match) -> str:
+        if match["attributes"] is None:
+            return "</g>" if has_attributes.pop() else ""
+        has_attributes.append(bool(match["attributes"].strip()))
+        return match[0] if has_attributes[-1] else ""
 
     return GROUP.sub(replace, text)
 
@@ -50,5 +50,5 @@ def _renamed(text: str, prefix: str) -> str:
     """With short ids of this picture's own."""
     ids = list(dict.fromkeys(re.findall(r'\bid="([^"]+)"', text)))
     new = {old: f"s{prefix}{number}" for number, old in enumerate(ids)}
-    text = re.sub(r'\bid="([^"]+)"', lambda found: f'id="{new[found[1]]}"', text)
-    return re.sub(r"(url\(#|href=\"#)([^)\"]+)", lambda found: found[1] + new[found[2]], text)
+    text = re.sub(r'\bid="([^"]+)"', lambda match: f'id="{new[match[1]]}"', text)
+    return re.sub(r"(url\(#|href=\"#)([^)\"]+)", lambda match: match[1] + new[match[2]], text)

@@ -32,7 +32,7 @@ class Table:
 
 
 def counts(results: StudyResults) -> str:
-    return f"{len(results.found)} of {len(results.found) + len(results.missing)} runs finished"
+    return f"{len(results.measured)} of {len(results.measured) + len(results.missing)} runs finished"
 
 
 def tables_of(results: StudyResults) -> list[Table]:
@@ -54,57 +54,57 @@ def tables_of(results: StudyResults) -> list[Table]:
 
 def _ranking(results: StudyResults) -> Table:
     """Cells by their speedup at the compute that they realised, longest runs first."""
-    every = [one for one in worth(results) if one.over_dense is not None or one.over_baseline is not None]
+    every = [run for run in worth(results) if run.over_dense is not None or run.over_baseline is not None]
     if not results.study.quality or not every:
         return Table("", [], [])
     dense, reference = dense_arm(results), results.study.reference
 
-    def order(one: Worth) -> tuple:
-        return -one.one.cell.length, -(one.over_dense or one.over_baseline or 0.0)
+    def order(run: Worth) -> tuple:
+        return -run.run.cell.length, -(run.over_dense or run.over_baseline or 0.0)
 
-    def row(one: Worth) -> list[str]:
-        values, cell = one.one.values, one.one.cell
-        compute = "" if one.compute_ratio is None else f"{one.compute_ratio:.2f}"
+    def row(run: Worth) -> list[str]:
+        values, cell = run.run.values, run.run.cell
+        compute = "" if run.compute_ratio is None else f"{run.compute_ratio:.2f}"
         return [
             cell.arm, at(cell.point), str(cell.seed), f"{values.get('tokens', 0) / 1e6:.2f} M",
-            f"{values['val_loss']:.4f}", compute + (f" {MARK}" if one.beyond_equal_compute else ""),
-            _number(one.over_baseline), _number(one.over_dense) + (" *" if one.extrapolated and one.over_dense else ""),
-            _number(one.over_dense_in_time),
+            f"{values['val_loss']:.4f}", compute + (f" {MARK}" if run.beyond_equal_compute else ""),
+            _number(run.over_baseline), _number(run.over_dense) + (" *" if run.extrapolated and run.over_dense else ""),
+            _number(run.over_dense_in_time),
         ]  # fmt: skip
 
     headings = ["arm", "at", "seed", "tokens", "held-out loss", f"compute over {reference}'s",
                 f"effective speedup over {reference}", f"over {dense or 'dense'}", "in wall time"]  # fmt: skip
     note = f"Ranked at the compute that each run realised. {MARK}: more than {BEYOND:.0%} above {reference}'s compute."
-    if any(one.extrapolated for one in every):
+    if any(run.extrapolated for run in every):
         note += " *: the dense law is extrapolated beyond the lengths that were trained."
-    if not any(one.over_dense_in_time for one in every):
+    if not any(run.over_dense_in_time for run in every):
         note += " No wall time: these cells were not timed on a quiet machine."
-    return Table("Effective speedup", headings, [row(one) for one in sorted(every, key=order)], note)
+    return Table("Effective speedup", headings, [row(run) for run in sorted(every, key=order)], note)
 
 
 def _by_loss(results: StudyResults) -> Table:
     """Arms by their loss, at each place and length: ranked are those that used no more compute than the baseline."""
     reference, rows, above = results.study.reference, [], False
-    values = [one for one in results.found if {"val_loss", "training_flops"} <= one.values.keys()]
+    values = [run for run in results.measured if {"val_loss", "training_flops"} <= run.values.keys()]
     if not results.study.quality:
         values = []
-    places = sorted({(one.cell.length, one.x or 0.0, one.x) for one in values}, key=lambda place: (-place[0], place[1]))
+    places = sorted({(run.cell.length, run.x or 0.0, run.x) for run in values}, key=lambda place: (-place[0], place[1]))
     for length, _, x in places:
-        here = [one for one in values if (one.cell.length, one.x) == (length, x)]
-        by_arm = {arm: [one for one in here if one.cell.arm == arm] for arm in results.arms()}
-        means = {arm: mean(one.values["val_loss"] for one in ones) for arm, ones in by_arm.items() if ones}
-        spent = {arm: mean(one.values["training_flops"] for one in by_arm[arm]) for arm in means}
+        here = [run for run in values if (run.cell.length, run.x) == (length, x)]
+        by_arm = {arm: [run for run in here if run.cell.arm == arm] for arm in results.arms()}
+        means = {arm: mean(run.values["val_loss"] for run in runs) for arm, runs in by_arm.items() if runs}
+        spent = {arm: mean(run.values["training_flops"] for run in by_arm[arm]) for arm in means}
         ratios = {arm: spent[arm] / spent[reference] for arm in means if reference in spent}
         beyond = {arm for arm, ratio in ratios.items() if ratio > 1 + BEYOND}
         above = above or bool(beyond)
         rank = 0
         for arm in sorted(means, key=lambda arm: (arm in beyond, means[arm])):
             rank += arm not in beyond
-            ones = by_arm[arm]
-            where = at(ones[0].cell.point) + ("" if length == 1 else f", length {length:g}")
+            runs = by_arm[arm]
+            where = at(runs[0].cell.point) + ("" if length == 1 else f", length {length:g}")
             compute = f"{ratios[arm]:.2f}" if arm in ratios else ""
-            rows.append([MARK if arm in beyond else str(rank), arm, where, str(len(ones)),
-                         spread([one.values["val_loss"] for one in ones], "val_loss"), compute])  # fmt: skip
+            rows.append([MARK if arm in beyond else str(rank), arm, where, str(len(runs)),
+                         spread([run.values["val_loss"] for run in runs], "val_loss"), compute])  # fmt: skip
     headings = ["rank", "arm", "at", "seeds", "held-out loss", f"compute over {reference}'s"]
     note = f"Ranked by held-out loss, {_over_seeds(results)}, at the training compute that was realised."
     if above:
@@ -113,7 +113,7 @@ def _by_loss(results: StudyResults) -> Table:
 
 
 def _over_seeds(results: StudyResults) -> str:
-    return "one seed" if len({one.cell.seed for one in results.found}) == 1 else "means over seeds"
+    return "one seed" if len({run.cell.seed for run in results.measured}) == 1 else "means over seeds"
 
 
 def _number(value: float | None) -> str:
@@ -126,16 +126,16 @@ def _summary(results: StudyResults, title: str, inside: bool) -> Table:
     names = [
         name
         for name, measure in MEASURES.items()
-        if measure.inside == inside and any(name in one.values for one in results.found)
+        if measure.inside == inside and any(name in run.values for run in results.measured)
     ]
     rows = []
     if not names:
         return Table(title, [], [])
-    lengths = sorted({one.cell.length for one in results.found}, reverse=True)
+    lengths = sorted({run.cell.length for run in results.measured}, reverse=True)
     for arm in results.arms():
         for length in lengths:
             for point, group in results.by_point(arm, length).items():
-                means = (spread([one.values[name] for one in group if name in one.values], name) for name in names)
+                means = (spread([run.values[name] for run in group if name in run.values], name) for name in names)
                 where = at(point) + ("" if length == 1 else f", length {length:g}")
                 rows.append([arm, where, str(len(group)), *means])
     headings = ["arm", "at", "seeds", *(MEASURES[name].heading for name in names)]
@@ -155,14 +155,14 @@ def _against_baseline(results: StudyResults) -> Table:
     sharper than a difference of means."""
     reference = results.study.reference
     title, rows = f"Held-out loss against {reference}, by seed", []
-    losses = {one.cell: one.values["val_loss"] for one in results.found if "val_loss" in one.values}
+    losses = {run.cell: run.values["val_loss"] for run in results.measured if "val_loss" in run.values}
     base = {(cell.point, cell.length, cell.seed): loss for cell, loss in losses.items() if cell.arm == reference}
     lengths = sorted({cell.length for cell in losses}, reverse=True)
     for arm in results.arms():
         for length in lengths if arm != reference else []:
             for point, group in results.by_point(arm, length).items():
-                gaps = [losses[one.cell] - base[key] for one in group
-                        if one.cell in losses and (key := (one.cell.point, length, one.cell.seed)) in base]  # fmt: skip
+                gaps = [losses[run.cell] - base[key] for run in group
+                        if run.cell in losses and (key := (run.cell.point, length, run.cell.seed)) in base]  # fmt: skip
                 if gaps:
                     middle, band = centre_and_band(gaps)
                     where = at(point) + ("" if length == 1 else f", length {length:g}")
@@ -174,12 +174,12 @@ def _against_baseline(results: StudyResults) -> Table:
 def _laws(results: StudyResults) -> Table:
     rows = []
     for arm in results.arms() if results.study.law and results.study.x else []:
-        ones = [one for one in results.full if one.cell.arm == arm and "val_loss" in one.values]
-        x, loss = (numpy.array(v, float) for v in ([o.x for o in ones], [o.values["val_loss"] for o in ones]))
+        runs = [run for run in results.full if run.cell.arm == arm and "val_loss" in run.values]
+        x, loss = (numpy.array(v, float) for v in ([o.x for o in runs], [o.values["val_loss"] for o in runs]))
         law = fit_law(x, loss)
         if law is not None:
             settled = "yes" if law.settled else "no: its interval reaches the end of what was searched"
-            rows.append([arm, str(len(ones)), *(_interval(value) for value in (law.a, law.b, law.c)), settled])
+            rows.append([arm, str(len(runs)), *(_interval(value) for value in (law.a, law.b, law.c)), settled])
     headings = ["arm", "runs", "a", "b", "c", "do the runs settle c?"]
     return Table("Law: loss = a + b x^-c, with 95 % intervals", headings, rows)
 
@@ -187,19 +187,19 @@ def _laws(results: StudyResults) -> Table:
 def _joint_laws(results: StudyResults) -> Table:
     rows = []
     for arm in results.arms() if results.study.law else []:
-        ones = [one for one in results.found if one.cell.arm == arm and one.shape.get("num_experts")
-                and {"val_loss", "training_flops"} <= one.values.keys()]  # fmt: skip
-        if len({one.cell.length for one in ones}) < 2 and results.study.preset is None:
+        runs = [run for run in results.measured if run.cell.arm == arm and run.shape.get("num_experts")
+                and {"val_loss", "training_flops"} <= run.values.keys()]  # fmt: skip
+        if len({run.cell.length for run in runs}) < 2 and results.study.preset is None:
             continue  # compute that differs by the routers' own cost alone is no length of training
-        columns = ([one.values["training_flops"] for one in ones], [one.shape["num_experts"] for one in ones],
-                   [one.values["val_loss"] for one in ones])  # fmt: skip
+        columns = ([run.values["training_flops"] for run in runs], [run.shape["num_experts"] for run in runs],
+                   [run.values["val_loss"] for run in runs])  # fmt: skip
         law = fit_joint(*(numpy.array(column, float) for column in columns))
         if law is not None:
             pays = "" if law.pays_from is None else "{:.2g} ({:.2g} to {:.2g})".format(*law.pays_from)
             largest = max(numpy.abs(law.residuals))
             intervals = (_interval(value) for value in (law.b, law.c, law.d))
             residuals = f"{law.residual:.2%} (largest {largest:.2%})"
-            rows.append([arm, str(len(ones)), *intervals, residuals, "yes" if law.settled else "no", pays])
+            rows.append([arm, str(len(runs)), *intervals, residuals, "yes" if law.settled else "no", pays])
     headings = [
         "arm",
         "runs",
@@ -249,12 +249,12 @@ def _beside(results: StudyResults) -> list[Table]:
 def _densities(results: StudyResults) -> Table:
     """How near a steered density came to its target."""
     rows = []
-    for one in results.with_runs:
-        target = target_density(one.config)
+    for run in results.with_runs:
+        target = target_density(run.config)
         if target is not None:
-            third = [line["density"] for line in one.lines[-max(1, len(one.lines) // 3) :]]
+            third = [line["density"] for line in run.lines[-max(1, len(run.lines) // 3) :]]
             near = mean(abs(density - target) <= NEAR_TARGET for density in third)
-            rows.append([one.cell.arm, at(one.cell.point), str(one.cell.seed), f"{target:g}", f"{mean(third):.4f}",
+            rows.append([run.cell.arm, at(run.cell.point), str(run.cell.seed), f"{target:g}", f"{mean(third):.4f}",
                          f"{near:.0%}"])  # fmt: skip
     headings = ["arm", "at", "seed", "target density", "last third of training", f"of its steps within {NEAR_TARGET}"]
     return Table("Steered densities", headings, rows)

@@ -20,11 +20,11 @@ CONSTANT = 1e-9
 
 def _changing(results: StudyResults) -> list[Measured]:
     """First seed's cells in which the number of experts per token is not constant, small x first."""
-    return [one for one in first_seed(results.with_runs) if _changes(one)]
+    return [run for run in first_seed(results.with_runs) if _changes(run)]
 
 
-def _changes(one: Measured) -> bool:
-    return numpy.ptp([line["experts_per_token"] for line in one.lines]) > CONSTANT
+def _changes(run: Measured) -> bool:
+    return numpy.ptp([line["experts_per_token"] for line in run.lines]) > CONSTANT
 
 
 def _panels_of(arms: list[str], height: float = 3.4, **options):
@@ -45,18 +45,18 @@ def density(results: StudyResults) -> Picture | None:
     shown, colors, rows = first_seed(results.with_runs), colors_of(results), []
     if not any(map(_changes, shown)):
         return None
-    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in shown)]
+    arms = [arm for arm in results.arms() if any(run.cell.arm == arm for run in shown)]
     figure, axes = _panels_of(arms)
     for axis, arm in zip(axes.flat, arms, strict=False):
-        ones = [one for one in shown if one.cell.arm == arm]
-        for one in ones:
-            lines = [one.lines[place] for place in thinned(len(one.lines))]
+        runs = [run for run in shown if run.cell.arm == arm]
+        for run in runs:
+            lines = [run.lines[place] for place in thinned(len(run.lines))]
             experts, steps = ([line[name] for line in lines] for name in ("experts_per_token", "step"))
-            axis.plot(steps, experts, color=colors[arm], alpha=shade(one, ones), linewidth=1.2, label=label(one))
-            rows += [[str(one.cell), line["step"], line["experts_per_token"], line["density"]] for line in lines]
+            axis.plot(steps, experts, color=colors[arm], alpha=shade(run, runs), linewidth=1.2, label=label(run))
+            rows += [[str(run.cell), line["step"], line["experts_per_token"], line["density"]] for line in lines]
         axis.set(title=arm, xlabel="step", ylabel="experts per token", yscale="log")
         _number(axis.yaxis)
-        if len(ones) > 1:
+        if len(runs) > 1:
             axis.legend(fontsize=8, ncols=2)
     caption = f"Mean over layers and tokens of each step. {first_seed_words(results)}."
     headings = ["cell", "step", "experts per token", "density"]
@@ -65,17 +65,17 @@ def density(results: StudyResults) -> Picture | None:
 
 def layers(results: StudyResults) -> Picture | None:
     """Experts per token by layer on held-out text, of cells whose layers differ."""
-    uneven = [one for one in results.with_runs if one.layers and len(set(one.layers)) > 1]
+    uneven = [run for run in results.with_runs if run.layers and len(set(run.layers)) > 1]
     if not uneven:
         return None
     colors, rows, shown = colors_of(results), [], first_seed(uneven)
     figure, axes = panels(height=3.6)
-    for one in uneven:
-        rows += [[str(one.cell), layer, experts] for layer, experts in enumerate(one.layers, 1)]
-        if one in shown:
-            alpha = shade(one, uneven)
-            axes[0, 0].plot(range(1, len(one.layers) + 1), one.layers, "o-", color=colors[one.cell.arm], alpha=alpha,
-                            linewidth=1.2, label=one.cell.arm if alpha == 1.0 else None)  # fmt: skip
+    for run in uneven:
+        rows += [[str(run.cell), layer, experts] for layer, experts in enumerate(run.layers, 1)]
+        if run in shown:
+            alpha = shade(run, uneven)
+            axes[0, 0].plot(range(1, len(run.layers) + 1), run.layers, "o-", color=colors[run.cell.arm], alpha=alpha,
+                            linewidth=1.2, label=run.cell.arm if alpha == 1.0 else None)  # fmt: skip
     axes[0, 0].set(xlabel="MoE layer", ylabel="experts per token", xticks=range(1, len(uneven[0].layers) + 1))
     axes[0, 0].set_ylim(bottom=0)
     handles, names = axes[0, 0].get_legend_handles_labels()
@@ -87,23 +87,23 @@ def layers(results: StudyResults) -> Picture | None:
 
 def layers_over_training(results: StudyResults) -> Picture | None:
     """Experts per token of each layer at the steps of experts.jsonl; of each arm the largest x is drawn."""
-    changing = [one for one in _changing(results) if one.inside.expert_lines]
+    changing = [run for run in _changing(results) if run.inside.expert_lines]
     if not changing:
         return None
-    rows, last = [], {one.cell.arm: one for one in changing}  # small x first
+    rows, last = [], {run.cell.arm: run for run in changing}  # small x first
     figure, axes = _panels_of(list(last))
-    for one in changing:
-        tokens = one.config.training.global_batch_size * one.config.model.sequence_length
-        found = one.inside.layers_over_training(tokens)
+    for run in changing:
+        tokens = run.config.training.global_batch_size * run.config.model.sequence_length
+        found = run.inside.layers_over_training(tokens)
         for step, by_layer in found:
-            rows += [[str(one.cell), step, layer, experts] for layer, experts in enumerate(by_layer, 1)]
-        if last[one.cell.arm] is one:
-            axis = axes.flat[list(last).index(one.cell.arm)]
+            rows += [[str(run.cell), step, layer, experts] for layer, experts in enumerate(by_layer, 1)]
+        if last[run.cell.arm] is run:
+            axis = axes.flat[list(last).index(run.cell.arm)]
             steps = [step for step, _ in found]
             for layer in range(len(found[0][1])):
                 experts = [by_layer[layer] for _, by_layer in found]
                 axis.plot(steps, experts, color=PALETTE[layer % len(PALETTE)], label=f"layer {layer + 1}")
-            axis.set(title=_title(one), xlabel="step", ylabel="experts per token")
+            axis.set(title=_title(run), xlabel="step", ylabel="experts per token")
             axis.set_yscale("symlog", linthresh=0.1)
             _number(axis.yaxis)
             axis.set_ylim(bottom=0)
@@ -118,23 +118,23 @@ def layers_over_training(results: StudyResults) -> Picture | None:
 
 def kinds(results: StudyResults) -> Picture | None:
     """Experts per token of each kind of token at the traced steps; of each arm the cell with the largest x is drawn."""
-    found = [(one, one.inside.kinds_over_training()) for one in _changing(results)]
-    found = [(one, traced) for one, traced in found if traced]
+    found = [(run, run.inside.kinds_over_training()) for run in _changing(results)]
+    found = [(run, traced) for run, traced in found if traced]
     if not found:
         return None
-    rows, last = [], {one.cell.arm: one for one, _ in found}
+    rows, last = [], {run.cell.arm: run for run, _ in found}
     figure, axes = _panels_of(list(last))
     used = [kind for kind in KINDS if kind != "other"]  # parts of characters: a handful of tokens
-    for one, traced in found:
-        rows += [[str(one.cell), step, kind, value] for step, by_kind in traced for kind, value in by_kind.items()]
-        if last[one.cell.arm] is not one:
+    for run, traced in found:
+        rows += [[str(run.cell), step, kind, value] for step, by_kind in traced for kind, value in by_kind.items()]
+        if last[run.cell.arm] is not run:
             continue
-        axis = axes.flat[list(last).index(one.cell.arm)]
+        axis = axes.flat[list(last).index(run.cell.arm)]
         for place, kind in enumerate(used):
             points = [(step, by_kind[kind]) for step, by_kind in traced if kind in by_kind]
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=PALETTE[place], linewidth=1.3, label=kind)
-        axis.set(title=_title(one), xlabel="step", ylabel="experts per token")
+        axis.set(title=_title(run), xlabel="step", ylabel="experts per token")
         axis.set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=8)
     caption = (
@@ -147,26 +147,26 @@ def kinds(results: StudyResults) -> Picture | None:
 
 def starving(results: StudyResults) -> Picture | None:
     """Experts without tokens and experts almost without gradient over training, of every cell of the first seed."""
-    ones = [one for one in first_seed(results.with_runs) if len(one.inside.expert_lines) >= AT_A_TIME]
-    if not ones or not results.study.quality:
+    runs = [run for run in first_seed(results.with_runs) if len(run.inside.expert_lines) >= AT_A_TIME]
+    if not runs or not results.study.quality:
         return None
     figure, axes = panels(columns=2, height=3.8)
     colors, rows = colors_of(results), []
-    for one in ones:
-        lines = one.inside.expert_lines
+    for run in runs:
+        lines = run.inside.expert_lines
         steps = [line["step"] for line in lines[AT_A_TIME - 1 :]]
         without = [idle(lines[end - AT_A_TIME : end]) for end in range(AT_A_TIME, len(lines) + 1)]
         faint = [weak(line) for line in lines[AT_A_TIME - 1 :]]
-        rows += [[str(one.cell), *values] for values in zip(steps, without, faint, strict=True)]
+        rows += [[str(run.cell), *values] for values in zip(steps, without, faint, strict=True)]
         for axis, shares in zip(axes[0], (without, faint), strict=True):
-            axis.plot(steps, shares, color=colors[one.cell.arm], alpha=shade(one, ones), linewidth=1.3)
-    every = one.config.logging.experts
+            axis.plot(steps, shares, color=colors[run.cell.arm], alpha=shade(run, runs), linewidth=1.3)
+    every = run.config.logging.experts
     titles = (f"no token in {AT_A_TIME} looks, {every} steps apart", "under a tenth of the layer's mean gradient")
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set(title=title, xlabel="step", ylabel="share of experts")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         axis.set_ylim(bottom=0)
-    arms = [arm for arm in results.arms() if any(one.cell.arm == arm for one in ones)]
+    arms = [arm for arm in results.arms() if any(run.cell.arm == arm for run in runs)]
     figure.legend([plt.Line2D([], [], color=colors[arm]) for arm in arms], arms, loc="outside upper center", ncols=4)
     caption = f"{first_seed_words(results)}; stronger lines are larger x."
     headings = ["cell", "step", "experts without a token", "experts with a weak gradient"]
@@ -182,26 +182,26 @@ def stage_bounds(density: numpy.ndarray, target: float) -> tuple[int, int]:
 
 def stages(results: StudyResults) -> Picture | None:
     """Density, lambda and penalty of each arm with a lambda controller, its three stages shaded; its largest x."""
-    steered = {one.cell.arm: one for one in first_seed(results.with_runs) if "lambda" in one.lines[-1]}
+    steered = {run.cell.arm: run for run in first_seed(results.with_runs) if "lambda" in run.lines[-1]}
     if not steered:
         return None
     figure, axes = panels(columns=len(steered), rows=3, height=7.2, sharex="col")
     rows = []
-    for column, one in enumerate(steered.values()):
-        target = target_density(one.config)
+    for column, run in enumerate(steered.values()):
+        target = target_density(run.config)
         names = ("step", "density", "lambda", "router_loss")
-        steps, density, coefficient, weighted = (numpy.array([line[name] for line in one.lines]) for name in names)
+        steps, density, coefficient, weighted = (numpy.array([line[name] for line in run.lines]) for name in names)
         # A line holds lambda after its step; the step's loss was weighted by the one before.
         penalty = numpy.where(weighted > ROUNDED, weighted, numpy.nan)[1:] / coefficient[:-1]
         drawn = thinned(len(steps))
-        rows += [[str(one.cell), steps[i], density[i], coefficient[i]] for i in drawn]
+        rows += [[str(run.cell), steps[i], density[i], coefficient[i]] for i in drawn]
         for axis, x, values, name, scale in zip(
             axes[:, column], (steps, steps, steps[1:]), (smoothed(density), coefficient, penalty),
             ("density", "λ", "penalty"), ("linear", "log", "log"), strict=True,
         ):  # fmt: skip
             axis.plot(x, values, color=PALETTE[0], linewidth=1.3)
             axis.set(ylabel=name if column == 0 else "", yscale=scale)
-        axes[0, column].set(title=_title(one), ylim=(0, 1.02))
+        axes[0, column].set(title=_title(run), ylim=(0, 1.02))
         axes[2, column].set_xlabel("step")
         if target is not None:
             axes[0, column].axhspan(target - NEAR_TARGET, target + NEAR_TARGET, color=PALETTE[2], alpha=0.3)
@@ -217,5 +217,5 @@ def stages(results: StudyResults) -> Picture | None:
     return Picture("stages", "Stages of a steered density", caption, headings, rows, figure)
 
 
-def _title(one: Measured) -> str:
-    return f"{one.cell.arm}, {label(one)}" if label(one) else one.cell.arm
+def _title(run: Measured) -> str:
+    return f"{run.cell.arm}, {label(run)}" if label(run) else run.cell.arm

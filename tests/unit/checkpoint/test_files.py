@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and that the path from disk to model has no unpickling in it."""
+"""Which checkpoint a run resumes from, and that the path from disk to model has no unpickling in it."""
 
 from __future__ import annotations
 

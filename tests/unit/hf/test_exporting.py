@@ -222,6 +222,8 @@ def test_mistakes_are_named_before_any_work(run, tmp_path, monkeypatch):
         attempt(data=str(tmp_path / "nowhere"))
     with pytest.raises(ConversionError, match="router.name is relu"):
         attempt(format="mixtral")
+    with pytest.raises(ConversionError, match=r"--format: found 'mixtrel', expected one of dsmoe, .*'mixtral'"):
+        attempt(format="mixtrel")
     assert list((tmp_path / "new").iterdir()) == []
 
 

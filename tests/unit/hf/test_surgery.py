@@ -1,4 +1,4 @@
-"""A trained mixture of experts goes on with another router: it starts near, says how near, keeps what it was told."""
+"""A trained mixture of experts continues with another router: it starts near, says how near, keeps what it was told."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_every_token_is_computed_once_until_the_window_is_full(groups):
         reader = Reader(model)
         for count in range(5, 26):
             reader.logits(ids[:count])
-    # 5 tokens, then one after another; a full window of 12 goes on with its newer 6 and the new token.
+    # 5 tokens, then one after another; a full window of 12 continues with its newer 6 and the new token.
     assert lengths == [5, *[1] * 7, 7, *[1] * 5, 7, *[1] * 5, 7]
 
 

@@ -31,7 +31,7 @@ def test_a_deleted_log_begins_anew(tmp_path):
     (tmp_path / "run").rmdir()
     writer.write({"step": 2})
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 2}]
-    assert said == [f"{tmp_path}/run/metrics.jsonl was deleted; it begins anew"]
+    assert said == [f"{tmp_path}/run/metrics.jsonl was deleted; a new one is started"]
 
 
 def test_a_line_that_was_cut_short_is_ended_and_left_out(tmp_path, monkeypatch):

@@ -60,10 +60,10 @@ def probe(run: Path, data: str | None = None, tokens: int = 4096) -> dict:
     batch = held.batch(0, len(held))
     layers = look(trained.model, batch["tokens"])
     kinds = kinds_of(batch["tokens"], corpus.tokenizer)
-    found = read_layers(layers, kinds, (len(held), length))
+    reports = read_layers(layers, kinds, (len(held), length))
     norms = gradient_norms(trained.model, batch)
     before = _before(trained, batch["tokens"])
-    for place, (layer, report) in enumerate(zip(layers, found, strict=True)):
+    for place, (layer, report) in enumerate(zip(layers, reports, strict=True)):
         report |= similarity(layer.module, layer.hidden_TH)
         report["gradient_norm"] = norms[place].tolist()
         report["flips_bf16"] = flips(layer.map_TE, layer.rerouted(torch.bfloat16))
@@ -71,7 +71,7 @@ def probe(run: Path, data: str | None = None, tokens: int = 4096) -> dict:
             report["flips_checkpoint"] = flips(layer.map_TE, before[place].map_TE)
     shares = {kind: float((kinds == number).mean()) for number, kind in enumerate(kinds.names)}
     return {
-        "step": trained.step, "tokens": batch["tokens"].numel(), "kinds": shares, "layers": found,
+        "step": trained.step, "tokens": batch["tokens"].numel(), "kinds": shares, "layers": reports,
         "latency": latencies(trained, held),
     }  # fmt: skip
 
@@ -80,18 +80,18 @@ def gradient_norms(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """L2 norm of the training loss's gradient in each expert's weights: fp64 [L, E]."""
     packed = packed_experts(model)
     loss, _ = model(batch["tokens"], batch["labels"])
-    gradients = torch.autograd.grad(loss, [one.parameter for one in packed])
+    gradients = torch.autograd.grad(loss, [weights.parameter for weights in packed])
     model.recorder.take()
     squares_LE = torch.zeros(len(model.recorder.routers), model.config.num_experts, dtype=torch.float64)
-    for one, gradient in zip(packed, gradients, strict=True):
-        squares_LE[one.layer] += torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square()
+    for weights, gradient in zip(packed, gradients, strict=True):
+        squares_LE[weights.layer] += torch.linalg.vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64).square()
     return squares_LE.sqrt()
 
 
 def _before(trained: TrainedModel, tokens_BS: torch.Tensor) -> list[SeenLayer] | None:
     """The same tokens in the checkpoint before this one."""
-    kept = [path for path in complete_checkpoints(trained.run_dir) if step_of(path) < trained.step]
-    if not kept:
+    earlier = [path for path in complete_checkpoints(trained.run_dir) if step_of(path) < trained.step]
+    if not earlier:
         return None
-    newest = max(step_of(path) for path in kept)
+    newest = max(step_of(path) for path in earlier)
     return look(TrainedModel.load(folder_of(trained.run_dir, newest)).model, tokens_BS)

@@ -21,25 +21,25 @@ def main() -> None:
     from dsmoe.checkpoint.files import write_atomically
     from dsmoe.lab.study.probe import FILE, probe
 
-    found = probe(arguments.run, arguments.data, arguments.tokens)
+    result = probe(arguments.run, arguments.data, arguments.tokens)
     target = arguments.json or arguments.run / FILE
-    write_atomically(target, (json.dumps(found, indent=1) + "\n").encode())
-    _show(found)
+    write_atomically(target, (json.dumps(result, indent=1) + "\n").encode())
+    _show(result)
     print(f"wrote {target}")
 
 
-def _show(found: dict) -> None:
+def _show(result: dict) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"[bold]step {found['step']}[/], {found['tokens']:,} held-out tokens")
+    console.print(f"[bold]step {result['step']}[/], {result['tokens']:,} held-out tokens")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     headings = ("layer", "experts", "load", "dead", "cosine", "CKA", "weights", "flips", "bf16", "gradient")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for number, layer in enumerate(found["layers"]):
+    for number, layer in enumerate(result["layers"]):
         alike = [f"{layer[name]['mean']:.2f}" if name in layer else "" for name in ("cosine", "cka", "weights")]
         flipped = f"{layer['flips_checkpoint']:.1%}" if "flips_checkpoint" in layer else ""
         norms = layer["gradient_norm"]
@@ -48,16 +48,16 @@ def _show(found: dict) -> None:
             flipped, f"{layer['flips_bf16']:.1%}", f"{min(norms):.0e}..{max(norms):.0e}",
         )  # fmt: skip
     console.print(table)
-    kinds = sorted(found["kinds"].items(), key=lambda item: -item[1])
-    said = [
-        f"{kind} {mean(layer['by_kind'][kind] for layer in found['layers']):.2f}" for kind, share in kinds if share > 0
+    kinds = sorted(result["kinds"].items(), key=lambda item: -item[1])
+    text = [
+        f"{kind} {mean(layer['by_kind'][kind] for layer in result['layers']):.2f}" for kind, share in kinds if share > 0
     ]
-    console.print(f"[bold]experts a token[/]  {', '.join(said)}")
-    for one in found["latency"]:
-        first, later = (f"{one[name] * 1e3:.1f} ms" for name in ("first_token_seconds", "token_seconds"))
+    console.print(f"[bold]experts a token[/]  {', '.join(text)}")
+    for timing in result["latency"]:
+        first, later = (f"{timing[name] * 1e3:.1f} ms" for name in ("first_token_seconds", "token_seconds"))
         console.print(
-            f"[bold]{one['setting']}[/]  {one['experts_per_token']:.2f} experts a token, loss {one['loss']:.4f}; "
-            f"{first} to the first token, {later} for each after it"
+            f"[bold]{timing['setting']}[/]  {timing['experts_per_token']:.2f} experts a token, "
+            f"loss {timing['loss']:.4f}; {first} to the first token, {later} for each after it"
         )
 
 

@@ -17,18 +17,18 @@ TOKENS, REPEATS = 12, 3
 def latencies(trained: TrainedModel, held) -> list[dict]:
     """One entry for each setting of the router, its own first."""
     routers = trained.model.recorder.routers
-    found = []
+    results = []
     for setting, change in settings(trained):
         with _options(routers, change):
             loss = evaluate(trained.model, held, len(held), trained.groups, None)
             first, later = seconds(trained, held.batch(0, 1)["tokens"][0].tolist())
-        found.append(
+        results.append(
             {
                 "setting": setting, "experts_per_token": loss["val_experts_per_token"], "loss": loss["val_loss"],
                 "first_token_seconds": first, "token_seconds": later,
             }
         )  # fmt: skip
-    return found
+    return results
 
 
 def settings(trained: TrainedModel) -> list[tuple[str, dict]]:

@@ -87,7 +87,7 @@ def kinds_of(tokens_BS: Tensor, tokenizer) -> TokenKinds:
     if tokenizer is None:
         kinds = np.full(len(ids), KINDS.index("other"))
     else:
-        kinds = np.array([KINDS.index(kind_of(_text(tokenizer, int(one)))) for one in ids])
+        kinds = np.array([KINDS.index(kind_of(_text(tokenizer, int(token)))) for token in ids])
     return kinds[inverse].reshape(tokens_BS.shape).view(TokenKinds)
 
 
@@ -102,12 +102,12 @@ def read_layers(layers: list[SeenLayer], kinds_BS: TokenKinds, shape: tuple[int,
     kind_T = np.asarray(kinds_BS).T.reshape(-1)
     part_T = np.repeat(np.arange(length) * PARTS // length, batch)
     parts = np.unique(part_T)
-    found = []
+    reports = []
     for layer in layers:
         active_T, counts_E = layer.map_TE.sum(1), layer.map_TE.sum(0)
         share_E = counts_E / max(1, counts_E.sum())
         entropy = -(share_E[share_E > 0] * np.log(share_E[share_E > 0])).sum()
-        found.append(
+        reports.append(
             {
                 "experts_per_token": float(active_T.mean()),
                 "by_kind": {
@@ -122,10 +122,10 @@ def read_layers(layers: list[SeenLayer], kinds_BS: TokenKinds, shape: tuple[int,
                 "counts": counts_E.tolist(),
             }
         )  # fmt: skip
-    return found
+    return reports
 
 
-def flips(one_TE: np.ndarray, other_TE: np.ndarray) -> float:
+def flips(first_TE: np.ndarray, second_TE: np.ndarray) -> float:
     """1 - routes in both maps / routes in any of them; 0 where neither has one."""
-    either = (one_TE | other_TE).sum()
-    return float(1 - (one_TE & other_TE).sum() / either) if either else 0.0
+    either = (first_TE | second_TE).sum()
+    return float(1 - (first_TE & second_TE).sum() / either) if either else 0.0

@@ -45,10 +45,10 @@ def all_outputs(layer: VariableMoELayer, rows_NH: Tensor) -> Tensor:
     experts, count = layer.experts.num_local_experts, len(rows_NH)
     rows = rows_NH.repeat(experts, 1)
     counts = torch.full((experts,), count, device=rows.device)
-    more = {}
+    expert_kwargs = {}
     if isinstance(layer.experts, LowRankExperts):
-        more["reduce_erH"] = layer.router.own_reduce_erH.to(rows.dtype)
-    outputs, _ = layer.experts(rows, counts, torch.ones(len(rows), device=rows.device), **more)
+        expert_kwargs["reduce_erH"] = layer.router.own_reduce_erH.to(rows.dtype)
+    outputs, _ = layer.experts(rows, counts, torch.ones(len(rows), device=rows.device), **expert_kwargs)
     return outputs.view(experts, count, -1)
 
 
@@ -84,12 +84,12 @@ def weight_similarities(units_eFK: Tensor) -> Tensor:
     pairs = torch.triu_indices(len(units_eFK), len(units_eFK), offset=1).T
     if len(pairs) > PAIRS:
         pairs = pairs[torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:PAIRS]]
-    return torch.tensor([matched(units_eFK[one], units_eFK[other]) for one, other in pairs.tolist()])
+    return torch.tensor([matched(units_eFK[first], units_eFK[second]) for first, second in pairs.tolist()])
 
 
-def matched(one_FK: Tensor, other_FK: Tensor) -> float:
+def matched(first_FK: Tensor, second_FK: Tensor) -> float:
     """Cosine of each unit with its best match in the other expert: mean over the units of both."""
-    cosines = F.normalize(one_FK, dim=1) @ F.normalize(other_FK, dim=1).T
+    cosines = F.normalize(first_FK, dim=1) @ F.normalize(second_FK, dim=1).T
     return float((cosines.amax(0).mean() + cosines.amax(1).mean()) / 2)
 
 

@@ -68,7 +68,7 @@ def fill(folder, experts: int, adaptive: bool, tokenizer) -> None:
 
 def test_what_a_run_left_becomes_numbers(seen):
     results = read_results(*seen)
-    one = next(one for one in results.found if str(one.cell) == "topk, num_experts 8, seed 1")
+    one = next(one for one in results.measured if str(one.cell) == "topk, num_experts 8, seed 1")
     values = one.values
     assert values["output_cka"] == values["output_cosine"] == 1 / 8
     assert values["weights_alike"] == pytest.approx(1 / 8 - 0.01) and values["flips"] == 0.1
@@ -80,7 +80,7 @@ def test_what_a_run_left_becomes_numbers(seen):
     assert values["load_contiguous"] == rows["contiguous"].load > values["load_replicated"]
     assert values["by_route"] == rows["contiguous"].sent_routes / rows["contiguous"].sent_rows
     timed = {"first_token", "token", "passes_seconds", "routing_share"}
-    untimed = read_results(seen[0].model_copy(update={"timed": False}), seen[1]).found[0].values
+    untimed = read_results(seen[0].model_copy(update={"timed": False}), seen[1]).measured[0].values
     assert not timed & untimed.keys() and "flips" in untimed
 
 

@@ -52,7 +52,7 @@ def test_a_study_is_run_once_and_kept_beside_its_runs(finished):
 def test_measures_of_a_cell(finished):
     study, out = finished
     results = read_results(study, out)
-    one = next(one for one in results.found if str(one.cell) == "relu, num_experts 8, seed 2")
+    one = next(one for one in results.measured if str(one.cell) == "relu, num_experts 8, seed 2")
     assert one.x == 8 and one.values["val_loss"] == pytest.approx(4 - 0.2 - 0.07)
     assert "step_seconds" not in one.values and "peak_memory" not in one.values  # not timed; not recorded
     folder = one.cell.folder(out)
@@ -92,7 +92,7 @@ def test_seconds_of_cells_that_shared_the_cores_are_not_shown(study_file, tmp_pa
     edit(study_file, lambda tree: tree.update(seeds=[1], timed=True))
     study, out = load_study(study_file), tmp_path / "shared"
     run_study(study, out, 4, console=QUIET)
-    assert not any("step_seconds" in one.values for one in read_results(study, out).found)
+    assert not any("step_seconds" in one.values for one in read_results(study, out).measured)
 
 
 def test_a_report_says_what_is_missing(study_file, tmp_path):
@@ -211,20 +211,20 @@ def test_rows_beyond_equal_compute_are_marked_and_speedups_counted(study_file, t
     out = tmp_path / "speed"
     assert run_study(load_study(study_file), out, 4, console=QUIET) == 0
     results = read_results(read_study(out), out)
-    by = {(w.one.cell.arm, w.one.x, w.one.cell.length, w.one.cell.seed): w for w in worth(results)}
+    by = {(w.run.cell.arm, w.run.x, w.run.cell.length, w.run.cell.seed): w for w in worth(results)}
     relu, topk = by["relu", 4, 1.0, 1], by["topk", 4, 1.0, 1]
     # A branch has cost what the run had cost up to there, and its decay.
-    half = by["topk", 4, 0.5, 1].one
-    assert half.values["training_flops"] == pytest.approx(topk.one.values["training_flops"] / 2)
+    half = by["topk", 4, 0.5, 1].run
+    assert half.values["training_flops"] == pytest.approx(topk.run.values["training_flops"] / 2)
     assert [point["step"] for point in half.curve] == list(range(1, 11))
     assert relu.beyond_equal_compute and not topk.beyond_equal_compute  # 3 experts on average, against 2
-    assert relu.compute_ratio == pytest.approx(relu.one.values["training_flops"] / topk.one.values["training_flops"])
-    law = law_of([one for one in results.found if one.cell.arm == "topk" and one.x == 4])
-    needed = law.compute_at(relu.one.values["val_loss"])
-    assert relu.over_baseline == pytest.approx(needed / relu.one.values["training_flops"])
-    dense = law_of([one for one in results.found if one.cell.arm == "dense"])
+    assert relu.compute_ratio == pytest.approx(relu.run.values["training_flops"] / topk.run.values["training_flops"])
+    law = law_of([one for one in results.measured if one.cell.arm == "topk" and one.x == 4])
+    needed = law.compute_at(relu.run.values["val_loss"])
+    assert relu.over_baseline == pytest.approx(needed / relu.run.values["training_flops"])
+    dense = law_of([one for one in results.measured if one.cell.arm == "dense"])
     assert topk.over_dense == pytest.approx(
-        dense.compute_at(topk.one.values["val_loss"]) / topk.one.values["training_flops"]
+        dense.compute_at(topk.run.values["val_loss"]) / topk.run.values["training_flops"]
     )
     assert topk.over_dense_in_time is None  # not timed
     write_report([out], tmp_path / "report")
@@ -258,8 +258,8 @@ def test_an_arm_whose_first_seed_failed_is_in_every_picture(study_file, tmp_path
     study, out = load_study(study_file), tmp_path / "arms"
     run_study(study, out, 4, console=QUIET)
     results = read_results(study, out)
-    found = [one for one in results.found if (one.cell.arm, one.cell.seed) != ("relu", 1)]
-    pictures = {picture.name: picture for picture in draw_pictures(dataclasses.replace(results, found=found))}
+    found = [one for one in results.measured if (one.cell.arm, one.cell.seed) != ("relu", 1)]
+    pictures = {picture.name: picture for picture in draw_pictures(dataclasses.replace(results, measured=found))}
     for name in ("loss", "loss_over_flops", "density"):
         drawn = {row[0].partition(",")[0] for row in pictures[name].rows}
         assert drawn == {"topk", "relu"}, name
