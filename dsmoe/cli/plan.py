@@ -152,19 +152,19 @@ def plan(arguments: argparse.Namespace) -> int:
     return FINISHED if one.fits else REFUSED
 
 
-def _write_config(path: Path | None, one: Prediction) -> None:
+def _write_config(path: Path | None, prediction: Prediction) -> None:
     """The configuration of a layout that fits, and how it is started."""
     from dsmoe.checkpoint.files import write_atomically
 
     if path is None:
         return
-    ranks, per_node = one.layout.ranks, one.layout.hardware.devices_per_node
+    ranks, per_node = prediction.layout.ranks, prediction.layout.hardware.devices_per_node
     nodes = f" on each of {ranks // per_node} nodes (docs/clusters.md)" if ranks > per_node else ""
     head = (
-        f"# {ranks} ranks of {one.layout.hardware.name}{nodes}, written by dsmoe plan.\n"
+        f"# {ranks} ranks of {prediction.layout.hardware.name}{nodes}, written by dsmoe plan.\n"
         f"#   deepspeed --num_gpus {min(ranks, per_node)} --module dsmoe train --config {path}\n"
     )
-    write_atomically(path, (head + one.layout.config.to_yaml()).encode())
+    write_atomically(path, (head + prediction.layout.config.to_yaml()).encode())
     _console().print(f"wrote {path}")
 
 
@@ -367,15 +367,15 @@ def _row_shape(arguments: argparse.Namespace) -> tuple[int, int, str]:
     path = arguments.trace
     places = [path, *path.parents[:2]] if path.is_dir() else path.parents[:2]
     run = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
-    given = {name: getattr(arguments, name) for name in ("hidden", "ffn", "dtype")}
-    if run is None and None in given.values():
-        missing = ", ".join(f"--{name}" for name, value in given.items() if value is None)
+    shape = {name: getattr(arguments, name) for name in ("hidden", "ffn", "dtype")}
+    if run is None and None in shape.values():
+        missing = ", ".join(f"--{name}" for name, value in shape.items() if value is None)
         raise ConfigError([f"{missing}: not given, and no config.yaml of a run lies beside {path}"], "the replay")
     config = load_config(run) if run is not None else None
     model = config.model if config is not None else ModelConfig()
     precision = config.training.precision if config is not None else "fp32"
     wire = "bf16" if model.moe_exchange_dtype == "bf16" else precision
-    return given["hidden"] or model.hidden_size, given["ffn"] or model.moe_ffn_hidden_size, given["dtype"] or wire
+    return shape["hidden"] or model.hidden_size, shape["ffn"] or model.moe_ffn_hidden_size, shape["dtype"] or wire
 
 
 def _ranks(arguments: argparse.Namespace) -> int:

@@ -193,14 +193,14 @@ def _megatron_prefix(prefix: Path) -> Path:
     lines, where only PREFIX was named. Raises `DataError` where there are several."""
     if _has_files(prefix):
         return prefix
-    made = [path.with_suffix("") for level in ("document", "sentence")
+    prefixes = [path.with_suffix("") for level in ("document", "sentence")
             for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}_*_{level}.idx"))]  # fmt: skip
-    if len(made) > 1:
+    if len(prefixes) > 1:
+        names = ", ".join(map(str, prefixes))
         raise DataError(
-            f"data.path: {prefix} stands for several datasets of Megatron's: {', '.join(map(str, made))}; name one, or "
-            "blend them"
+            f"data.path: {prefix} stands for several datasets of Megatron's: {names}; name one, or blend them"
         )
-    return made[0] if made else prefix
+    return prefixes[0] if prefixes else prefix
 
 
 def _has_files(prefix: Path) -> bool:

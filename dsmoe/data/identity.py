@@ -31,13 +31,13 @@ def data_identity(corpus: Corpus | Blend) -> dict[str, Any]:
 
 def _blend_identity(blend: Blend) -> dict[str, Any]:
     each = [data_identity(part) for part in blend.corpora]
-    found: dict[str, Any] = {"tokenizer": each[0]["tokenizer"]}
+    identity: dict[str, Any] = {"tokenizer": each[0]["tokenizer"]}
     for split in ("train", "valid"):
         shares = blend.order(0).shares
-        text = " ".join(f"{share!r} {one[split]['fingerprint']}" for share, one in zip(shares, each, strict=True))
-        tokens = sum(one[split]["tokens"] for one in each)
-        found[split] = {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "tokens": tokens}
-    return found
+        text = " ".join(f"{share!r} {part[split]['fingerprint']}" for share, part in zip(shares, each, strict=True))
+        tokens = sum(part[split]["tokens"] for part in each)
+        identity[split] = {"fingerprint": hashlib.sha256(text.encode()).hexdigest(), "tokens": tokens}
+    return identity
 
 
 def _split(split: Split) -> dict[str, Any]:

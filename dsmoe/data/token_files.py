@@ -71,8 +71,8 @@ class TokenFiles:
         except OSError as error:
             raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
         if header[: len(MAGIC)] != MAGIC or len(header) < HEADER.size:
-            found = f"it begins with {header[: len(MAGIC)]!r}, expected {MAGIC!r}"
-            raise DataError(f"{idx} is not an index in Megatron's format: {found}")
+            header_text = f"it begins with {header[: len(MAGIC)]!r}, expected {MAGIC!r}"
+            raise DataError(f"{idx} is not an index in Megatron's format: {header_text}")
         _, version, code, sequences, boundaries = HEADER.unpack(header)
         if version != VERSION:
             raise DataError(f"{idx} has version {version} of Megatron's format, expected {VERSION}")
@@ -107,12 +107,12 @@ class TokenFiles:
         """
         for path, (inode, size) in self.states.items():
             try:
-                found_inode, found_size = _state(path)
+                current_inode, current_size = _state(path)
             except OSError:
                 continue  # what was deleted stays readable for who has it open
-            if found_inode == inode and found_size < size:
+            if current_inode == inode and current_size < size:
                 raise DataError(
-                    f"{path} was truncated while it was read: {found_size} bytes, {size} when it was opened; "
+                    f"{path} was truncated while it was read: {current_size} bytes, {size} when it was opened; "
                     "restore it and start again, from the newest checkpoint"
                 )
 

@@ -110,16 +110,16 @@ class Tokenizer(ABC):
 
     def texts_of(self, ids: Sequence[int]) -> list[str]:
         """What each id writes; joined they are the text. The last of several ids that write one character has it."""
-        texts, taken = [""] * len(ids), 0
+        texts, read = [""] * len(ids), 0
 
         def one_by_one() -> Iterator[int]:
-            nonlocal taken
+            nonlocal read
             for token in ids:
-                taken += 1
+                read += 1
                 yield token
 
         for text in self.decode_stream(one_by_one()):
-            texts[taken - 1] += text
+            texts[read - 1] += text
         return texts
 
     def copy_to(self, folder: Path) -> None:

@@ -373,8 +373,8 @@ def _check(target: Target, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"tokenizer": None}
     if tokenizer is not None:
         texts = [tokenizer.decode(row) for row in batch["tokens"].tolist()]
-        kept = source.identity is not None and source.identity.has_tokenizer
-        results["tokenizer"] = check_tokenizer(tokenizer, folder, texts, as_text=kept)
+        has_own_tokenizer = source.identity is not None and source.identity.has_tokenizer
+        results["tokenizer"] = check_tokenizer(tokenizer, folder, texts, as_text=has_own_tokenizer)
     results["parity"], seen = check_parity(source.reader.folder, folder, sample, target.dtype, target.dtype_of)
     loss = _loss(seen, batch["labels"])
     size, bytes_per_token = model_size(config), source.corpus.bytes_per_token

@@ -55,20 +55,20 @@ class Identity:
         config, card = _json(source / "config.json"), _front_matter(source / "README.md")
         place = run / FOLDER
         place.mkdir()
-        kept = [name for name in (*TOKENIZER_PARTS, GENERATION) if (source / name).is_file()]
-        for name in kept:
+        names = [name for name in (*TOKENIZER_PARTS, GENERATION) if (source / name).is_file()]
+        for name in names:
             shutil.copyfile(source / name, place / name)
-        found = cls(
+        identity = cls(
             base_model=_name_of(source, config),
             architecture=str(config.get("model_type")),
             license=card.get("license"),
             language=card.get("language"),
             token_ids={key: config.get(key) for key in IDS},
             trained_elsewhere=int(_json(source / "trainer_state.json").get("global_step") or 0),
-            has_tokenizer="tokenizer.json" in kept,
+            has_tokenizer="tokenizer.json" in names,
         )
-        (place / DESCRIPTION).write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
-        return found
+        (place / DESCRIPTION).write_text(json.dumps(asdict(identity), indent=2) + "\n", encoding="utf-8")
+        return identity
 
     @classmethod
     def of_run(cls, run: Path) -> Identity | None:
@@ -105,15 +105,15 @@ def _front_matter(card: Path) -> dict[str, Any]:
     """The YAML at the head of a model card; empty where there is none that can be read."""
     try:
         parts = card.read_text(encoding="utf-8").split("---\n", 2)
-        found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+        content = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

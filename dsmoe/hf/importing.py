@@ -272,7 +272,7 @@ class Source:
     def _state_in_weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         layers = [layer for layer, is_moe in enumerate(self.config.model.moe_layers()) if is_moe]
         theirs = {name: [routing_name(layer, name, self.foreign.architecture) for layer in layers] for name in names}
-        return {name: torch.stack([self.reader.read(x).float() for x in found]) for name, found in theirs.items()}
+        return {name: torch.stack([self.reader.read(x).float() for x in tensors]) for name, tensors in theirs.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The run's tensors, one after another."""

@@ -157,20 +157,20 @@ def judge(ours: Observation, theirs: Observation, in_fp64: Callable[[], Observat
     return Equality(scale, difference, allowed, rounding, compared, problems)
 
 
-def _settled(one: Observation, other: Observation) -> Tensor:
+def _settled(first: Observation, second: Observation) -> Tensor:
     """bool [B, S], positions before the first of their sequence where the routes differ, which later ones see."""
-    batch, length = one.logits.shape[:2]
-    if one.routes is None or other.routes is None:
+    batch, length = first.logits.shape[:2]
+    if first.routes is None or second.routes is None:
         return torch.ones(batch, length, dtype=torch.bool)
-    differs_BS = (one.routes ^ other.routes).any(-1).any(0).view(batch, length)
+    differs_BS = (first.routes ^ second.routes).any(-1).any(0).view(batch, length)
     return differs_BS.cumsum(1) == 0
 
 
-def _largest(one: Observation, other: Observation, where_BS: Tensor) -> float:
+def _largest(first: Observation, second: Observation, where_BS: Tensor) -> float:
     """The largest difference of logits; infinite where none is left to compare, or one is no number."""
-    pairs = zip(one.logits, other.logits, where_BS, strict=True)
+    pairs = zip(first.logits, second.logits, where_BS, strict=True)
     differences = [(a_SV[where_S] - b_SV[where_S]).abs() for a_SV, b_SV, where_S in pairs if where_S.any()]
-    return max((found.nan_to_num(torch.inf).max().item() for found in differences), default=torch.inf)
+    return max((largest.nan_to_num(torch.inf).max().item() for largest in differences), default=torch.inf)
 
 
 def _tied_at_most(ours: Observation, theirs: Observation) -> float:
@@ -185,11 +185,11 @@ def _tied_at_most(ours: Observation, theirs: Observation) -> float:
     return (logits_V[ours.written[first]] - logits_V[theirs.written[first]]).item()
 
 
-def _flipped(one: Observation, other: Observation) -> float | None:
+def _flipped(first: Observation, second: Observation) -> float | None:
     """Routes that only one has, over the routes of both."""
-    if one.routes is None or other.routes is None:
+    if first.routes is None or second.routes is None:
         return None
-    return (one.routes ^ other.routes).sum().item() / max(1, (one.routes.sum() + other.routes.sum()).item())
+    return (first.routes ^ second.routes).sum().item() / max(1, (first.routes.sum() + second.routes.sum()).item())
 
 
 def check_parity(

@@ -50,8 +50,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
         chunk = max(1, CHUNK.get(hidden_TH.device.type, CHUNK_ELSEWHERE) // len(weight_VH))
         learns = any(ctx.needs_input_grad[:2])
-        way = _fastest(hidden_TH, weight_VH)
-        total, grad_hidden_TH, grad_weight_VH = way(hidden_TH, weight_VH, labels_T, weights_T, chunk, learns)
+        implementation = _fastest(hidden_TH, weight_VH)
+        total, grad_hidden_TH, grad_weight_VH = implementation(hidden_TH, weight_VH, labels_T, weights_T, chunk, learns)
         if learns:
             ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
         return total

@@ -97,8 +97,8 @@ def start_local_plans(maps: Sequence[Tensor], fused: bool = False) -> list[Calla
 
     def finish(chunk: int) -> LocalPlan:
         ((routes,),) = counts.sent_to_ranks(chunk)
-        found = pending[chunk].finish(routes)
-        return LocalPlan(len(maps[chunk]), found.flat_N, counts_CE[chunk], found.by_token)
+        order = pending[chunk].finish(routes)
+        return LocalPlan(len(maps[chunk]), order.flat_N, counts_CE[chunk], order.by_token)
 
     return [partial(finish, chunk) for chunk in range(len(maps))]
 

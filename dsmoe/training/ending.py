@@ -22,19 +22,19 @@ def ending(
         metrics: of the last step and evaluation, as far as there are.
         target: experts per token that the router aims at.
     """
-    run_dir, found = Path(config.logging.run_dir), []
+    run_dir, numbers = Path(config.logging.run_dir), []
     if "loss" in metrics:
-        found.append(f"loss {metrics['loss']:.3f}")
+        numbers.append(f"loss {metrics['loss']:.3f}")
     if "val_loss" in metrics:
         bits = f" ({metrics['val_bpb']:.3f} bits per byte)" if "val_bpb" in metrics else ""
-        found.append(f"held out {metrics['val_loss']:.3f}{bits}")
+        numbers.append(f"held out {metrics['val_loss']:.3f}{bits}")
     if "experts_per_token" in metrics:
-        found.append(f"{metrics['experts_per_token']:.2f} experts per token (aim {target:.2f})")
+        numbers.append(f"{metrics['experts_per_token']:.2f} experts per token (aim {target:.2f})")
     if tokens_per_second:
-        found.append(f"{tokens_per_second:,.0f} tokens/s")
+        numbers.append(f"{tokens_per_second:,.0f} tokens/s")
     tensorboard = ", tensorboard" if config.logging.tensorboard else ""
     lines = [
-        f"numbers {', '.join(found)}",
+        f"numbers {', '.join(numbers)}",
         f"where   {run_dir}: checkpoints/step_{step:08d}, metrics.jsonl{tensorboard}",
     ]
     if step >= config.training.steps:

@@ -100,19 +100,4 @@ def tokenize(text: Text, tokenizer: Tokenizer, context: int, vocab_size: int, wi
             ],
             "the command line",
         )
-    return Tokens(text.name, ids, token_texts(tokenizer, ids))
-
-
-def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """What each id writes; joined they are the text."""
-    texts, taken = [""] * len(ids), 0
-
-    def one_by_one() -> Iterator[int]:
-        nonlocal taken
-        for token in ids:
-            taken += 1
-            yield token
-
-    for piece in tokenizer.decode_stream(one_by_one()):
-        texts[taken - 1] += piece
-    return texts
+    return Tokens(text.name, ids, tokenizer.texts_of(ids))

@@ -86,11 +86,11 @@ def _branch_problems(study: Study, cell: Cell, config: RunConfig) -> list[str]:
     """Whether the run that a shorter one branches off keeps the checkpoint for it."""
     if cell.length == 1 or config.training.decay_from is None:
         return []
-    kept, step = config.checkpoint.keep_every, int(config.training.decay_from.rpartition("_")[2])
-    if kept and step and step % kept == 0:
+    interval, step = config.checkpoint.keep_every, int(config.training.decay_from.rpartition("_")[2])
+    if interval and step and step % interval == 0:
         return []
     expected = f"a divisor of {step}, where length {cell.length:g} begins to decay"
-    return [f"checkpoint.keep_every: found {kept}, expected {expected}"]
+    return [f"checkpoint.keep_every: found {interval}, expected {expected}"]
 
 
 def _launch_problems(ranks: int, config: RunConfig) -> list[str]:

@@ -186,13 +186,13 @@ def held_out_groups(documents: list[Document], valid_fraction: float) -> set[str
 def _first_bytes(documents: list[Document], limit: int | None) -> list[Document]:
     if limit is None:
         return documents
-    taken, size = [], 0
+    head, size = [], 0
     for document in documents:
         if size >= limit:
             break
-        taken.append(document)
+        head.append(document)
         size += byte_length(document.text)
-    return taken
+    return head
 
 
 def _summary(documents: list[Document], held: set[str]) -> dict:

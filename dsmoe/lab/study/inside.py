@@ -62,7 +62,7 @@ class Inside:
     def _probed(self) -> dict[str, float]:
         if not self.probe or not self.probe.get("layers"):
             return {}
-        layers, found = self.probe["layers"], {}
+        layers, values = self.probe["layers"], {}
         for name, of_layer in (
             ("output_cosine", lambda layer: layer["cosine"]["mean"]),
             ("output_cka", lambda layer: layer["cka"]["mean"]),
@@ -71,13 +71,13 @@ class Inside:
             ("flips_bf16", lambda layer: layer["flips_bf16"]),
         ):
             try:
-                found[name] = mean(of_layer(layer) for layer in layers)
+                values[name] = mean(of_layer(layer) for layer in layers)
             except KeyError:  # one expert has no pair; a run without an earlier checkpoint no flips against it
                 continue
         if latency := self.probe.get("latency"):
-            found["first_token"] = 1e3 * latency[0]["first_token_seconds"]
-            found["token"] = 1e3 * latency[0]["token_seconds"]
-        return found
+            values["first_token"] = 1e3 * latency[0]["first_token_seconds"]
+            values["token"] = 1e3 * latency[0]["token_seconds"]
+        return values
 
     def _of_experts(self) -> dict[str, float]:
         if not self.expert_lines:
@@ -111,24 +111,24 @@ class Inside:
             return {}
         rows = {row.placement: row for row in replay(trace, [ranks])}
         ours = rows["contiguous"]
-        found = {
+        values = {
             "load_contiguous": ours.load,
             "load_aware": rows["load-aware"].load,
             "load_replicated": rows["replicated"].load,
         }
-        return {**found, "by_route": ours.sent_routes / ours.sent_rows} if ours.sent_rows else found
+        return {**values, "by_route": ours.sent_routes / ours.sent_rows} if ours.sent_rows else values
 
     def kinds_over_training(self) -> list[tuple[int, dict[str, float]]]:
         """(step, experts per token by kind of token, mean over layers), by step. Empty without a tokenizer."""
         tokenizer = self._tokenizer()
         if tokenizer is None:
             return []
-        found = []
+        points = []
         for path in self.traces:
             trace = read_trace(path)
             active_T = active(trace)
             kind_T = numpy.asarray(kinds_of(torch.from_numpy(trace.tokens_T)[None], tokenizer))[0]
-            found.append(
+            points.append(
                 (
                     trace.step,
                     {
@@ -138,7 +138,7 @@ class Inside:
                     },
                 )
             )
-        return found
+        return points
 
     def layers_over_training(self, step_tokens: int) -> list[tuple[int, list[float]]]:
         """(step, experts per token of each MoE layer), by step."""

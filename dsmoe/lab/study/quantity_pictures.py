@@ -165,12 +165,12 @@ def parts(results: StudyResults) -> Picture | None:
 
 def _stack(bar, start: str, place: int, run: Measured, seen: dict[str, str]) -> list[list]:
     """Draw a cell's parts one on the other with `bar`, whose option `start` is where each begins; fills `seen`."""
-    taken, so_far, rows = parts_of(run.lines), 0.0, []
-    for part in (part for part in FEW_PARTS if part in taken):
+    seconds, so_far, rows = parts_of(run.lines), 0.0, []
+    for part in (part for part in FEW_PARTS if part in seconds):
         color = seen.setdefault(part, _part_color(part))
-        bar(place, taken[part], 0.7, **{start: so_far}, color=color, linewidth=0)
-        so_far += taken[part]
-        rows.append([str(run.cell), part, taken[part]])
+        bar(place, seconds[part], 0.7, **{start: so_far}, color=color, linewidth=0)
+        so_far += seconds[part]
+        rows.append([str(run.cell), part, seconds[part]])
     return rows
 
 

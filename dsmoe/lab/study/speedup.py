@@ -65,14 +65,14 @@ def worth(results: StudyResults) -> list[Worth]:
     dense_law = law_of([run for run in cells if run.cell.arm == dense])
     baseline = {_place(run): run.values["training_flops"] for run in cells if run.cell.arm == reference}
     speeds = [speed for run in cells if run.cell.arm == dense and (speed := _flop_per_second(run))]
-    found = []
+    results_of_runs = []
     for run in cells:
         compute = run.values["training_flops"]
         at_equal = baseline.get(_place(run))
         law = laws.get(run.x)
         dense_compute = dense_law.compute_at(run.values["val_loss"]) if dense_law else None
         own_speed = _flop_per_second(run)
-        found.append(
+        results_of_runs.append(
             Worth(
                 run,
                 compute / at_equal if at_equal and run.cell.arm != reference else None,
@@ -82,7 +82,7 @@ def worth(results: StudyResults) -> list[Worth]:
                 own_speed / mean(speeds) if own_speed and speeds else None,
             )
         )
-    return found
+    return results_of_runs
 
 
 def law_of(runs: list[Measured]) -> Power | None:

@@ -94,14 +94,14 @@ def layers_over_training(results: StudyResults) -> Picture | None:
     figure, axes = _panels_of(list(last))
     for run in changing:
         tokens = run.config.training.global_batch_size * run.config.model.sequence_length
-        found = run.inside.layers_over_training(tokens)
-        for step, by_layer in found:
+        points = run.inside.layers_over_training(tokens)
+        for step, by_layer in points:
             rows += [[str(run.cell), step, layer, experts] for layer, experts in enumerate(by_layer, 1)]
         if last[run.cell.arm] is run:
             axis = axes.flat[list(last).index(run.cell.arm)]
-            steps = [step for step, _ in found]
-            for layer in range(len(found[0][1])):
-                experts = [by_layer[layer] for _, by_layer in found]
+            steps = [step for step, _ in points]
+            for layer in range(len(points[0][1])):
+                experts = [by_layer[layer] for _, by_layer in points]
                 axis.plot(steps, experts, color=PALETTE[layer % len(PALETTE)], label=f"layer {layer + 1}")
             axis.set(title=_title(run), xlabel="step", ylabel="experts per token")
             axis.set_yscale("symlog", linthresh=0.1)
@@ -118,14 +118,14 @@ def layers_over_training(results: StudyResults) -> Picture | None:
 
 def kinds(results: StudyResults) -> Picture | None:
     """Experts per token of each kind of token at the traced steps; of each arm the cell with the largest x is drawn."""
-    found = [(run, run.inside.kinds_over_training()) for run in _changing(results)]
-    found = [(run, traced) for run, traced in found if traced]
-    if not found:
+    traced_runs = [(run, run.inside.kinds_over_training()) for run in _changing(results)]
+    traced_runs = [(run, traced) for run, traced in traced_runs if traced]
+    if not traced_runs:
         return None
-    rows, last = [], {run.cell.arm: run for run, _ in found}
+    rows, last = [], {run.cell.arm: run for run, _ in traced_runs}
     figure, axes = _panels_of(list(last))
     used = [kind for kind in KINDS if kind != "other"]  # parts of characters: a handful of tokens
-    for run, traced in found:
+    for run, traced in traced_runs:
         rows += [[str(run.cell), step, kind, value] for step, by_kind in traced for kind, value in by_kind.items()]
         if last[run.cell.arm] is not run:
             continue

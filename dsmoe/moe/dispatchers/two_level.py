@@ -96,9 +96,9 @@ class PendingTwoLevelPlan(PendingPlan):
         return counts
 
     def find_rows(self, sent: list[list[int]]) -> RowIndex:
-        found = self.row_positions.finish(sum(counts[2] for counts in sent))
-        self.node_M = found.flat_N % len(self.grid.ranks_NL)
-        return found.by_token
+        order = self.row_positions.finish(sum(counts[2] for counts in sent))
+        self.node_M = order.flat_N % len(self.grid.ranks_NL)
+        return order.by_token
 
     def first_row_of_rank(self, rows_P: Tensor) -> Tensor:
         """Rows arrive ordered by lane, then by rank of the lane."""

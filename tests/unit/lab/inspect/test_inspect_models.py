@@ -18,7 +18,7 @@ from dsmoe.lab.inspect.models import open_model
 from dsmoe.lab.inspect.reading import read
 from dsmoe.lab.inspect.report import InspectOptions, inspect
 from dsmoe.lab.inspect.sweep import Sweep, own_sweep, parse, run_sweep
-from dsmoe.lab.inspect.texts import Text, read_texts, token_texts, tokenize
+from dsmoe.lab.inspect.texts import Text, read_texts, tokenize
 from dsmoe.lab.study.probe.similarity import all_outputs
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.routers.registry import option_classes
@@ -198,7 +198,7 @@ def test_tokens_join_to_their_text(tokenizer):
     """Bytes of one character stand with the last of them."""
     text = "The token é … 語 goes\n\tto 🦜 \u2581 expert 3."
     ids = tokenizer.encode(text)
-    texts = token_texts(tokenizer, ids)
+    texts = tokenizer.texts_of(ids)
     assert "".join(texts) == text and len(texts) == len(ids) and "" in texts
     assert texts[[number for number, piece in enumerate(texts) if "🦜" in piece][0] - 1] == ""
 
