@@ -41,10 +41,6 @@ class Terminal:
     def type(self, keys: bytes) -> None:
         os.write(self._master, keys)
 
-    def resume(self) -> None:
-        """What a shell does for `fg`."""
-        os.killpg(self._process.pid, signal.SIGCONT)
-
     def foreground(self) -> int:
         """The process group that gets what is typed."""
         return os.tcgetpgrp(self._master)
