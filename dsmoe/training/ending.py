@@ -10,6 +10,7 @@ from dsmoe.config import RunConfig
 from dsmoe.data.tokenizer import TOKENIZER_FILES
 
 PROMPT = "def main("
+TEXT = "The router sends every token to its experts."
 
 
 def ending(
@@ -47,6 +48,7 @@ def _next(config: RunConfig, run_dir: Path) -> list[str]:
     commands = [f"dsmoe export {run} {shlex.quote(f'exported/{run_dir.name}')}"]
     if any((run_dir / name).is_file() for name in TOKENIZER_FILES):
         commands.insert(0, f"dsmoe generate {run} --prompt {shlex.quote(PROMPT)}")
+        commands.insert(1, f"dsmoe inspect {run} --text {shlex.quote(TEXT)}")
     if config.logging.tensorboard:
         commands.append(f"tensorboard --logdir {run}")
     return commands
