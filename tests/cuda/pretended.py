@@ -138,14 +138,16 @@ def devices() -> list[int]:
     return [index for index in range(DEVICES) if bits >> index & 1]
 
 
-groups: list[tuple[int, ...] | None] = []  # ranks of each that this process has made since `start`; None: all
+# Each that this process has made since `start`: its ranks (None: all), and whether by these ranks alone.
+groups: list[tuple[tuple[int, ...] | None, bool]] = []
 
 
 def _record_groups() -> None:
     make = torch.distributed.new_group
 
     def make_and_record(ranks=None, *args, **kwargs):
-        groups.append(None if ranks is None else tuple(ranks))
+        alone = bool(kwargs.get("use_local_synchronization"))
+        groups.append((None if ranks is None else tuple(ranks), alone))
         return make(ranks, *args, **kwargs)
 
     torch.distributed.new_group = make_and_record

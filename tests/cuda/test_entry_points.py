@@ -1,8 +1,8 @@
 """Every command sets its device before it asks for one, under every launcher, where DeepSpeed's accelerator answers as
 CUDA's does: device 0 until one is set. Nothing of it runs on another rank's device.
 
-The launchers are real and start `launched.py`; what they give their processes is given to processes that have the
-libraries loaded, which run the commands. 40 s: three launchers, then 5 commands on 7 processes.
+The launchers are real and start `launched.py`; what they give their processes, and what MPI tells these, is given to
+processes that have the libraries loaded, which run the commands. 60 s: three launchers, 5 commands on 7 processes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import commands
+import deepspeed.comm
 import pretended
 import pretended_model as pm
 import pytest
 import yaml
-from commands import beside_python, deepspeed, free_port, python, torchrun
+from commands import beside_python, free_port, python, torchrun
 from deepspeed.accelerator import get_accelerator
 from forked import call, call_each
 from ranks import once
@@ -36,7 +38,7 @@ def launch(launcher: str, folder: Path) -> tuple[list[dict], subprocess.Popen | 
     if launcher == "alone":
         return [{"environment": dict(os.environ), "words": []}], None
     command = {
-        "deepspeed": lambda: deepspeed(2, LAUNCHED),
+        "deepspeed": lambda: commands.deepspeed(2, LAUNCHED),
         "torchrun": lambda: torchrun(2, LAUNCHED),
         "mpirun": lambda: [
             beside_python("mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", *python(LAUNCHED),
@@ -59,7 +61,6 @@ def local_rank(environment: dict[str, str]) -> int:
 
 @contextlib.contextmanager
 def launched(launcher: str, folder: Path) -> Iterator[list[dict]]:
-    """The launcher lives meanwhile: MPI's processes ask it for each other."""
     given, process = launch(launcher, folder)
     try:
         yield given
@@ -74,6 +75,9 @@ def enter(given: dict, port: str, command: str, place: Path, world: int) -> dict
     os.environ.clear()
     # A port of its own: torchrun's agent keeps what an earlier command has stored.
     os.environ.update(given["environment"], MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE="False")
+    if "mpi" in given:
+        known = {**given["mpi"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        deepspeed.comm.mpi_discovery = lambda distributed_port, verbose: os.environ.update(known)
     pretended.start()
     COMMANDS[command](place, given["words"], world)
     return {
@@ -164,7 +168,7 @@ def entered(launcher: str, place: Path) -> dict[str, list[dict]]:
         for command in COMMANDS:
             port = str(free_port())
             jobs = [(enter, (each, port, command, place, len(given))) for each in given]
-            found[command] = call_each(jobs, deadline=200, name=f"{launcher}: {command} of rank")
+            found[command] = call_each(jobs, deadline=100, name=f"{launcher}: {command} of rank")
     return found
 
 

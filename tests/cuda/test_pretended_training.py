@@ -220,9 +220,9 @@ def splits(text: str) -> list[list[int]]:
 def test_groups_are_made_once(trained):
     """Also over several runs in one process; at 0031a16 every rank took part in making one group for each rank."""
     for rank, results in enumerate(trained):
-        made = [(0, 1) if ranks is None else ranks for ranks in results["groups"]]
+        made = results["groups"]  # DeepSpeed's are made by all ranks
         assert len(made) == len(set(made)) <= 4, made
-        assert all(rank in ranks for ranks in made)
+        assert all(rank in ranks for ranks, alone in made if alone)
 
 
 def step_at_odd_widths(ep: int) -> dict:
