@@ -31,6 +31,7 @@ from dsmoe.runtime.megatron import uncompiled
 with uncompiled():
     import deepspeed.ops
     import deepspeed.runtime.zero.muon.original_muon
+    import deepspeed.runtime.zero.utils
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
     from deepspeed.utils import groups as deepspeed_groups
 
@@ -107,6 +108,14 @@ class Fragment:
 def inner_optimizer(engine) -> torch.optim.Optimizer:
     """The torch optimizer under ZeRO's, which steps on flat fp32 tensors."""
     return engine.optimizer.optimizer
+
+
+def accept_optimizer(kind: type[torch.optim.Optimizer]) -> None:
+    """Have DeepSpeed take optimizers of this class under ZeRO without a warning: dsmoe's are elementwise, which is all
+    that ZeRO asks for."""
+    known = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+    if kind not in known:
+        known.append(kind)
 
 
 def veto_steps(engine, veto: Callable[[float], bool]) -> None:

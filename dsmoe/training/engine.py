@@ -8,7 +8,7 @@ import deepspeed
 
 from dsmoe.config import RunConfig
 from dsmoe.model.gpt import LanguageModel
-from dsmoe.optim.deepspeed import spare_copies
+from dsmoe.optim.deepspeed import accept_optimizer, spare_copies
 from dsmoe.optim.groups import parameter_groups
 from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.groups import ParallelGroups, check_world
@@ -37,6 +37,7 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
         model.controller.to(device)
     optimizer_kind = optimizer_class(training)
     optimizer = optimizer_kind.build(parameter_groups(model, training), training)
+    accept_optimizer(type(optimizer))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json(config, groups.dp_size))
     if device == "cpu" and training.precision == "fp32":
         spare_copies(engine, config.parallel.zero_stage)

@@ -541,6 +541,22 @@ def test_grouped_mm_refuses_an_expanded_gradient(rows):
     pytest.fail("F.grouped_mm takes any gradient now; dsmoe/moe/experts.py:grouped_linear may call it with 0 rows too")
 
 
+def test_an_optimizer_of_ours_is_taken_under_zero_without_a_warning(groups):
+    """DeepSpeed asks for the class itself, and warns about a subclass of one that it knows."""
+    from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
+
+    from dsmoe.optim.deepspeed import accept_optimizer
+
+    class Own(torch.optim.AdamW):
+        pass
+
+    optimizer = Own([torch.nn.Parameter(torch.ones(2))])
+    assert not is_zero_supported_optimizer(optimizer)
+    accept_optimizer(Own)
+    where = "dsmoe/optim/deepspeed.py:accept_optimizer adds to a list that DeepSpeed does not read any more"
+    assert is_zero_supported_optimizer(optimizer), where
+
+
 def test_a_flat_tensor_is_a_key_of_the_optimizers_state():
     parameter = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], fused=True)
