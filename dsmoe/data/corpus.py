@@ -19,7 +19,7 @@ from dsmoe.data.cache import cache_folders
 from dsmoe.data.description import DatasetDescription
 from dsmoe.data.folder import DESCRIPTION
 from dsmoe.data.token_files import TokenFiles
-from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
+from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer, encode_alike
 from dsmoe.errors import DataError
 
 DECODED_TOKENS = 1_000_000  # enough held-out tokens to know how many bytes one stands for
@@ -154,7 +154,8 @@ def _open_folder(folder: Path, data: DataConfig) -> Corpus:
             raise DataError(f"{content}, and {DESCRIPTION} says {expected.tokens}: prepare it again")
         splits[name] = Split(name, files, 0, len(files.lengths))
     tokenizer = Tokenizer.load(data.tokenizer or folder / description.tokenizer.file)
-    if tokenizer.sha256 != description.tokenizer.sha256:
+    same = tokenizer.sha256 == description.tokenizer.sha256
+    if not same and not encode_alike(tokenizer, Tokenizer.load(folder / description.tokenizer.file), more_ids=True):
         raise DataError(
             f"tokenizer {tokenizer.path} is not the one {folder} was made with "
             f"(sha256 {tokenizer.sha256[:12]}..., expected {description.tokenizer.sha256[:12]}...)"

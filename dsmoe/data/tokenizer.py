@@ -32,6 +32,17 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in a folder with both
 SPACE_SIGN = "\u2581"  # how SentencePiece spells a space inside a piece
 # The trainer drops a whole sentence that has one of these: its word boundary, NUL, its "unknown" and space signs.
 NOT_TRAINABLE = re.compile("[\t\0\u2047\u2581]+")
+# Texts that tell tokenizers apart: code, emoji, CJK, odd spaces, line ends, names of control tokens.
+PROBES = (
+    "", " ", "a", " a", "  a", "   leading spaces", "two  and   three", "trailing  ", " " * 40, "x" * 100,
+    "\ttab\t\ttabs", "\nline\n\nlines\n", "carriage\r\nreturn\r", "mixed \t\n \r\n\t ", "NUL \0 inside",
+    "def main(argv=None):\n    for i in range(10):\n\treturn {'x': i ** 2}  # done\n",
+    "U+2581 \u2581 and \u2581\u2581 twice\u2581", "naïve café, Straße, Ελλάδα, Привет",
+    "中文字符，日本語のテキスト、한국어",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 family, \U0001f680\U0001f680 rockets, \u2764\ufe0f heart",
+    "</s> <s> <unk> <0x0A> are text", "1234567890 3.14e-10 0x1F", "=-=-=-=-=" * 5, "ababababa aaaaaaa",
+    "\u200b\ufeff\u00a0 odd spaces \u3000", "e\u0301 is not \u00e9", "\U0010ffff\ue000 private",
+)  # fmt: skip
 TRAINING_OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "normalization_rule_name": "identity",
@@ -340,3 +351,16 @@ def _training_error(message: str, vocab_size: int) -> DataError:
             f"need at least {too_small.group(2)}"
         )
     return DataError(f"SentencePiece could not train a vocabulary of {vocab_size}: {message}")
+
+
+def encode_alike(first: Tokenizer, second: Tokenizer, more_ids: bool = False) -> bool:
+    """Whether they are the same, or the same in two kinds of file.
+
+    Args:
+        more_ids: `first` may have further ids, as after tokens were added.
+    """
+    if first.sha256 == second.sha256:
+        return True
+    sizes_fit = first.vocab_size == second.vocab_size or (more_ids and first.vocab_size > second.vocab_size)
+    same = sizes_fit and first.eod_id == second.eod_id
+    return same and all(first.encode(text) == second.encode(text) for text in PROBES)

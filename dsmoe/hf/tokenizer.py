@@ -13,19 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dsmoe.data.tokenizer import SPACE_SIGN, Tokenizer
+from dsmoe.data.tokenizer import PROBES, SPACE_SIGN, Tokenizer, encode_alike
 from dsmoe.errors import ConversionError
 
-PROBES = (
-    "", " ", "a", " a", "  a", "   leading spaces", "two  and   three", "trailing  ", " " * 40, "x" * 100,
-    "\ttab\t\ttabs", "\nline\n\nlines\n", "carriage\r\nreturn\r", "mixed \t\n \r\n\t ", "NUL \0 inside",
-    "def main(argv=None):\n    for i in range(10):\n\treturn {'x': i ** 2}  # done\n",
-    "U+2581 \u2581 and \u2581\u2581 twice\u2581", "naïve café, Straße, Ελλάδα, Привет",
-    "中文字符，日本語のテキスト、한국어",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467 family, \U0001f680\U0001f680 rockets, \u2764\ufe0f heart",
-    "</s> <s> <unk> <0x0A> are text", "1234567890 3.14e-10 0x1F", "=-=-=-=-=" * 5, "ababababa aaaaaaa",
-    "\u200b\ufeff\u00a0 odd spaces \u3000", "e\u0301 is not \u00e9", "\U0010ffff\ue000 private",
-)  # fmt: skip
+__all__ = ["PROBES", "check_tokenizer", "encode_alike", "write_tokenizer"]
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, model_max_length: int) -> None:
@@ -129,14 +120,6 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
         if text[:cut] in scores and text[cut:] in scores
     )
     return [pair for _, _, pair in sorted(pairs, reverse=True)]
-
-
-def encode_alike(first: Tokenizer, second: Tokenizer) -> bool:
-    """Whether they are the same, or the same in two kinds of file."""
-    if first.sha256 == second.sha256:
-        return True
-    same = (first.vocab_size, first.eod_id) == (second.vocab_size, second.eod_id)
-    return same and all(first.encode(text) == second.encode(text) for text in PROBES)
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: Path, texts: Iterable[str], as_text: bool = False) -> dict[str, int]:

@@ -12,8 +12,11 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from dsmoe.config import DataConfig
+from dsmoe.data.dataset import open_corpus
+from dsmoe.data.prepare import prepare
 from dsmoe.data.tokenizer import TRAINING_OPTIONS, Tokenizer
-from dsmoe.errors import ConversionError
+from dsmoe.errors import ConversionError, DataError
 from dsmoe.hf.tokenizer import PROBES, check_tokenizer, encode_alike, write_tokenizer
 
 # Real code, cut into documents, and a little of what code seldom has.
@@ -122,3 +125,18 @@ def test_a_model_that_begins_every_text_with_a_space(tmp_path):
 def test_what_cannot_be_written_exactly_is_refused(options, reason, tmp_path):
     with pytest.raises(ConversionError, match=reason):
         write_tokenizer(other_model(tmp_path, **options), tmp_path, 128)
+
+
+def test_a_dataset_takes_its_tokenizer_in_another_kind_of_file(tmp_path, tokenizer):
+    """What transformers saved of an export is a tokenizer.json; the run's data was made with a tokenizer.model."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, text in enumerate(CORPUS[:40]):
+        (texts / f"{number}.txt").write_text(text)
+    prepare([str(texts)], tmp_path / "data", tokenizer=tokenizer.path, workers=1)
+    write_tokenizer(tokenizer, tmp_path, 128)
+    corpus = open_corpus(DataConfig(path=str(tmp_path / "data"), tokenizer=str(tmp_path / "tokenizer.json")))
+    assert corpus.tokenizer.sha256 != tokenizer.sha256 and encode_alike(corpus.tokenizer, tokenizer)
+    other = other_model(tmp_path, vocab_size=500)
+    with pytest.raises(DataError, match="is not the one .* was made with"):
+        open_corpus(DataConfig(path=str(tmp_path / "data"), tokenizer=str(other.path)))
