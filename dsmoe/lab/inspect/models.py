@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe.checkpoint.files import complete_checkpoints, folder_of, is_checkpoint, step_of
@@ -27,6 +26,7 @@ from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.errors import CheckpointError, ConfigError, ConversionError
 from dsmoe.hf.hosted import HostedModel, is_hugging_face
 from dsmoe.hf.native import HOSTS
+from dsmoe.moe.activations import ACTIVATIONS, Activation
 from dsmoe.moe.layer import VariableMoELayer
 from dsmoe.parallel.groups import create_groups, start_processes
 from dsmoe.routers import get
@@ -74,30 +74,51 @@ class LayerRoutes:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """The experts of a layer, fp32: down (silu(gate x) * (up x)). A gate of low rank is multiplied out."""
+    """The experts of a layer, fp32: down(function(gate x, up x)). A gate of low rank is multiplied out.
+
+    Attributes:
+        up_EFH: None where the activation has no gate, and `gate_EFH` is all that it takes.
+        biases: of gate, up and down [E, N], as far as there are.
+    """
 
     gate_EFH: Tensor
-    up_EFH: Tensor
+    up_EFH: Tensor | None
     down_EHF: Tensor
+    function: Activation = ACTIVATIONS["swiglu"]
+    biases: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, experts: nn.Module, reduce_ErH: Tensor | None) -> ExpertWeights:
         weights = {name: tensor.detach().float() for name, tensor in experts.named_parameters()}
-        if reduce_ErH is None:
-            gate, up = weights["gate_up_proj"].chunk(2, dim=1)
-        else:
-            gate, up = weights["gate_proj"] @ reduce_ErH.detach().float(), weights["up_proj"]
-        return cls(gate, up, weights["down_proj"])
+        function = ACTIVATIONS[getattr(getattr(experts, "mlp", experts), "activation", "swiglu")]
+
+        def inputs(suffix: str) -> list[Tensor]:
+            """Of the activation."""
+            if "gate_up_proj" in weights:
+                return list(weights[f"gate_up_proj{suffix}"].chunk(2, dim=1))
+            return [weights[name + suffix] for name in ("gate_proj", "up_proj") if name in weights]
+
+        gate, *up = inputs("")
+        if reduce_ErH is not None:
+            gate = gate @ reduce_ErH.detach().float()
+        biases = (*inputs("_bias"), weights["down_proj_bias"]) if "down_proj_bias" in weights else ()
+        return cls(gate, up[0] if up else None, weights["down_proj"], function, biases)
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """[E, F, H] each: what a hidden unit looks for (gate and up) and what it writes (down)."""
+        return [part for part in (self.gate_EFH, self.up_EFH, self.down_EHF.mT) if part is not None]
 
     def outputs(self, rows_NH: Tensor) -> Tensor:
         """Every expert on the same rows with weight 1: [E, N, H]."""
-        rows = rows_NH.float()
-        inner = F.silu(rows @ self.gate_EFH.mT) * (rows @ self.up_EFH.mT)
-        return inner @ self.down_EHF.mT
+        *projections, _ = self.parts
+        biases: list[Any] = [bias_EN.unsqueeze(1) for bias_EN in self.biases] or [0] * (len(projections) + 1)
+        h = [rows_NH.float() @ part.mT + bias for part, bias in zip(projections, biases, strict=False)]
+        return self.function.forward(*h) @ self.down_EHF.mT + biases[-1]
 
     def units(self, expert: int) -> Tensor:
-        """[F, 3H]: of each hidden unit what it looks for (gate and up) and what it writes (down)."""
-        return torch.cat((self.gate_EFH[expert], self.up_EFH[expert], self.down_EHF[expert].mT), dim=-1)
+        """[F, 3H], or 2H without a gate; without biases."""
+        return torch.cat([part[expert] for part in self.parts], dim=-1)
 
 
 class InspectedModel(ABC):

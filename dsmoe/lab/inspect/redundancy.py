@@ -86,8 +86,8 @@ def to_merge(pairs: list[dict], least: float = SIMILAR) -> list[list[int]]:
 
 def _chance(weights: ExpertWeights) -> float:
     """Random units whose gate, up and down parts have the root mean square of the layer's."""
-    sizes = [part.square().mean().sqrt() for part in (weights.gate_EFH, weights.up_EFH, weights.down_EHF)]
+    sizes = torch.stack([part.square().mean().sqrt() for part in weights.parts])
     _, hidden, width = weights.down_EHF.shape
-    random = torch.randn(2, width, 3, hidden, generator=torch.Generator().manual_seed(0)).to(weights.down_EHF.device)
-    one, other = (random * torch.stack(sizes).view(1, 1, 3, 1)).flatten(2)
-    return matched(one, other)
+    random = torch.randn(2, width, len(sizes), hidden, generator=torch.Generator().manual_seed(0)).to(sizes.device)
+    first, second = (random * sizes.view(1, 1, -1, 1)).flatten(2)
+    return matched(first, second)

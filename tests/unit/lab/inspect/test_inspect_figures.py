@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from dsmoe.lab.inspect.specialization import (
     typical,
 )
 from dsmoe.lab.inspect.training import shared
+from dsmoe.moe.experts import GroupedExperts
 
 NAN = float("nan")
 
@@ -238,6 +240,20 @@ def test_a_copy_is_found_and_is_a_pair_to_merge():
     assert all(pair["output_cosine"] < 0.8 for pair in others) and len(others) == 5
     assert found["mean"] == pytest.approx(np.mean([pair["output_cosine"] for pair in found["pairs"]]), abs=1e-6)
     assert 0 < found["weights_chance"] < 1
+
+
+@pytest.mark.parametrize("activation", ["reglu", "relu2"])
+def test_outputs_are_those_of_experts_of_another_mlp(activation):
+    shapes = SimpleNamespace(num_moe_experts=4, hidden_size=8, moe_ffn_hidden_size=16)
+    alone = SimpleNamespace(ep=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+    experts = GroupedExperts(4, shapes, pg_collection=alone, activation=activation, bias=True)
+    for parameter in experts.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(4))
+    weights, rows = ExpertWeights.of(experts, None), torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
+    expected, _ = experts(rows.repeat(4, 1), torch.full((4,), 5), torch.ones(20))
+    torch.testing.assert_close(weights.outputs(rows).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
+    found = compare_experts(weights, rows, np.zeros((4, 4), int))
+    assert weights.units(0).shape == (16, 8 * (3 if activation == "reglu" else 2)) and 0 < found["weights_chance"] < 1
 
 
 def test_outputs_are_swiglu_of_each_expert():
