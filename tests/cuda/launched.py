@@ -19,6 +19,6 @@ if "OMPI_COMM_WORLD_SIZE" in os.environ:  # what DeepSpeed asks MPI for
 unfinished = place / f"{os.getpid()}.partial"
 unfinished.write_text(json.dumps(given))
 unfinished.rename(place / f"{os.getpid()}.json")
-until = time.monotonic() + 300
+until = time.monotonic() + 3600
 while not (place / "done").exists() and time.monotonic() < until:
     time.sleep(0.1)
