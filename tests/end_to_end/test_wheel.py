@@ -60,54 +60,62 @@ def python(tmp_path_factory) -> Path:
     return interpreter
 
 
-def test_from_training_to_hugging_face_and_back(python, tmp_path):
-    """train -> export -> from_config -> Trainer -> save -> import -> train on 2 ranks, a study and a plan.
+def run(python: Path, place: Path, *command: str) -> Result:
+    """A command of the new environment, in a folder that is no checkout."""
+    environment = {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    result = finish(start([str(python.with_name(command[0])), *command[1:]], place, environment))
+    assert result.code == 0, f"{command}\n{result.output}"
+    return result
 
-    About 90 s: nine commands, each of which imports torch in a new interpreter, since a forked one has the checkout's
-    dsmoe.
-    """
 
-    def run(*command: str) -> Result:
-        environment = {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-        result = finish(start([str(python.with_name(command[0])), *command[1:]], tmp_path, environment))
-        assert result.code == 0, f"{command}\n{result.output}"
-        return result
-
-    texts = tmp_path / "texts"
+@pytest.fixture(scope="module")
+def place(python, tmp_path_factory) -> Path:
+    """A folder with a dataset."""
+    folder = tmp_path_factory.mktemp("no checkout")
+    texts = folder / "texts"
     texts.mkdir()
     for number in range(12):
         lines = (f"The token {number * line} goes to expert {line % 7}.\n" for line in range(60))
         (texts / f"{number}.txt").write_text("".join(lines))
-    run("dsmoe", "prepare-data", "texts", "--output", "data", "--vocab-size", "310", "--valid-fraction", "0.2",
-        "--workers", "1")  # fmt: skip
-    run("dsmoe", "train", "--config", "configs/quickstart.yaml", "data.path=data", "logging.run_dir=runs/first", *TINY)
-    run("dsmoe", "export", "runs/first", "exported")
-    (tmp_path / "trainer.py").write_text(TRAINER)
-    said = json.loads(run("python", "trainer.py", "exported", "saved").output.strip().splitlines()[-1])
+    options = ["--output", "data", "--vocab-size", "310", "--valid-fraction", "0.2", "--workers", "1"]
+    run(python, folder, "dsmoe", "prepare-data", "texts", *options)
+    return folder
+
+
+def test_from_training_to_hugging_face_and_back(python, place):
+    """train -> export -> from_config -> Trainer -> save -> import -> train on 2 ranks.
+
+    More than 20 s: every command imports torch in a new interpreter, since a forked one has the checkout's dsmoe.
+    """
+    train = ["dsmoe", "train", "--config", "configs/quickstart.yaml", "data.path=data", "logging.run_dir=runs/first"]
+    run(python, place, *train, *TINY)
+    run(python, place, "dsmoe", "export", "runs/first", "exported")
+    (place / "trainer.py").write_text(TRAINER)
+    said = json.loads(run(python, place, "python", "trainer.py", "exported", "saved").output.strip().splitlines()[-1])
     assert Path(said["dsmoe"]).is_relative_to(python.parents[1])
-    run("dsmoe", "import", "saved", "runs/second")
-    report = json.loads((tmp_path / "runs" / "second" / "import_report.json").read_text())
+    run(python, place, "dsmoe", "import", "saved", "runs/second")
+    report = json.loads((place / "runs" / "second" / "import_report.json").read_text())
     assert report["parity"]["gate"] and any("controller" in what for what in report["lost"])
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-        "-m",
-        "dsmoe",
-    ]
+    port = str(free_port())
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "dsmoe"]
     overrides = ["data.path=data", "parallel.expert_parallel=2", *(o for o in TINY if o.startswith(("tr", "log")))]
-    run("python", *launcher, "train", "--config", "runs/second/config.yaml", *overrides)
-    lines = (tmp_path / "runs" / "second" / "metrics.jsonl").read_text().splitlines()
+    run(python, place, "python", *launcher, "train", "--config", "runs/second/config.yaml", *overrides)
+    lines = (place / "runs" / "second" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[-1])["val_loss"] > 0
-    study = {"title": "One", "question": "Does it run?", "config": "configs/recipes/topk.yaml", "seeds": [1],
-             "set": dict(o.split("=") for o in TINY) | {"data.path": "data"},
-             "arms": [{"name": "topk"}]}  # fmt: skip
-    (tmp_path / "study.yaml").write_text(json.dumps(study))
-    run("dsmoe", "study", "run", "study.yaml", "--out", "runs/study")
-    record = next((tmp_path / "runs" / "study").glob("*/*/*/cell.json"))
-    assert json.loads(record.read_text())["status"] == "done"
+
+
+def test_a_study_and_a_plan_need_no_checkout(python, place):
+    """A study starts its runs as `python -m dsmoe train`, with the configurations that the wheel has.
+
+    More than 20 s where cores are shared: three new interpreters import torch.
+    """
+    study = {
+        "title": "One", "question": "Does it run?", "config": "configs/recipes/topk.yaml", "seeds": [1],
+        "set": dict(o.split("=") for o in TINY) | {"data.path": "data"}, "arms": [{"name": "topk"}],
+    }  # fmt: skip
+    (place / "study.yaml").write_text(json.dumps(study))
+    run(python, place, "dsmoe", "study", "run", "study.yaml", "--out", "runs/study")
+    record = json.loads(next((place / "runs" / "study").glob("*/*/*/cell.json")).read_text())
+    assert record["status"] == "done" and record["command"][:3] == ["-m", "dsmoe", "train"]
     plan = ["configs/quickstart.yaml", "--hardware", "configs/hardware/h100.yaml", "model.vocab_size=2048"]
-    assert "fits" in run("dsmoe", "plan", "--config", *plan).output
+    assert "fits" in run(python, place, "dsmoe", "plan", "--config", *plan).output
