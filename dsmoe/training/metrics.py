@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,6 +140,11 @@ def _forgive(monitor, warn: Warn) -> None:
             monitor.enabled = False
             warn(f"the monitor (TensorBoard) fails and is left out from now on: {error}")
 
+    def without_the_writers(args: threading.ExceptHookArgs) -> None:  # what they meet is said above
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            threading.__excepthook__(args)
+
+    threading.excepthook = without_the_writers
     monitor.write_events = write_or_give_up
 
 
