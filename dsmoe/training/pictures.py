@@ -16,7 +16,8 @@ VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [
 VERMILION = (213, 94, 0)
 HIGHEST_LOAD = 3.0  # times the mean of a layer; more has the same colour
 WIDTH = 1024  # pixels of a heat map, about
-COLUMNS, FONT_SIZE, MARGIN = 100, 15, 8  # of coloured text: characters of a line, pixels
+COLUMNS, ROWS = 80, 24  # of coloured text at most, in characters
+FONT_SIZE, MARGIN = 13, 6  # pixels
 
 
 def colour(values: np.ndarray) -> np.ndarray:
@@ -40,9 +41,11 @@ def coloured_text(texts: Sequence[str], values: Sequence[float], caption: str) -
     from PIL import Image, ImageDraw
 
     low, span = min(values), (max(values) - min(values)) or 1.0
-    cells, rows = _lay_out(texts)
+    cells = [cell for cell in _lay_out(texts) if cell[1] < ROWS]
+    rows = 1 + max(row for _, row, _, _ in cells)
+    columns = max(len(caption[:COLUMNS]), *(column + len(text) for _, _, column, text in cells))
     wide, high = _cell()
-    image = Image.new("RGB", (COLUMNS * wide + 2 * MARGIN, (rows + 2) * high + 2 * MARGIN), "white")
+    image = Image.new("RGB", (columns * wide + 2 * MARGIN, (rows + 2) * high + 2 * MARGIN), "white")
     draw = ImageDraw.Draw(image)
     shades = colour((np.asarray(values) - low) / span)
     for token, row, column, text in cells:
@@ -54,8 +57,8 @@ def coloured_text(texts: Sequence[str], values: Sequence[float], caption: str) -
     return np.asarray(image)
 
 
-def _lay_out(texts: Sequence[str]) -> tuple[list[tuple[int, int, int, str]], int]:
-    """(token, row, column, characters) of every piece, and the number of rows. A line end is shown where it is."""
+def _lay_out(texts: Sequence[str]) -> list[tuple[int, int, int, str]]:
+    """(token, row, column, characters) of every piece. A line end is shown where it is."""
     cells, row, column = [], 0, 0
     for token, text in enumerate(texts):
         for part in text.replace("\t", "    ").replace("\r", "").replace("\n", "¶\n").splitlines(keepends=True):
@@ -68,7 +71,7 @@ def _lay_out(texts: Sequence[str]) -> tuple[list[tuple[int, int, int, str]], int
                 column += len(piece)
             if part.endswith("\n"):
                 row, column = row + 1, 0
-    return cells, row + 1
+    return cells
 
 
 @cache

@@ -12,7 +12,7 @@ from rich.live import Live
 
 from dsmoe.training.panel import Pace, Panel
 
-REFRESH = 2  # panels a second: drawing one takes about a millisecond of the processor that trains
+REFRESH = 1  # panels a second: drawing one takes up to two milliseconds of the processor that trains
 
 
 class TrainingProgress:
