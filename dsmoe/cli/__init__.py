@@ -28,6 +28,7 @@ COMMANDS: dict[str, dict[str, tuple[str, list[str], str]]] = {
         "evaluate": ("evaluate", [], "loss on held-out text, or lm-eval tasks"),
         "export": ("convert", ["export"], "write a run as a Hugging Face model"),
         "import": ("convert", ["import"], "make a run of a Hugging Face model, or an MoE of a dense one"),
+        "prune": ("prune", [], "drop experts that no token takes, merge those that do the same"),
         "verify": ("convert", ["verify"], "prove that a checkpoint is whole, tensor by tensor"),
     },
     "Measuring and planning": {

@@ -101,7 +101,7 @@ def _evaluate_run(path: Path, options: EvaluationOptions) -> dict[str, Any]:
     report = {"model": str(path), "kind": "run", "step": trained.step, "dtype": dtype}
     return report | _heldout_loss(
         trained.model.to(DTYPES[dtype]),
-        _open_data(data, trained.run_dir, config.model.vocab_size),
+        open_data(data, trained.run_dir, config.model.vocab_size),
         options.sequence_length or config.model.sequence_length,
         options.sequences or config.training.eval_sequences,
         options.batch_size,
@@ -123,7 +123,7 @@ def _evaluate_hosted(path: Path, options: EvaluationOptions) -> dict[str, Any]:
     if options.data is not None:
         report |= _heldout_loss(
             model,
-            _open_data(_other_data(options.data), path, model.network.get_input_embeddings().num_embeddings),
+            open_data(_other_data(options.data), path, model.network.get_input_embeddings().num_embeddings),
             options.sequence_length or settings.max_position_embeddings,
             options.sequences or SEQUENCES,
             options.batch_size,
@@ -150,7 +150,7 @@ def _heldout_loss(
     return what | evaluate_model(model, held, batch_size, groups, corpus.bytes_per_token)
 
 
-def _open_data(data: DataConfig, folder: Path, embeddings: int) -> Corpus | Blend:
+def open_data(data: DataConfig, folder: Path, embeddings: int) -> Corpus | Blend:
     """The corpus, checked to be in the ids of the model in `folder`. Raises `DataError` if it is not."""
     corpus = open_corpus(data)
     corpus.check_vocabulary(embeddings)

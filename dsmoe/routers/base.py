@@ -214,6 +214,16 @@ class Router(megatron_router.Router):
         return 0.0
 
     @classmethod
+    def expert_groups(cls, options: RouterOptions) -> int:
+        """Groups of neighbouring experts that must stay equally large where experts are removed."""
+        return 1
+
+    @classmethod
+    def options_for_experts(cls, options: RouterOptions, before: int, after: int) -> dict[str, Any]:
+        """Changes of options with which a model whose experts became fewer aims at the same experts per token."""
+        return {}
+
+    @classmethod
     def parameter_count(cls, model: ModelConfig, options: RouterOptions) -> int:
         """Parameters of one layer's router."""
         return model.num_experts * model.hidden_size

@@ -60,6 +60,17 @@ class Controller(ABC):
             if tuple(value.shape[:2]) == shape_LE:
                 value[layer, target] = value[layer, source]
 
+    def combine_experts(self, shares_LNE: Tensor) -> dict[str, Tensor]:
+        """The state of a model with N experts that are made of these E, each the mean of some with these shares: by
+        default so in every tensor [L, E, ...], with L MoE layers."""
+        layers, _, experts = shares_LNE.shape
+        return {
+            name: torch.einsum("lne,le...->ln...", shares_LNE.to(value), value)
+            if tuple(value.shape[:2]) == (layers, experts)
+            else value
+            for name, value in self.state.items()
+        }
+
     def skip_warmup(self) -> None:  # noqa: B027
         """Continue as after a warm-up, for benchmarks."""
 

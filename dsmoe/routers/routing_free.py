@@ -121,6 +121,10 @@ class RoutingFree(LowRankRouter):
         return super().parameter_count(model, options) + vectors * model.num_experts
 
     @classmethod
+    def options_for_experts(cls, options: RoutingFreeOptions, before: int, after: int):
+        return {"target_density": min(1.0, options.target_density * before / after)}
+
+    @classmethod
     def make_controller(cls, options: RoutingFreeOptions, num_layers: int, num_experts: int) -> LambdaController:
         maximum = 1.0 if options.form == "code" else math.inf
         factor = 1 + options.lambda_rate

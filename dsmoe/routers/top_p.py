@@ -126,6 +126,11 @@ class TopPRouter(Router):
     routes_in_blocks = True
 
     @classmethod
+    def options_for_experts(cls, options: TopPOptions, before: int, after: int):
+        expected = options.expected_experts
+        return {} if expected is None else {"expected_experts": min(expected, float(after))}
+
+    @classmethod
     def benchmark_options(cls, k: int, num_experts: int, latent_norm: float):
         return {"p": 0.8}
 

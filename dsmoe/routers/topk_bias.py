@@ -121,6 +121,10 @@ class TopKBiasRouter(Router):
         return options.k
 
     @classmethod
+    def expert_groups(cls, options: TopKBiasOptions) -> int:
+        return options.num_groups
+
+    @classmethod
     def make_controller(cls, options: TopKBiasOptions, num_layers: int, num_experts: int):
         if options.bias_update == "quantile":
             return QuantileBiasController(num_layers, num_experts, options.k)
