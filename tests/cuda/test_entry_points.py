@@ -47,7 +47,7 @@ def launch(launcher: str, folder: Path) -> tuple[list[dict], subprocess.Popen | 
     process = subprocess.Popen(
         command, env=os.environ | {"RECORD": str(folder)}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 400
     while len(list(folder.glob("*.json"))) < 2:
         assert process.poll() is None and time.monotonic() < until, f"{launcher} starts nothing"
         time.sleep(0.1)
@@ -67,7 +67,7 @@ def launched(launcher: str, folder: Path) -> Iterator[list[dict]]:
     finally:
         (folder / "done").touch()
         if process is not None:
-            process.wait(60)
+            process.wait(400)
 
 
 def enter(given: dict, port: str, command: str, place: Path, world: int) -> dict:
@@ -168,7 +168,7 @@ def entered(launcher: str, place: Path) -> dict[str, list[dict]]:
         for command in COMMANDS:
             port = str(free_port())
             jobs = [(enter, (each, port, command, place, len(given))) for each in given]
-            found[command] = call_each(jobs, deadline=100, name=f"{launcher}: {command} of rank")
+            found[command] = call_each(jobs, deadline=400, name=f"{launcher}: {command} of rank")
     return found
 
 
