@@ -133,7 +133,7 @@ def test_what_deepspeed_understands_is_passed_on():
         ({"model": {"tie_embeddings": 1}}, "model.tie_embeddings: found 1, expected a valid boolean"),
         ({"model": {"num_layers": None}}, "model.num_layers: found None, expected a valid integer"),
         ({"training": {"lr": "fast"}}, "training.lr: found 'fast', expected a valid number"),
-        ({"data": {"path": 5}}, "data.path: found 5, expected a valid string"),
+        ({"data": {"path": 5}}, "data.path: found 5, expected a valid string or a valid list"),
         ({"model": {"moe_layer_freq": ""}}, "model.moe_layer_freq: found '', expected a valid integer or a valid list"),
         ({"router": {"name": 5}}, "router.name: found 5, expected a valid string"),
         # out of range
