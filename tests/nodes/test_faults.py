@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from hosts import NAMES
-from jobs import HERE, finish_all, losses, on_one_host, torchrun, wait_for_step, wait_until
+from jobs import DEADLINE, HERE, finish_all, losses, on_one_host, torchrun, wait_for_step, wait_until
 
 from dsmoe.training.metrics import read_lines
 
@@ -66,6 +66,6 @@ def test_a_disk_that_fills_up_loses_logs_then_ends_the_run_at_its_save_and_costs
         assert re.search(said, ended.output), ended.output
         assert (there / "checkpoints" / "latest").read_text() == "step_00000006"
         (there / "filler").unlink()
-        ended = on_one_host(hosts, 2, arguments).finish()
+        ended = on_one_host(hosts, 2, arguments).finish(2 * DEADLINE)
         assert ended.code == 0, ended.output
         assert "(step 6)" in ended.output and losses(there) == of_one_host
