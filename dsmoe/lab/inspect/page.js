@@ -45,6 +45,9 @@ function columns(draw) {
     el("div", {}, models.length > 1 ? el("div", { class: "model" }, title(model)) : null, ...[draw(model, place)].flat())));
 }
 
+// Side by side where there is room.
+const tiles = (...parts) => el("div", { class: "columns" }, ...parts.map((part) => el("div", {}, ...[part].flat())));
+
 function table(headings, rows) {
   const cell = (value) => (value instanceof Node ? el("td", { class: "words" }, value) : el("td", {}, value));
   return el("div", { class: "scroll" }, el("table", {},
@@ -117,25 +120,24 @@ function ticks(low, high, most) {
   for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-6; at++) found.push(Number((at * step).toPrecision(10)));
   return found;
 }
-const tickLabel = (value) => String(Number(value.toPrecision(4)));
+const tickLabel = (value) => String(Number(value.toPrecision(6)));
 
 function frame(width, height, label, ...children) {
   return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, ...children);
 }
 
-// Horizontal bars, each with its name before and its value behind it. rows: {name, value, label, mark}
-function bars(width, label, rows) {
+// Horizontal bars, each with its name before and its value behind it. rows: {name, value, label}; most: value of a bar
+// as long as there is room
+function bars(width, label, rows, most = 0) {
   const size = 24, left = Math.min(width * 0.42, 12 + 7 * Math.max(...rows.map((row) => row.name.length))), right = 92;
-  const high = Math.max(1e-9, ...rows.map((row) => Math.max(row.value, row.mark || 0)));
+  const high = Math.max(1e-9, most, ...rows.map((row) => row.value));
   const x = scale(0, high, left, width - right);
   return frame(width, rows.length * size + 4, label, ...rows.flatMap((row, place) => {
     const y = place * size;
     return [
       text(left - 8, y + 16, row.name, { "text-anchor": "end" }),
       svg("rect", { class: "bar", x: left, y: y + 4, width: Math.max(1, x(row.value) - left), height: size - 8, rx: 2 }),
-      row.mark === undefined || row.mark === null ? null
-        : svg("line", { class: "error", x1: x(row.mark), x2: x(row.mark), y1: y + 1, y2: y + size - 1 }),
-      text(Math.max(x(row.value), x(row.mark || 0)) + 6, y + 16, row.label, { class: "value" }),
+      text(x(row.value) + 6, y + 16, row.label, { class: "value" }),
     ];
   }));
 }
@@ -235,7 +237,8 @@ function textCard() {
   const fill = () => { panes.forEach((pane) => pane.fill()); paint(); };
   const paint = () => {
     label.value = state.layer === 0 ? "all layers" : `layer ${models[0].layers[Math.min(state.layer, models[0].layers.length) - 1]}`;
-    panes.forEach((pane) => pane.paint());
+    const [low, high] = bounds(panes, state);
+    panes.forEach((pane) => pane.paint(low, high));
   };
   card("The text", "Hover, tap, or use the arrow keys: which experts a token took, with which weights, and how hard it was.",
     el("div", { class: "controls" },
@@ -245,6 +248,16 @@ function textCard() {
     el("div", { class: "columns" }, ...panes.map((pane) => pane.element)));
   fill();
   redraw.push(paint);
+}
+
+// Of the colours, the same for both models. A layer's begin at 0 experts; of means, and of losses but for the few
+// largest, the range is used up.
+function bounds(panes, { mode, layer }) {
+  const known = panes.flatMap((pane) => pane.spans.map((span) => pane.value(Number(span.dataset.token)))).filter((value) => value !== null).sort((a, b) => a - b);
+  const low = mode === "loss" || layer > 0 ? 0 : known[0];
+  let high = mode === "loss" ? known[Math.floor(0.95 * (known.length - 1))] : known[known.length - 1];
+  if (layer > 0 && mode === "experts") high = largest(models.map((model) => largest(model.per_token.experts.map(largest))));
+  return [low, high > low ? high : low + 1];
 }
 
 class Pane {
@@ -282,14 +295,8 @@ class Pane {
     return layer === 0 ? mean(columns.map((column) => column[at])) : columns[Math.min(layer, columns.length) - 1][at];
   }
 
-  paint() {
+  paint(low, high) {
     const values = this.spans.map((span) => this.value(Number(span.dataset.token)));
-    const known = values.filter((value) => value !== null).sort((a, b) => a - b);
-    // A layer's colours begin at 0 experts; of means, and of losses but for the few largest, the range is used up.
-    let low = this.state.mode === "loss" || this.state.layer > 0 ? 0 : known[0];
-    let high = this.state.mode === "loss" ? known[Math.floor(0.95 * (known.length - 1))] : known[known.length - 1];
-    if (this.state.layer > 0 && this.state.mode === "experts") high = largest(this.model.per_token.experts.map(largest));
-    if (!(high > low)) high = low + 1;
     const share = scale(low, high, 0, 1);
     this.spans.forEach((span, place) => {
       const fill = values[place] === null ? null : colour(share(values[place]));
@@ -341,13 +348,13 @@ class Pane {
 // ---------------------------------------------------------------- figures
 
 function facts() {
-  const list = document.getElementById("facts");
+  const header = document.querySelector("header");
   for (const model of models) {
     const found = [
       ["model", title(model)], ["router", model.router], ["experts a layer", model.num_experts], ["MoE layers", model.layers.length],
       ["tokens read", count(model.tokens)], ["loss", `${fixed(model.loss, 3)} nats`], ["experts a token", fixed(model.experts_per_token)],
     ];
-    list.append(...found.map(([name, value]) => el("li", {}, `${name} `, el("b", {}, String(value)))));
+    header.append(el("ul", { class: "facts" }, ...found.map(([name, value]) => el("li", {}, `${name} `, el("b", {}, String(value))))));
   }
 }
 
@@ -380,21 +387,31 @@ function claim(model) {
   const found = model.hardness.next.experts;
   if (model.k !== null) return `Every token has ${model.k} experts, so their number cannot follow the loss. Effective experts, exp(entropy) of the weights, can.`;
   if (found.rho === null) return "Too few tokens, or all alike, to tell.";
-  if (found.low > 0) return "In these texts harder tokens take more experts.";
-  if (found.high < 0) return "In these texts harder tokens take fewer experts.";
-  return "These texts give no sign that harder tokens take more experts.";
+  if (found.low <= 0 && found.high >= 0) return "These texts give no sign that harder tokens take more experts.";
+  const said = `In these texts harder tokens take ${found.rho > 0 ? "more" : "fewer"} experts`, within = model.hardness.next.within_kind;
+  if (within.rho === null) return `${said}.`;
+  if (within.low <= 0 && within.high >= 0) return `${said}, but kinds of tokens explain it: inside a kind there is no sign of it.`;
+  if (within.rho > 0 === found.rho > 0) return `${said}, inside kinds of tokens as well.`;
+  return `${said}, but inside a kind of token it is the other way round: kinds explain it.`;
 }
 
 function hardnessCard() {
+  const what = (model) => (model.k === null ? "experts" : "effective");
+  // The same axis for both readings and both models.
+  const ends = models.flatMap((model) => ["next", "own"].flatMap((which) => model.hardness[which].deciles.flatMap((group) => {
+    const error = what(model) === "experts" ? group.error || 0 : 0;
+    return [group[what(model)] - error, group[what(model)] + error];
+  })));
+  const gap = 0.12 * (Math.max(...ends) - Math.min(...ends)) || 0.5, range = [Math.max(0, Math.min(...ends) - gap), Math.max(...ends) + gap];
   const rho = (entry) => (entry.rho === null ? "rank correlation: none" : `rank correlation ${fixed(entry.rho)} (95 % ${fixed(entry.low)} to ${fixed(entry.high)}, ${count(entry.tokens)} tokens)`);
   card("Do harder tokens take more experts?", "Tokens in ten groups of equal size by their loss, easy to hard; bars are standard errors. Intervals come from a block bootstrap (blocks of 16 tokens in a row).",
     columns((model) => {
-      const what = model.k === null ? "experts" : "effective";
-      const chart = (which, name) => [el("h3", {}, name), drawn((width) => lines(width, name, "tenth of the tokens, easy to hard", MODES[what],
-        [{ points: model.hardness[which].deciles.map((group, place) => [place + 1, group[what], width > 420 || place % 3 === 0 ? fixed(group[what]) : null, what === "experts" ? group.error : null]) }],
-        { xTicks: model.hardness[which].deciles.map((_, place) => place + 1) })), el("p", { class: "note" }, rho(model.hardness[which][what]))];
-      return [el("p", { class: "claim" }, claim(model)), ...chart("next", "by the loss of the next token, which the position works at"),
-        ...chart("own", "by the loss of the token itself: how much it surprised")];
+      const chart = (which, name) => [el("h3", {}, name), drawn((width) => lines(width, name, "tenth of the tokens, easy to hard", MODES[what(model)],
+        [{ points: model.hardness[which].deciles.map((group, place) => [place + 1, group[what(model)], width > 420 || place % 3 === 0 ? fixed(group[what(model)]) : null, what(model) === "experts" ? group.error : null]) }],
+        { range, xTicks: model.hardness[which].deciles.map((_, place) => place + 1) })), el("p", { class: "note" }, rho(model.hardness[which][what(model)])),
+        model.k === null ? el("p", { class: "note" }, `inside kinds of tokens: ${rho(model.hardness[which].within_kind)}`) : null];
+      return [el("p", { class: "claim" }, claim(model)), tiles(chart("next", "by the loss of the next token, which the position works at"),
+        chart("own", "by the loss of the token itself: how much it surprised"))];
     }),
     models.every((model) => model.k !== null) ? null : columns((model) => {
       if (model.k !== null) return [];
@@ -406,16 +423,18 @@ function hardnessCard() {
     }));
 }
 
-function wherePart() {
+function whereCard() {
   const value = (model) => (model.k === null ? "experts" : "effective");
+  const byLayer = (model) => (model.k === null ? model.load.map((layer) => layer.experts_per_token) : model.effective_by_layer);
+  const most = largest(models.flatMap((model) => [...byLayer(model), ...[...model.by_kind, ...model.by_position].map((row) => row[value(model)])]));
   card("Where experts go", "Experts per token by layer, kind of token and position in the window.", columns((model) => {
     const what = value(model), unit = model.k === null ? "experts" : "effective experts";
-    const layers = model.layers.map((number, place) => ({ name: `layer ${number}`, value: mean(model.per_token[what][place]) }));
-    return [
-      el("h3", {}, `${unit} by layer`), drawn((width) => bars(width, `${unit} by layer`, layers.map((row) => ({ ...row, label: fixed(row.value) })))),
-      el("h3", {}, `${unit} by kind of token`), drawn((width) => bars(width, `${unit} by kind`, model.by_kind.map((row) => ({ name: row.kind, value: row[what], label: `${fixed(row[what])} (${count(row.tokens)})` })))),
-      el("h3", {}, `${unit} by position`), drawn((width) => bars(width, `${unit} by position`, model.by_position.map((row) => ({ name: row.first === row.last ? `${row.first}` : `${row.first}–${row.last}`, value: row[what], label: fixed(row[what]) })))),
-    ];
+    const layers = byLayer(model).map((experts, place) => ({ name: `layer ${model.layers[place]}`, value: experts, label: fixed(experts) }));
+    return tiles(
+      [el("h3", {}, `${unit} by layer`), drawn((width) => bars(width, `${unit} by layer`, layers, most))],
+      [el("h3", {}, `${unit} by kind of token`), drawn((width) => bars(width, `${unit} by kind`, model.by_kind.map((row) => ({ name: row.kind, value: row[what], label: `${fixed(row[what])} (${count(row.tokens)})` })), most))],
+      [el("h3", {}, `${unit} by position`), drawn((width) => bars(width, `${unit} by position`, model.by_position.map((row) => ({ name: row.first === row.last ? `${row.first}` : `${row.first}–${row.last}`, value: row[what], label: fixed(row[what]) })), most))],
+    );
   }));
 }
 
@@ -437,8 +456,9 @@ function specializationCard() {
   card("What experts are for", "Typical tokens: those that the expert takes more than its rate, with the share of their occurrences that it takes. Known: how much of whether it is active the token alone tells (0 to 1), and how much it seems to by chance.",
     columns((model) => byLayer(model, (layer) => {
       const special = model.specialization[layer];
-      return table(["expert", "tokens", "known", "by chance", "typical tokens"], special.experts.map((expert, number) => [String(number), count(model.load[layer].counts[number]), fixed(expert.vocabulary), fixed(expert.vocabulary_chance),
-        el("span", {}, ...expert.typical.map((one) => el("span", { class: "word", title: `${one.count} occurrences` }, visible(one.token), el("small", {}, ` ${percent(one.share)}`))))]));
+      return el("div", { class: "experts" }, ...special.experts.map((expert, number) => el("div", {},
+        el("div", {}, el("b", {}, `expert ${number}`), el("span", { class: "note" }, ` ${count(model.load[layer].counts[number])} tokens; known ${fixed(expert.vocabulary)}, by chance ${fixed(expert.vocabulary_chance)}`)),
+        ...(expert.typical.length ? expert.typical.map((one) => el("span", { class: "word", title: `${one.count} occurrences` }, visible(one.token), el("small", {}, ` ${percent(one.share)}`))) : [el("span", { class: "note" }, "no token")]))));
     })));
   if (report.texts.length > 1) {
     card("Experts by text", "Of each text's tokens the share that an expert takes. Rows that look alike mean that routing does not see which text it reads.",
@@ -513,7 +533,7 @@ facts();
 comparisonCard();
 textCard();
 hardnessCard();
-wherePart();
+whereCard();
 loadCard();
 specializationCard();
 togetherCard();

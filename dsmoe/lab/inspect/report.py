@@ -124,6 +124,7 @@ def _figures(
         "nats_per_character": float(np.nansum(losses)) / characters,
         "experts_per_token": float(reading.experts_LT.mean()),
         "effective_experts": float(reading.effective_LT.mean()),
+        "effective_by_layer": reading.effective_LT.mean(1).tolist(),
         "texts": [
             {
                 "name": name,

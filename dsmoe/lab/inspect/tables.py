@@ -99,7 +99,7 @@ def _deciles(model: dict) -> Rows:
 def _correlations(model: dict) -> Rows:
     for which in ("next", "own"):
         found = model["hardness"][which]
-        for what in ("experts", "effective"):
+        for what in ("experts", "within_kind", "effective"):
             yield {"loss_of": which, "with": what, "layer": "", **found[what]}
         for number, entry in zip(model["layers"], found["by_layer"], strict=True):
             yield {"loss_of": which, "with": "experts", "layer": number, **entry}

@@ -137,18 +137,23 @@ def sentences(model: dict[str, Any]) -> list[str]:
 
 
 def hardness_sentence(model: dict[str, Any]) -> str:
-    """Whether harder tokens take more experts, in words that the interval allows."""
+    """Whether harder tokens take more experts, in words that the intervals allow."""
     if model["k"] is not None:
         return f"every token has {model['k']} experts, so their number cannot follow the loss"
-    found = model["hardness"]["next"]["experts"]
+    found, within = (model["hardness"]["next"][name] for name in ("experts", "within_kind"))
     if found["rho"] is None:
         return "too few tokens, or all alike, to tell whether harder ones take more experts"
-    interval = f"rho {found['rho']:+.2f}, 95 % {found['low']:+.2f} to {found['high']:+.2f}"
-    if found["low"] > 0:
-        return f"harder tokens take more experts here ({interval})"
-    if found["high"] < 0:
-        return f"harder tokens take FEWER experts here ({interval})"
-    return f"no sign that harder tokens take more experts here ({interval})"
+    if found["low"] <= 0 <= found["high"]:
+        said = "no sign that harder tokens take more experts here"
+    else:
+        said = f"harder tokens take {'more' if found['rho'] > 0 else 'FEWER'} experts here"
+    return f"{said}: {_interval(found)}; inside kinds of tokens {_interval(within)}"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    if found["rho"] is None:
+        return "unknown"
+    return f"rho {found['rho']:+.2f} (95 % {found['low']:+.2f} to {found['high']:+.2f})"
 
 
 def _show_comparison(models: list[dict[str, Any]], comparison: dict[str, Any], console: Console) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from dsmoe.lab.inspect.comparison import compare, mean_with_interval
 from dsmoe.lab.inspect.hardness import BLOCK, bootstrap, correlation, deciles, hardness, spearman
@@ -124,6 +124,24 @@ def test_the_interval_holds_the_truth_and_neighbours_widen_it():
     wide, narrow = correlation(*runs.T), correlation(*runs[order].T)
     assert wide["rho"] == pytest.approx(narrow["rho"])
     assert wide["high"] - wide["low"] > 2 * (narrow["high"] - narrow["low"])
+
+
+def test_kinds_are_taken_out_of_a_correlation():
+    """Kinds that are hard and take many experts make a correlation that is not there inside a kind."""
+    random = np.random.default_rng(5)
+    kinds = random.integers(0, 3, 3000)
+    loss, experts = kinds + random.normal(size=3000), 2 * kinds + random.integers(0, 3, 3000)
+    assert correlation(loss, experts)["low"] > 0.4
+    inside = correlation(loss, experts, group_T=kinds)
+    assert inside["low"] < 0 < inside["high"] and abs(inside["rho"]) < 0.05
+    # by hand: ranks minus the mean rank of their kind
+    parts = []
+    for ranks in (rankdata(loss), rankdata(experts)):
+        parts.append(ranks - np.array([ranks[kinds == kind].mean() for kind in range(3)])[kinds])
+    assert inside["rho"] == pytest.approx(np.corrcoef(*parts)[0, 1], abs=1e-12)
+    one = correlation(loss, experts, group_T=np.zeros(3000, int))
+    assert one == pytest.approx(correlation(loss, experts))
+    assert correlation(loss, kinds, group_T=kinds)["rho"] is None  # nothing varies inside a kind
 
 
 def test_deciles_are_of_equal_size_and_easy_first():

@@ -72,4 +72,6 @@ def test_a_fixed_k_is_coloured_by_effective_experts(run_of, monkeypatch):
 )
 def test_words_follow_the_interval(interval, words):
     found = {"rho": sum(interval) / 2, "low": interval[0], "high": interval[1], "tokens": 99}
-    assert words in hardness_sentence({"k": None, "hardness": {"next": {"experts": found}}})
+    within = {"rho": None, "low": None, "high": None, "tokens": 99}
+    said = hardness_sentence({"k": None, "hardness": {"next": {"experts": found, "within_kind": within}}})
+    assert words in said and f"{interval[0]:+.2f} to {interval[1]:+.2f}" in said and said.endswith("tokens unknown")
