@@ -64,6 +64,7 @@ def two(alone, of_two, tmp_path_factory) -> Inspected:
 
 
 def test_files_agree(one):
+    """JSON and CSV of one command hold the same numbers. What it inspects may have to be trained first."""
     report = one.report()
     (model,) = report["models"]
     assert [text["name"] for text in report["texts"]] == ["text 1", "text 2"] and report["comparison"] is None
@@ -101,6 +102,7 @@ def test_a_pipe_gets_numbers_for_colours(one):
 
 
 def test_two_runs(two):
+    """A comparison beside its models. Three model loads, and perhaps two trainings first."""
     report = two.report()
     first, second = report["models"]
     found = report["comparison"]
