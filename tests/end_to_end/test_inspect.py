@@ -115,6 +115,7 @@ def test_two_runs(two):
 
 
 def test_mistakes_are_named_at_once(alone, tmp_path):
+    """Seven commands, each a process of its own."""
     run = str(alone[0])
     for arguments, message in (
         ([str(tmp_path / "none"), "--text", "a b"], "does not exist; expected a run folder"),
@@ -126,6 +127,8 @@ def test_mistakes_are_named_at_once(alone, tmp_path):
     ):
         done = forked(DSMOE, "inspect", *arguments)
         assert done.code == 2 and message in done.output and "Traceback" not in done.output, done.output
+    done = forked(DSMOE, "inspect", run, "--text", "a b", processes=2)
+    assert done.code == 2 and "in one process; start it without a launcher" in done.output, done.output
 
 
 # ---- in a browser

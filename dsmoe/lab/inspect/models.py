@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsmoe.checkpoint.files import complete_checkpoints, folder_of, is_checkpoint, step_of
@@ -263,7 +264,6 @@ class InspectedFolder(InspectedModel):
         super().__init__()
         self.architecture = _architecture(folder)
         self.tokenizer = Tokenizer.load(folder)
-        start_processes()
         hosted = HostedModel(folder, dtype, create_groups(1), trust_remote_code).to(device_name()).eval()
         self._network, config = hosted.network, hosted.network.config
         self.name, self.context = str(folder), config.max_position_embeddings
@@ -348,8 +348,11 @@ def open_model(
 
     Raises:
         CheckpointError, ConversionError, DataError: what is missing, damaged, or not one of these.
-        ConfigError: a model without experts.
+        ConfigError: a model without experts, or several processes.
     """
+    start_processes()
+    if dist.get_world_size() > 1:
+        raise ConfigError(["a model is inspected whole, in one process; start it without a launcher"], "dsmoe inspect")
     compute = None if dtype is None else DTYPES[dtype]
     if is_hugging_face(path):
         if step is not None:

@@ -502,13 +502,14 @@ function saturationCard() {
   if (!models.some((model) => model.saturation.length)) return;
   card("When routing settled", "Routes that an earlier checkpoint shares with the last one: saturation, over the routes of the last; Jaccard, over the routes of either. Mean over layers, and saturation's range over layers.",
     columns((model) => {
-      if (!model.saturation.length) return el("p", { class: "note" }, "No earlier checkpoint.");
       const of = (entry, name) => entry.layers.map((layer) => layer[name]).filter((value) => value !== null);
-      const points = (name) => [...model.saturation.map((entry) => [entry.step, mean(of(entry, name))]), [model.step, 1]];
-      const band = [...model.saturation.map((entry) => [entry.step, Math.min(...of(entry, "saturation")), Math.max(...of(entry, "saturation"))]), [model.step, 1, 1]];
-      const last = model.saturation[model.saturation.length - 1];
+      const earlier = model.saturation.filter((entry) => of(entry, "saturation").length);
+      if (!earlier.length) return el("p", { class: "note" }, "No earlier checkpoint with which routes could be compared.");
+      const points = (name) => [...earlier.map((entry) => [entry.step, mean(of(entry, name))]), [model.step, 1]];
+      const band = [...earlier.map((entry) => [entry.step, Math.min(...of(entry, "saturation")), Math.max(...of(entry, "saturation"))]), [model.step, 1, 1]];
+      const last = earlier[earlier.length - 1];
       return [drawn((width) => lines(width, "saturation of routing", "step", "share of routes", [{ points: points("saturation"), band }, { points: points("jaccard"), second: true }],
-        { range: [0, 1.05], xTicks: width > 380 ? [...model.saturation.map((entry) => entry.step), model.step] : [model.saturation[0].step, model.step] })),
+        { range: [0, 1.05], xTicks: width > 380 ? [...earlier.map((entry) => entry.step), model.step] : [earlier[0].step, model.step] })),
       el("p", { class: "note" }, el("span", { style: "color: var(--mark); font-weight: 600" }, "● saturation "), fixed(mean(of(last, "saturation"))), el("span", { style: "color: var(--other); font-weight: 600" }, "  ● Jaccard "), fixed(mean(of(last, "jaccard"))), ` at step ${count(last.step)}`)];
     }));
 }
