@@ -346,7 +346,7 @@ class Router(megatron_router.Router):
         else:
             routing = self.route(hidden_TH.index_select(0, real), sequence_T.index_select(0, real))
         routed = hidden_TH.size(0) if real is None else real.numel()
-        self._check(routing, routed)
+        self._check(routing, routed, hidden.dtype)
         if real is not None:
             for name in ("probs_TE", "map_TE", "latents_TEr"):
                 rows = getattr(routing, name)
@@ -376,9 +376,12 @@ class Router(megatron_router.Router):
                 probs = MoEAuxLossAutoScaler.apply(probs, loss)
         return probs
 
-    def _check(self, routing: Routing, tokens: int) -> None:
+    def _check(self, routing: Routing, tokens: int, model_dtype: torch.dtype) -> None:
         expected = (tokens, self.num_experts)
-        for what, tensor, dtype in (("probs", routing.probs_TE, torch.float32), ("map", routing.map_TE, torch.bool)):
+        # A model in fp64, which conversions are judged by, may have weights as wide.
+        in_fp64 = model_dtype == routing.probs_TE.dtype == torch.float64
+        wide = torch.float64 if in_fp64 else torch.float32
+        for what, tensor, dtype in (("probs", routing.probs_TE, wide), ("map", routing.map_TE, torch.bool)):
             if tuple(tensor.shape) != expected or tensor.dtype != dtype:
                 raise RouterError(
                     f"router {self.name!r} returned {what} {tuple(tensor.shape)} {tensor.dtype}, "

@@ -108,6 +108,7 @@ def exports(run_of, dataset, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 @pytest.mark.parametrize("name", ["relu", "routing_free", "topk", "native"])
 def test_an_export_shows_what_its_run_shows(exports, name):
+    """Four runs are exported first, each held to what transformers computes."""
     run, folder = exports[name]
     assert (folder / "modeling_dsmoe.py").exists() == (name != "native")
     ours, _, run_reading = seen(run)
