@@ -117,5 +117,6 @@ def test_a_study_and_a_plan_need_no_checkout(python, place):
     run(python, place, "dsmoe", "study", "run", "study.yaml", "--out", "runs/study")
     record = json.loads(next((place / "runs" / "study").glob("*/*/*/cell.json")).read_text())
     assert record["status"] == "done" and record["command"][:3] == ["-m", "dsmoe", "train"]
-    plan = ["configs/quickstart.yaml", "--hardware", "configs/hardware/h100.yaml", "model.vocab_size=2048"]
+    plan = ["configs/quickstart.yaml", "--hardware", "configs/hardware/h100.yaml", "model.vocab_size=2048",
+            "training.precision=bf16"]  # fmt: skip
     assert "fits" in run(python, place, "dsmoe", "plan", "--config", *plan).output

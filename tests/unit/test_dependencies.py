@@ -18,6 +18,7 @@ OPTIONAL = {
     "megablocks",
     "scattermoe",
     "triton",
+    "wandb",
 }  # used or measured where they are installed
 
 

@@ -100,7 +100,7 @@ def correlation(x_T: Array, y_T: Array, samples: int = SAMPLES, group_T: Array |
 def spearman(x_T: Array, y_T: Array, group_T: Array | None = None) -> float | None:
     if len(x_T) < FEWEST:
         return None
-    found = _of_ranks(*(values[None] for values in (x_T, y_T)), None if group_T is None else group_T[None])
+    found = _of_ranks(x_T[None], y_T[None], None if group_T is None else group_T[None])
     return float(found[0]) if len(found) else None
 
 

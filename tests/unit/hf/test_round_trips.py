@@ -190,10 +190,10 @@ def chat_model(tmp_path) -> Path:
 
 def test_a_fine_tuned_import_keeps_its_identity(groups, chat_model, dataset, tmp_path, monkeypatch):  # noqa: F811
     before = AutoTokenizer.from_pretrained(chat_model)
-    config = json.loads((chat_model / "config.json").read_text())
-    config |= {"bos_token_id": before.bos_token_id, "eos_token_id": before.eos_token_id}
-    config |= {"pad_token_id": before.pad_token_id, "vocab_size": config["vocab_size"]}
-    (chat_model / "config.json").write_text(json.dumps(config))
+    ids = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((chat_model / name).read_text())
+        (chat_model / name).write_text(json.dumps(content | ids))
     report = import_model(chat_model, tmp_path / "run", ImportOptions())
     assert report["base_model"] == "someone/chat-moe" and report["lost"] == []
     from dsmoe.data.prepare import prepare

@@ -131,7 +131,7 @@ def test_all_mistakes_are_named_before_anything_is_loaded(folders, tmp_path):
         evaluate(folders["llama"], options)
     for said in ("--sequences: found 0", "--batch-size: found 0", "--task-dir: there is no folder", "--data:"):
         assert said in str(caught.value)
-    with pytest.raises(ConfigError, match="tasks are run on a Hugging Face model.*convert_checkpoint.py export"):
+    with pytest.raises(ConfigError, match="tasks are run on a Hugging Face model.*dsmoe export"):
         evaluate(tmp_path, EvaluationOptions(tasks=("any",)))
     with pytest.raises(CheckpointError, match="neither a run that has a checkpoint nor a checkpoint"):
         TrainedModel.load(tmp_path)

@@ -29,7 +29,8 @@ def show_progress(terminal: str | None, environment: dict[str, str]) -> None:
     screen = os.open(terminal, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(screen, descriptor)
-    os.environ.pop("NO_COLOR", None)
+    for name in ("NO_COLOR", "COLUMNS", "LINES"):  # pytest-xdist sets the size of its own terminal
+        os.environ.pop(name, None)
     os.environ.update({"TERM": "xterm-256color"} | environment)
     with TrainingProgress(STEPS, 0, True, target_density=0.25, steered=("lambda",)) as progress:
         for step in range(1, STEPS + 1):

@@ -271,7 +271,7 @@ def test_a_skewed_replay_has_that_share_and_a_cost(hardware):
     found = skewed(trace, "30:4")
     assert np.diff(found.layers[0][0]).tolist() == np.diff(trace.layers[0][0]).tolist()
     assert found.counts_LE()[0, :4].sum() / 4096 == pytest.approx(0.3, abs=0.03)
-    row = next(row for row in replay(found, [16], per_node=8) if row.placement == "contiguous")
+    row = next(row for row in replay(found, [16], per_node=8, dispatcher="all_to_all") if row.placement == "contiguous")
     assert row.load == pytest.approx(16 * 0.3, rel=0.12)
     assert row.between_rows / row.sent_rows == pytest.approx(8 / 15, abs=0.05)
     cost = cost_of(row, 1024, 512, "bf16", hardware)

@@ -10,7 +10,10 @@ from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 
 FOLDER = Path(__file__).parents[4] / "configs" / "recipes"
-SMALL = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_paper"))
+OTHERS = ("router_surgery",)  # of a model that was trained elsewhere
+SMALL = sorted(
+    path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_paper") and path.stem not in OTHERS
+)
 PAPER = sorted(path.stem for path in FOLDER.glob("*_paper.yaml"))
 
 

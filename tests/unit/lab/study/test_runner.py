@@ -145,7 +145,7 @@ def test_two_comparisons_do_not_share_a_folder(plan_file, tmp_path, quiet):
     threading.Thread(target=second, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         run_study(plan, out, 1, console=quiet)
-    assert refused and "at work" in refused[0]
+    assert refused and "is running in" in refused[0]
 
 
 def test_records_hold_the_command_and_the_steps(plan_file, tmp_path, quiet):
