@@ -92,12 +92,14 @@ class Supervisor:
         self._agent: subprocess.Popen | None = None
         self._signal: int | None = None
         self._failed_at: float | None = None
+        self._not_ours: set[psutil.Process] = set()  # children of this process before the first attempt
 
     def run(self) -> int:
         """Until the run has finished (0), a signal has stopped it, or there is no hope; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         _adopt_orphans()
+        self._not_ours = set(psutil.Process().children(recursive=True))
         fruitless, attempt = 0, 0
         started, trained = time.monotonic(), self._run.training_seconds()
         while True:
@@ -157,7 +159,7 @@ class Supervisor:
 
     def _await_orphans(self) -> None:
         """Ranks whose agent was killed save and stop by themselves; the next attempt must not meet them."""
-        ranks = psutil.Process().children(recursive=True)
+        ranks = set(psutil.Process().children(recursive=True)) - self._not_ours
         _, left = psutil.wait_procs(ranks, timeout=self.plan.grace)
         for process in left:
             process.kill()

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 
@@ -89,6 +90,14 @@ def test_it_gives_up_without_progress(attempts, capfd):
 
 def test_ranks_without_their_agent_are_waited_for(attempts):
     assert attempts(["orphan", "after"], [0])[0] == 0
+
+
+def test_other_children_are_neither_waited_for_nor_killed(attempts):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        began = time.monotonic()
+        assert attempts(["1", "0"], [0, 10], grace=40.0)[0] == 0
+        assert other.poll() is None and time.monotonic() - began < 40
+        other.kill()
 
 
 def test_times_to_recover_are_told(attempts, capfd):
