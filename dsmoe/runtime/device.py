@@ -47,7 +47,8 @@ def gpu_count() -> int:
 
 
 def use_local_device() -> str:
-    """Make the GPU of this process's LOCAL_RANK (0 where there is none) the current one, and return its name.
+    """Make the GPU of this process's LOCAL_RANK (mpirun's, or 0, where there is none) the current one, and return its
+    name.
 
     Called where processes join their job, before anything asks for a device. A process that sees one GPU uses it
     whatever its rank: some launchers show every process its own.
@@ -56,7 +57,8 @@ def use_local_device() -> str:
         ParallelError: more processes on this host than GPUs.
     """
     if on_gpu():
-        rank, count = int(os.environ.get("LOCAL_RANK", "0")), gpu_count()
+        told = os.environ.get("LOCAL_RANK") or os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK") or "0"
+        rank, count = int(told), gpu_count()
         if rank >= count > 1:
             raise ParallelError(
                 f"LOCAL_RANK is {rank}, but this host has {count} GPUs: found more processes than GPUs, expected at "
