@@ -509,7 +509,10 @@ void collective(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = 0; i < given; ++i) {
     const std::string& name = schema.arguments()[i].name();
     if (name == "process_group") group = arguments[i].toCustomClass<c10d::ProcessGroup>();
-    if (name == "output_split_sizes" || name == "input_split_sizes") splits += " " + c10::str(arguments[i].toIntVector());
+    if (name == "output_split_sizes" || name == "input_split_sizes") {
+      const auto sizes = arguments[i].toIntVector();
+      splits += " " + c10::str(IntArrayRef(sizes));
+    }
   }
   Using one(group.get(), pending->name);
   Call call;
