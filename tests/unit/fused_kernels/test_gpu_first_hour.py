@@ -102,4 +102,4 @@ def test_the_check_of_the_kernels_runs_in_the_interpreter():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     kernels = json.loads(done.stdout[done.stdout.index("{") :])["kernels"]
-    assert len(kernels) == 5 and all(entry["right"] for entry in kernels)
+    assert len(kernels) == 6 and all(entry["right"] for entry in kernels)
