@@ -102,18 +102,22 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def measure(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each candidate, its fastest round; rounds in turn, so that a disturbance hurts all alike."""
+def measure(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = ROUNDS, limit: float = SECONDS,
+    of: Callable[[list[float]], float] = min,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of each candidate: `of` its rounds, after one that does not count and until they have taken `limit`.
+    Rounds are in turn, so that a disturbance hurts all alike."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name, work in candidates.items():
-            if sum(times[name]) < SECONDS:
+            if sum(times[name]) < limit:
                 began = time.perf_counter()
                 work()
                 seconds = time.perf_counter() - began
                 if number:
                     times[name].append(seconds)
-    return {name: min(rounds) for name, rounds in times.items()}
+    return {name: of(taken) for name, taken in times.items()}
 
 
 def _file() -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from dsmoe.lab.benchmark.step import StepJob
 from dsmoe.model.attention import attention_candidates
 from dsmoe.model.loss import loss_candidates
 from dsmoe.model.native_norm import norm_candidates
+from dsmoe.native.ways import measure
 from dsmoe.routers.logits import logits_candidates
 from dsmoe.runtime.device import on_gpu
 
@@ -40,17 +41,6 @@ def time_parts(job: StepJob, rounds: int) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [{"part": name, **_medians(ways, rounds)} for name, ways in parts.items()]
+        return [{"part": name, **measure(ways, rounds, math.inf, statistics.median)} for name, ways in parts.items()]
     finally:
         torch.set_num_threads(threads)
-
-
-def _medians(candidates: dict, rounds: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for number in range(rounds + 1):
-        for name, work in candidates.items():
-            began = time.perf_counter()
-            work()
-            if number:  # the first round makes the problem
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in seconds.items()}
