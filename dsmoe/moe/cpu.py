@@ -110,7 +110,7 @@ def _fastest(
         leaves = [*(tensor for pair in pairs for tensor in pair), down, probs]
         forward_and_backward(lambda: way(pairs, down, probs, probe_counts), leaves, grad)
 
-    without_biases = available(replace(mlp, bias=False), projections, down_eHF)
+    without_biases = available(replace(mlp, bias=False), projections, down_eHF) if mlp.bias else ways
     return fastest("experts", shape, {name: partial(work, without_biases[name]) for name in ways}, agreed_for)
 
 

@@ -92,14 +92,13 @@ class Supervisor:
         self._agent: subprocess.Popen | None = None
         self._signal: int | None = None
         self._failed_at: float | None = None
-        self._not_ours: set[psutil.Process] = set()  # children of this process before the first attempt
+        self._not_ours = set(psutil.Process().children(recursive=True))  # there before any attempt
 
     def run(self) -> int:
         """Until the run has finished (0), a signal has stopped it, or there is no hope; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         _adopt_orphans()
-        self._not_ours = set(psutil.Process().children(recursive=True))
         fruitless, attempt = 0, 0
         started, trained = time.monotonic(), self._run.training_seconds()
         while True:
