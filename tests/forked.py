@@ -30,7 +30,7 @@ context.set_forkserver_preload(
         "dsmoe.training.run", "dsmoe.hf.importing", "dsmoe.hf.observe", "dsmoe.moe.dispatchers.two_level",
         *(f"dsmoe.routers.{path.stem}" for path in Path(dsmoe.routers.__file__).parent.glob("*.py")),
         "megatron.core.datasets.gpt_dataset",
-        "torch._dynamo",  # which every optimizer imports: more than a small training takes by itself
+        "torch._dynamo",  # which activation checkpointing imports: more than a small training takes by itself
     ]
 )  # fmt: skip
 

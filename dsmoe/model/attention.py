@@ -131,9 +131,8 @@ def _attends_natively(query: Tensor, key: Tensor, value: Tensor, rotary_base: fl
         return False
     length, _, heads, size = query.shape
     shape = f"{length} positions, {heads} heads of {size}, {key.size(2)} of keys, rotary {rotary_base is not None}"
-    return ways.fastest("attention", shape, attention_candidates(length, heads, key.size(2), size, rotary_base)) == (
-        "native"
-    )
+    candidates = attention_candidates(length, heads, key.size(2), size, rotary_base)
+    return ways.fastest("attention", shape, candidates) == "native"
 
 
 def attention_candidates(
