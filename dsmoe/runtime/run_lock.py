@@ -7,8 +7,10 @@ kernel knows whether it lives. Of one on another machine the heartbeat tells: th
 has not changed for several intervals by this machine's own clock. No clock is compared with another's, so skew is
 harmless, and every look opens the file anew, which is when a network file system fetches it anew.
 
-A lock whose owner is gone is renamed away, which only one of several newcomers can do. An owner that finds another's
-token in the file (it was suspended for so long that it was taken for dead) has lost the folder and must stop.
+An owner that is gone is succeeded: a newcomer claims its place with a file named after its token, which one of several
+can make, sees that the lock is still the dead owner's, and puts its own in its place in one step, so that there is no
+moment without a lock. A claim whose maker died is succeeded like a lock. An owner that finds another's token in the
+file (it was suspended for so long that it was taken for dead) has lost the folder and must stop.
 """
 
 from __future__ import annotations
@@ -101,8 +103,8 @@ class RunLock:
         """Raises `RunFolderError`: another run holds the folder, or it cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            while not self._create():
-                self._remove_dead_owner()
+            while not (self._link_to(self.path) or self._succeed()):
+                pass  # the folder changed hands meanwhile: look again
         except OSError as error:
             raise RunFolderError(
                 f"cannot write the run folder {self.path.parent}: {error.strerror or error}"
@@ -121,54 +123,75 @@ class RunLock:
             with contextlib.suppress(OSError):  # something is in it
                 self.path.parent.rmdir()
 
-    def _create(self) -> bool:
-        """Make the lock file, complete at once; False if there is one."""
-        complete = self.path.with_name(f".{FILE}.{self.owner.token}")
-        complete.write_text(json.dumps(asdict(self.owner)))
+    def _link_to(self, path: Path) -> bool:
+        """Make a file with this owner, complete at once; False if there is one."""
+        complete = self._write()
         try:
-            os.link(complete, self.path)  # atomic on network file systems too
+            os.link(complete, path)  # atomic on network file systems too
         except FileExistsError:
             return False
         finally:
             complete.unlink()
         return True
 
-    def _remove_dead_owner(self) -> None:
-        """Raises `RunFolderError` if the owner lives."""
+    def _write(self) -> Path:
+        complete = self.path.with_name(f".{FILE}.{self.owner.token}")
+        complete.write_text(json.dumps(asdict(self.owner)))
+        return complete
+
+    def _claim_on(self, owner: Owner | None) -> Path:
+        return self.path.with_name(f".{FILE}.after.{owner.token if owner else 'unreadable'}")
+
+    def _succeed(self) -> bool:
+        """Take the place of an owner that is gone; False if the lock is another's by now.
+
+        Raises `RunFolderError` if the owner, or who claims its place, lives.
+        """
         owner = Owner.read(self.path)
         if owner is None and not self.path.exists():
-            return  # it has just gone
+            return False  # it has just gone
+        self._require_dead(self.path, owner)
+        claims = [self._claim_on(owner)]
+        while not self._link_to(claims[-1]):
+            claimant = Owner.read(claims[-1])
+            self._require_dead(claims[-1], claimant)
+            claims.append(self._claim_on(claimant))
+        try:
+            # Tokens do not come back, so what is unchanged now stays so while the claim is held.
+            now = Owner.read(self.path)
+            unchanged = self.path.exists() and (now and now.token) == (owner and owner.token)
+            if unchanged:
+                os.replace(self._write(), self.path)
+                self.taken_over = owner
+                for claim in claims[:-1]:
+                    claim.unlink(missing_ok=True)
+        finally:
+            claims[-1].unlink(missing_ok=True)
+        return unchanged
+
+    def _require_dead(self, path: Path, owner: Owner | None) -> None:
         if owner is not None and owner.machine == self.owner.machine:
             alive = _started(owner.pid) == owner.started
         else:
-            owner, alive = self._watch(owner)
+            owner, alive = self._watch(path, owner)
         if alive:
             who = owner.text if owner else "another process"
             raise RunFolderError(
                 f"{self.path.parent} is in use: {who} is writing there ({self.path.name}). Wait for it, stop it, or "
                 "give this run another folder with logging.run_dir"
             )
-        dead = self.path.with_name(f".{FILE}.{self.owner.token}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, dead)
-            if owner is not None and (moved := Owner.read(dead)) is not None and moved.token != owner.token:
-                with contextlib.suppress(FileExistsError):  # another newcomer was faster: give it back
-                    os.link(dead, self.path)
-            else:
-                self.taken_over = owner
-            dead.unlink()
 
-    def _watch(self, owner: Owner | None) -> tuple[Owner | None, bool]:
+    def _watch(self, path: Path, owner: Owner | None) -> tuple[Owner | None, bool]:
         """The owner, and whether its file changes within some of its intervals."""
         interval = min(owner.interval, 60.0) if owner else self.owner.interval
-        first, until = _content(self.path), time.monotonic() + SILENT_INTERVALS * interval
+        first, until = _content(path), time.monotonic() + SILENT_INTERVALS * interval
         who = owner.text if owner else "another process"
-        print(f"waiting up to {SILENT_INTERVALS * interval:.0f} s: does {who} still write into {self.path.parent}?")
-        while time.monotonic() < until:
-            time.sleep(min(0.5, interval / 4))
-            now = _content(self.path)
+        if first is not None:
+            print(f"waiting up to {SILENT_INTERVALS * interval:.0f} s: does {who} still write into {path.parent}?")
+        while (now := _content(path)) is not None and time.monotonic() < until:
             if now != first:
-                return Owner.read(self.path) or owner, now is not None
+                return Owner.read(path) or owner, True
+            time.sleep(min(0.5, interval / 4))
         return owner, False
 
     def _beat(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 
@@ -112,7 +113,26 @@ def test_of_many_newcomers_one_gets_a_dead_owners_folder(tmp_path):
         thread.join()
     holders = [lock for lock in results if lock is not None]
     assert len(holders) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]  # no claim is left
     holders[0].__exit__()
+
+
+def test_who_claimed_a_dead_owners_place_and_died_is_succeeded(tmp_path):
+    foreign(tmp_path / FILE)
+    dead = Owner.read(tmp_path / FILE)
+    foreign(tmp_path / f".{FILE}.after.{dead.token}", token="claimant")
+    with RunLock(tmp_path, interval=0.05) as lock:
+        assert lock.taken_over == dead
+        assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_who_claims_a_dead_owners_place_at_this_moment_is_not_disturbed(tmp_path):
+    foreign(tmp_path / FILE)
+    claim = tmp_path / f".{FILE}.after.{Owner.read(tmp_path / FILE).token}"
+    claim.write_text(json.dumps(asdict(Owner.of_this_process(0.05))))
+    with pytest.raises(RunFolderError, match="is in use"):
+        RunLock(tmp_path, interval=0.05).acquire()
+    assert Owner.read(tmp_path / FILE).host == "nodeB"
 
 
 def test_an_owner_that_was_taken_for_dead_learns_it(tmp_path):
