@@ -22,7 +22,7 @@ from dsmoe.errors import ConversionError
 from dsmoe.hf.observe import SEQUENCES_AT_ONCE
 from dsmoe.hf.parity import Observation, Sample, compare, observe
 from dsmoe.model.gpt import LanguageModel, transformer_config
-from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.moe.layer import moe_layers_of
 from dsmoe.routers import get
 from dsmoe.routers.base import Router
 from dsmoe.routers.recorder import RoutingRecorder
@@ -114,7 +114,7 @@ def _replace(model: LanguageModel, router_class: type[Router], options) -> list[
     model.controller = router_class.make_controller(options, sum(config.moe_layers()), config.num_experts)
     if model.controller is not None:
         model.controller.to(device_name())
-    for layer in [module for module in model.modules() if isinstance(module, VariableMoELayer)]:
+    for layer in moe_layers_of(model):
         router = router_class(transformer_config(config, 1), model.groups.for_megatron(), options=options)
         router.to(device_name()).eval()
         router.weight.data.copy_(layer.router.weight)  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from itertools import chain
 
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe.moe.dispatch import CombineHandle, DispatchHandle, TokenDispatcher
@@ -147,6 +147,11 @@ class VariableMoELayer(MoELayer):
     @step_timer.timed("shared experts")
     def _shared_experts(self, hidden_states: Tensor) -> Tensor:
         return self.shared_experts_compute(hidden_states)
+
+
+def moe_layers_of(model: nn.Module) -> list[VariableMoELayer]:
+    """In the order of the model's layers."""
+    return [module for module in model.modules() if isinstance(module, VariableMoELayer)]
 
 
 def prefetch_one(items: Iterable) -> Iterator:

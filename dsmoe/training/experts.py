@@ -19,7 +19,7 @@ from torch.linalg import vector_norm
 
 from dsmoe.config import RunConfig
 from dsmoe.model.names import Piece, parameter_pieces
-from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.moe.layer import moe_layers_of
 from dsmoe.optim.deepspeed import Fragment, inner_optimizer, owned_fragment
 from dsmoe.parallel.collectives import sum_over
 from dsmoe.parallel.groups import ParallelGroups
@@ -48,7 +48,7 @@ class PackedExperts:
 def packed_experts(model: torch.nn.Module) -> list[PackedExperts]:
     """Every parameter with weights of experts of its own: the experts', and what they are scored by in routers like
     routing_free, where that belongs to the expert."""
-    layers = [module for module in model.modules() if isinstance(module, VariableMoELayer)]
+    layers = moe_layers_of(model)
     layer_of = {parameter: layer for layer, module in enumerate(layers) for parameter in module.parameters()}
     return [
         PackedExperts(parameter, pieces, layer_of[parameter], parameter.first_expert)

@@ -28,7 +28,7 @@ from dsmoe.errors import CheckpointError, ConfigError, ConversionError
 from dsmoe.hf.hosted import HostedModel, is_hugging_face
 from dsmoe.hf.native import HOSTS
 from dsmoe.moe.activations import ACTIVATIONS, Activation
-from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.moe.layer import moe_layers_of
 from dsmoe.parallel.groups import create_groups, start_processes
 from dsmoe.routers import get
 from dsmoe.routers.base import RouterOptions
@@ -219,7 +219,7 @@ class InspectedRun(InspectedModel):
         _require_experts(self.layers, path)
         self.tokenizer = Tokenizer.load(trained.run_dir)
         self._model = trained.model if dtype is None else trained.model.to(dtype)
-        self._modules = [module for module in self._model.modules() if isinstance(module, VariableMoELayer)]
+        self._modules = moe_layers_of(self._model)
         self.k = self._modules[0].router.options.fixed_experts_per_token()
         for module in self._modules:
             module.router.register_forward_hook(self._hook)

@@ -19,7 +19,7 @@ from dsmoe.lab.prune.observe import LayerSeen
 from dsmoe.lab.study.probe.similarity import all_outputs, hidden_units
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.moe.experts import LowRankExperts
-from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.moe.layer import VariableMoELayer, moe_layers_of
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def fill(model: LanguageModel, source: LanguageModel, seen: list[LayerSeen], pla
             parameter.copy_(theirs[name])
     if source.controller is not None:
         model.controller.load({n: v.clone() for n, v in source.controller.combine_experts(shares_LNE).items()})
-    targets = [module for module in model.modules() if isinstance(module, VariableMoELayer)]
+    targets = moe_layers_of(model)
     for target, layer, plan, shares_NE in zip(targets, seen, plans, shares_LNE, strict=True):
         _fill_router(target, layer, shares_NE)
         _fill_experts(model, target, layer, plan, shares_NE)

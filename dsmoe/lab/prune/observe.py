@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsmoe.lab.study.probe.similarity import all_outputs, cosine
 from dsmoe.model.gpt import LanguageModel
-from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.moe.layer import VariableMoELayer, moe_layers_of
 
 SAMPLED = 1024  # tokens of a layer whose inputs are kept
 ELEMENTS = 1 << 26  # of all experts' outputs at a time
@@ -35,14 +35,10 @@ class LayerSeen:
         return cosine(self.outputs_ENH())
 
 
-def moe_layers(model: LanguageModel) -> list[VariableMoELayer]:
-    return [module for module in model.modules() if isinstance(module, VariableMoELayer)]
-
-
 @torch.no_grad()
 def observe(model: LanguageModel, tokens_BS: Tensor, batch: int = 8) -> list[LayerSeen]:
     """Run the model on some sequences, as at inference."""
-    layers = moe_layers(model)
+    layers = moe_layers_of(model)
     share = min(1.0, SAMPLED / tokens_BS.numel())
     generator = torch.Generator().manual_seed(0)
     kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in layers]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmoe.model.gpt import LanguageModel
-from dsmoe.moe.layer import VariableMoELayer
+from dsmoe.moe.layer import VariableMoELayer, moe_layers_of
 
 KINDS = ("prose", "digits", "punctuation", "code", "space", "other")
 PUNCTUATION = set(".,;:!?'\"()-–—…‘’“”")
@@ -38,7 +38,7 @@ class SeenLayer:
 
 def look(model: LanguageModel, tokens_BS: Tensor) -> list[SeenLayer]:
     """Inputs and routes of every MoE layer, first layer first."""
-    layers = [module for module in model.modules() if isinstance(module, VariableMoELayer)]
+    layers = moe_layers_of(model)
     seen: list[SeenLayer] = []
 
     def keep(module, args, out) -> None:
