@@ -135,8 +135,8 @@ def plan(arguments: argparse.Namespace) -> int:
             show_sizes(_console(), searched, hardware, tokens)
         else:
             show_search(_console(), searched[arguments.nodes[0]], tokens)
-        layouts = (one for results in searched.values() for one in (*results.fitting, *results.too_large))
-        _write(arguments.json, [one.as_json(tokens) for one in layouts])
+        layouts = (layout for results in searched.values() for layout in (*results.fitting, *results.too_large))
+        _write(arguments.json, [layout.as_json(tokens) for layout in layouts])
         best = next((results.best for results in searched.values() if results.best is not None), None)
         if best is not None:
             _write_config(arguments.write_config, best)
@@ -144,12 +144,12 @@ def plan(arguments: argparse.Namespace) -> int:
     (results,) = searched.values()
     ranks = arguments.nodes[0] * hardware.devices_per_node
     layout = Layout(config, hardware, ranks, load(config.parallel.expert_parallel), arguments.experts_per_token)
-    one = predict(layout)
-    show_plan(_console(), one, results, tokens)
-    _write(arguments.json, one.as_json(tokens))
-    if one.fits:
-        _write_config(arguments.write_config, one)
-    return FINISHED if one.fits else REFUSED
+    prediction = predict(layout)
+    show_plan(_console(), prediction, results, tokens)
+    _write(arguments.json, prediction.as_json(tokens))
+    if prediction.fits:
+        _write_config(arguments.write_config, prediction)
+    return FINISHED if prediction.fits else REFUSED
 
 
 def _write_config(path: Path | None, prediction: Prediction) -> None:

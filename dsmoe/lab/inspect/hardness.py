@@ -68,10 +68,10 @@ def deciles(loss_T: Array, experts_LT: Array, effective_LT: Array) -> list[dict]
     """Ten groups of as equal size as can be, easy tokens first; fewer where there are fewer than 20 tokens. `error` is
     the standard error of `experts` as if tokens were independent."""
     order = np.argsort(loss_T, kind="stable")
-    found = []
+    groups = []
     for group in np.array_split(order, max(1, min(GROUPS, len(order) // 2))):
         of_token = experts_LT[:, group].mean(0)
-        found.append(
+        groups.append(
             {
                 "tokens": len(group),
                 "loss": float(loss_T[group].mean()),
@@ -83,7 +83,7 @@ def deciles(loss_T: Array, experts_LT: Array, effective_LT: Array) -> list[dict]
                 "experts_by_layer": experts_LT[:, group].mean(1).tolist(),
             }
         )
-    return found
+    return groups
 
 
 def correlation(x_T: Array, y_T: Array, samples: int = SAMPLES, group_T: Array | None = None) -> dict:
@@ -100,21 +100,21 @@ def correlation(x_T: Array, y_T: Array, samples: int = SAMPLES, group_T: Array |
 def spearman(x_T: Array, y_T: Array, group_T: Array | None = None) -> float | None:
     if len(x_T) < FEWEST:
         return None
-    found = _of_ranks(x_T[None], y_T[None], None if group_T is None else group_T[None])
-    return float(found[0]) if len(found) else None
+    rho_S = _of_ranks(x_T[None], y_T[None], None if group_T is None else group_T[None])
+    return float(rho_S[0]) if len(rho_S) else None
 
 
 def bootstrap(x_T: Array, y_T: Array, samples: int, group_T: Array | None = None) -> Array:
     """rho of that many samples of the same size; those in which one of the two does not vary are left out."""
     tokens = len(x_T)
     random = np.random.default_rng(0)
-    blocks, found = -(-tokens // BLOCK), []
+    blocks, correlations = -(-tokens // BLOCK), []
     chunk = max(1, AT_A_TIME // tokens)
     for first in range(0, samples, chunk):
         starts = random.integers(0, tokens, (min(chunk, samples - first), blocks, 1))
         drawn = ((starts + np.arange(BLOCK)) % tokens).reshape(len(starts), -1)[:, :tokens]
-        found.append(_of_ranks(x_T[drawn], y_T[drawn], None if group_T is None else group_T[drawn]))
-    return np.concatenate(found)
+        correlations.append(_of_ranks(x_T[drawn], y_T[drawn], None if group_T is None else group_T[drawn]))
+    return np.concatenate(correlations)
 
 
 def _of_ranks(x_ST: Array, y_ST: Array, group_ST: Array | None) -> Array:

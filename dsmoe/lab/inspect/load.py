@@ -24,13 +24,13 @@ PARTS = 8  # of the longest window, for means by position
 
 def load(map_LTE: Array) -> list[dict]:
     """The figures above for each layer, and `counts`. Those of a ratio are None in a layer without any route."""
-    found = []
+    layers = []
     for map_TE in map_LTE:
         counts_E = map_TE.sum(0)
         mean = counts_E.mean()
         share_E = counts_E[counts_E > 0] / max(1, counts_E.sum())
         used = bool(counts_E.any())
-        found.append(
+        layers.append(
             {
                 "experts_per_token": float(map_TE.sum(1).mean()),
                 "no_expert": float((~map_TE.any(1)).mean()),
@@ -42,7 +42,7 @@ def load(map_LTE: Array) -> list[dict]:
                 "counts": counts_E.tolist(),
             }
         )
-    return found
+    return layers
 
 
 def by_kind(reading: Reading) -> list[dict]:
@@ -57,12 +57,12 @@ def by_position(reading: Reading) -> list[dict]:
     """The same for up to eight equal parts of the longest window that was read."""
     longest = int(reading.position_T.max()) + 1
     part_T = reading.position_T * PARTS // longest if longest >= PARTS else reading.position_T
-    found = []
+    windows = []
     for part in np.unique(part_T):
         mask_T = part_T == part
         places = reading.position_T[mask_T]
-        found.append({"first": int(places.min()), "last": int(places.max()), **_means(reading, mask_T)})
-    return found
+        windows.append({"first": int(places.min()), "last": int(places.max()), **_means(reading, mask_T)})
+    return windows
 
 
 def _means(reading: Reading, mask_T: Array) -> dict:

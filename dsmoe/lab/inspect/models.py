@@ -375,17 +375,17 @@ def checkpoint_of(run: Path, step: int) -> Path:
 def _architecture(folder: Path) -> str:
     """Raises `ConversionError` for one that is not read, `ConfigError` for one that has no experts."""
     try:
-        found = json.loads((folder / "config.json").read_bytes()).get("model_type")
+        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise ConversionError(f"cannot read {folder / 'config.json'}: {error}") from error
-    if found in ("dsmoe", *HOSTS):
-        return found
+    if model_type in ("dsmoe", *HOSTS):
+        return model_type
     from dsmoe.hf.foreign import DENSE
 
-    if found in DENSE:
+    if model_type in DENSE:
         _require_experts([], folder)
     raise ConversionError(
-        f"{folder}: model_type {found!r} cannot be inspected; exports of dsmoe and {', '.join(HOSTS)} can"
+        f"{folder}: model_type {model_type!r} cannot be inspected; exports of dsmoe and {', '.join(HOSTS)} can"
     )
 
 

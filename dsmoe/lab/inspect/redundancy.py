@@ -32,12 +32,12 @@ LISTED = 12  # pairs
 def redundancy(model: InspectedModel, reading: Reading) -> list[dict]:
     """For each layer: `cosine` [E, E], its mean over pairs and the largest, `pairs` (the most alike first, with all
     figures) and `merge` (pairs above 0.9, each expert once). A layer of one expert has no pairs."""
-    found = []
+    layers = []
     for layer, hidden_NH in enumerate(reading.hidden_LNH):
         weights = model.experts(layer)
         together_EE = reading.map_LTE[layer].astype("float64").T @ reading.map_LTE[layer].astype("float64")
-        found.append(compare_experts(weights, hidden_NH.to(weights.down_EHF.device), together_EE))
-    return found
+        layers.append(compare_experts(weights, hidden_NH.to(weights.down_EHF.device), together_EE))
+    return layers
 
 
 def compare_experts(weights: ExpertWeights, hidden_NH: torch.Tensor, together_EE) -> dict:

@@ -32,10 +32,10 @@ def specialization(reading: Reading) -> list[dict]:
     text_of = {int(token): text for token, text in zip(reading.ids_T, reading.token_T)}
     random = np.random.default_rng(0)
     shuffled = [random.permutation(inverse) for _ in range(SHUFFLES)]
-    found = []
+    layers = []
     for map_TE, probs_TE in zip(reading.map_LTE, reading.probs_LTE):
         vocabulary_E = known_from(map_TE, inverse)
-        chance_E = np.mean([known_from(map_TE, one) for one in shuffled], axis=0)
+        chance_E = np.mean([known_from(map_TE, ids_T) for ids_T in shuffled], axis=0)
         domain_E = known_from(map_TE, reading.text_T)
         counts_XE = sums_by(inverse, map_TE.astype(np.float64))
         weight_XE = sums_by(inverse, probs_TE.astype(np.float64))
@@ -56,7 +56,7 @@ def specialization(reading: Reading) -> list[dict]:
             for expert in range(map_TE.shape[1])
         ]  # fmt: skip
         together_EE = co_activation(map_TE)
-        found.append(
+        layers.append(
             {
                 "experts": experts,
                 "domains": (sums_by(reading.text_T, map_TE) / np.bincount(reading.text_T)[:, None]).tolist(),
@@ -64,7 +64,7 @@ def specialization(reading: Reading) -> list[dict]:
                 "pairs": closest(together_EE),
             }
         )
-    return found
+    return layers
 
 
 def sums_by(group_T: Array, values_TE: Array) -> Array:

@@ -57,26 +57,27 @@ def _layers(model: dict) -> Rows:
     hard = model["hardness"]["next"]["by_layer"]
     for number, load, rho, alike in zip(model["layers"], model["load"], hard, model["redundancy"], strict=True):
         figures = {name: value for name, value in load.items() if name not in ("counts", "dead")}
-        found = {"dead": len(load["dead"]), "output_cosine_mean": alike["mean"], "output_cosine_max": alike["max"]}
+        summary = {"dead": len(load["dead"]), "output_cosine_mean": alike["mean"], "output_cosine_max": alike["max"]}
         yield {
             "layer": number,
             **figures,
-            **found,
+            **summary,
             **{f"hardness_{name}": rho[name] for name in ("rho", "low", "high")},
         }
 
 
 def _experts(model: dict) -> Rows:
     for number, load, special in zip(model["layers"], model["load"], model["specialization"], strict=True):
-        for expert, found in enumerate(special["experts"]):
+        for expert, figures in enumerate(special["experts"]):
             yield {
-                "layer": number, "expert": expert, "tokens": load["counts"][expert], "vocabulary": found["vocabulary"],
-                "vocabulary_chance": found["vocabulary_chance"], "domain": found["domain"],
+                "layer": number, "expert": expert, "tokens": load["counts"][expert],
+                "vocabulary": figures["vocabulary"], "vocabulary_chance": figures["vocabulary_chance"],
+                "domain": figures["domain"],
                 **{
                     f"share_of_{text['name']}": shares[expert]
                     for text, shares in zip(model["texts"], special["domains"], strict=True)
                 },
-                "typical_tokens": " | ".join(one["token"] for one in found["typical"]),
+                "typical_tokens": " | ".join(typical["token"] for typical in figures["typical"]),
             }  # fmt: skip
 
 
@@ -98,10 +99,10 @@ def _deciles(model: dict) -> Rows:
 
 def _correlations(model: dict) -> Rows:
     for which in ("next", "own"):
-        found = model["hardness"][which]
+        correlations = model["hardness"][which]
         for what in ("experts", "within_kind", "effective"):
-            yield {"loss_of": which, "with": what, "layer": "", **found[what]}
-        for number, entry in zip(model["layers"], found["by_layer"], strict=True):
+            yield {"loss_of": which, "with": what, "layer": "", **correlations[what]}
+        for number, entry in zip(model["layers"], correlations["by_layer"], strict=True):
             yield {"loss_of": which, "with": "experts", "layer": number, **entry}
 
 

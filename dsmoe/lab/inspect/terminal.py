@@ -58,14 +58,14 @@ def values(model: dict[str, Any]) -> tuple[list[float], str]:
 def coloured_text(model: dict[str, Any], scale: list[float], number: int, coloured: bool) -> Text:
     """One text. A line break stays one, behind a sign that can have a colour."""
     low, high = bounds(scale)
-    found = Text()
+    shown = Text()
     columns = model["per_token"]
     tokens = [(token, value) for text, token, value in zip(columns["text"], columns["token"], scale) if text == number]
     for token, value in tokens[:SHOWN]:
         if not coloured:
             mark = f"{{{value:.1f}}}"
             body = token.rstrip("\n")
-            found.append(f"{body}{mark}{token[len(body) :]}")
+            shown.append(f"{body}{mark}{token[len(body) :]}")
             continue
         body = token.replace("\t", "    ")
         if not body.strip("\n"):
@@ -73,11 +73,11 @@ def coloured_text(model: dict[str, Any], scale: list[float], number: int, colour
         for part in body.splitlines(keepends=True):
             line = part.rstrip("\n")
             if cell_len(line):
-                found.append(line, style=_style(value, low, high))
-            found.append(part[len(line) :])
+                shown.append(line, style=_style(value, low, high))
+            shown.append(part[len(line) :])
     if len(tokens) > SHOWN:
-        found.append(f" … and {len(tokens) - SHOWN:,} tokens more, which figures and page have")
-    return found
+        shown.append(f" … and {len(tokens) - SHOWN:,} tokens more, which figures and page have")
+    return shown
 
 
 def bounds(scale: list[float]) -> tuple[float, float]:
@@ -140,27 +140,27 @@ def hardness_sentence(model: dict[str, Any]) -> str:
     """Whether harder tokens take more experts, in words that the intervals allow."""
     if model["k"] is not None:
         return f"every token has {model['k']} experts, so their number cannot follow the loss"
-    found, within = (model["hardness"]["next"][name] for name in ("experts", "within_kind"))
-    if found["rho"] is None:
+    correlation, within = (model["hardness"]["next"][name] for name in ("experts", "within_kind"))
+    if correlation["rho"] is None:
         return "too few tokens, or all alike, to tell whether harder ones take more experts"
-    if found["low"] <= 0 <= found["high"]:
-        said = "no sign that harder tokens take more experts here"
+    if correlation["low"] <= 0 <= correlation["high"]:
+        verdict = "no sign that harder tokens take more experts here"
     else:
-        said = f"harder tokens take {'more' if found['rho'] > 0 else 'FEWER'} experts here"
-    return f"{said}: {_interval(found)}; inside kinds of tokens {_interval(within)}"
+        verdict = f"harder tokens take {'more' if correlation['rho'] > 0 else 'FEWER'} experts here"
+    return f"{verdict}: {_interval(correlation)}; inside kinds of tokens {_interval(within)}"
 
 
-def _interval(found: dict[str, Any]) -> str:
-    if found["rho"] is None:
+def _interval(correlation: dict[str, Any]) -> str:
+    if correlation["rho"] is None:
         return "unknown"
-    return f"rho {found['rho']:+.2f} (95 % {found['low']:+.2f} to {found['high']:+.2f})"
+    return f"rho {correlation['rho']:+.2f} (95 % {correlation['low']:+.2f} to {correlation['high']:+.2f})"
 
 
 def _show_comparison(models: list[dict[str, Any]], comparison: dict[str, Any], console: Console) -> None:
     first, second = (model["name"] for model in models)
     if not comparison["same_tokens"]:
-        one, other = (model["nats_per_character"] for model in models)
-        console.print(Text(f"the two have other tokens; nats per character: {first} {one:.4f}, {second} {other:.4f}"))
+        a, b = (model["nats_per_character"] for model in models)
+        console.print(Text(f"the two have other tokens; nats per character: {first} {a:.4f}, {second} {b:.4f}"))
         return
     for name, what in (("loss_difference", "loss"), ("experts_difference", "experts per token")):
         entry = comparison[name]

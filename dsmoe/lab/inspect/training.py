@@ -24,7 +24,7 @@ from dsmoe.lab.inspect.texts import Tokens
 
 def earlier_checkpoints(run_dir: Path, step: int, most: int) -> list[int]:
     """Steps before `step` that have a checkpoint, at most `most`, evenly chosen, the first and the last among them."""
-    steps = sorted(found for found in map(step_of, complete_checkpoints(run_dir)) if found < step)
+    steps = sorted(saved for saved in map(step_of, complete_checkpoints(run_dir)) if saved < step)
     if len(steps) <= most:
         return steps
     return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, most)] if most > 1 else steps[-1:]
@@ -32,18 +32,18 @@ def earlier_checkpoints(run_dir: Path, step: int, most: int) -> list[int]:
 
 def saturation(model: InspectedRun, reading: Reading, texts: list[Tokens], most: int) -> list[dict]:
     """By step: `layers`, a list of {saturation, jaccard}, with `loss` and `experts_per_token` of that checkpoint."""
-    found = []
+    by_step = []
     for step in earlier_checkpoints(model.run_dir, model.step, most):
         early = read(InspectedRun(folder_of(model.run_dir, step)), texts, hidden=False)
-        found.append(
+        by_step.append(
             {
                 "step": step,
                 "loss": early.mean_loss,
                 "experts_per_token": float(early.experts_LT.mean()),
-                "layers": [shared(one, late) for one, late in zip(early.map_LTE, reading.map_LTE, strict=True)],
+                "layers": [shared(*maps_TE) for maps_TE in zip(early.map_LTE, reading.map_LTE, strict=True)],
             }
         )
-    return found
+    return by_step
 
 
 def shared(early_TE: Array, late_TE: Array) -> dict:

@@ -99,7 +99,7 @@ def plan_layers(
     """
     total = counts_LE.shape[1]
     size = total // groups
-    found = [
+    units_by_layer = [
         [
             candidates(list(range(group * size, (group + 1) * size)), counts_E, cosine_EE, dead, similar)
             for group in range(groups)
@@ -114,9 +114,9 @@ def plan_layers(
             )
         removed = size - experts // groups
     else:
-        removed = min(unit.spare for layer in found for unit in layer)
+        removed = min(unit.spare for layer in units_by_layer for unit in layer)
         if not removed:
-            layer = next(place for place, units in enumerate(found) if not min(unit.spare for unit in units))
+            layer = next(place for place, units in enumerate(units_by_layer) if not min(unit.spare for unit in units))
             raise ConfigError(
                 [
                     f"MoE layer {layer} has no expert to spare: each takes more than {dead:g} of the mean load, and no "
@@ -127,5 +127,5 @@ def plan_layers(
             )
     return [
         LayerPlan([cluster for unit in units for cluster in unit.clusters(removed)], counts_E)
-        for units, counts_E in zip(found, counts_LE, strict=True)
+        for units, counts_E in zip(units_by_layer, counts_LE, strict=True)
     ]

@@ -41,13 +41,13 @@ def observe(model: LanguageModel, tokens_BS: Tensor, batch: int = 8) -> list[Lay
     layers = moe_layers_of(model)
     share = min(1.0, SAMPLED / tokens_BS.numel())
     generator = torch.Generator().manual_seed(0)
-    kept: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in layers]
+    samples: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in layers]
     chosen = None
 
     def note(place: int):
         def hook(module, args, output) -> None:
             hidden_TH = args[0].flatten(0, 1)
-            kept[place].append((output.map_TE.sum(0), hidden_TH[chosen], output.probs_TE[chosen]))
+            samples[place].append((output.map_TE.sum(0), hidden_TH[chosen], output.probs_TE[chosen]))
 
         return hook
 
@@ -60,8 +60,8 @@ def observe(model: LanguageModel, tokens_BS: Tensor, batch: int = 8) -> list[Lay
     finally:
         for hook in hooks:
             hook.remove()
-    found = []
-    for layer, parts in zip(layers, kept, strict=True):
-        counts, hidden, probs = zip(*parts, strict=True)
-        found.append(LayerSeen(layer, torch.stack(counts).sum(0), torch.cat(hidden), torch.cat(probs)))
-    return found
+    seen = []
+    for layer, of_layer in zip(layers, samples, strict=True):
+        counts, hidden, probs = zip(*of_layer, strict=True)
+        seen.append(LayerSeen(layer, torch.stack(counts).sum(0), torch.cat(hidden), torch.cat(probs)))
+    return seen

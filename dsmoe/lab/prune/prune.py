@@ -119,7 +119,7 @@ def _prune_run(path: Path, out: Path, options: PruneOptions) -> dict[str, Any]:
         new_config = pruned_config(config, len(plans[0].clusters), out)
         model = _build(new_config, trained)
         fill(model, trained.model, seen, plans)
-        losses = [_held_out(config, corpus, one, trained) for one in (trained.model, model)]
+        losses = [_held_out(config, corpus, each, trained) for each in (trained.model, model)]
         tensors = dict(logical_tensors(model))
         source = read_manifest(find_checkpoint(str(path), path))
         write_weights(
@@ -159,9 +159,9 @@ def _build(config: RunConfig, trained: TrainedModel) -> LanguageModel:
 
 def _held_out(config: RunConfig, corpus: Corpus | Blend, model: LanguageModel, trained: TrainedModel) -> dict[str, Any]:
     held = heldout(corpus, config.model.sequence_length, config.training.eval_sequences)
-    found = evaluate(model, held, BATCH, trained.groups, corpus.bytes_per_token)
+    metrics = evaluate(model, held, BATCH, trained.groups, corpus.bytes_per_token)
     names = ("loss", "bpb", "experts_per_token", "experts_per_token_by_layer")
-    return {name: found[f"val_{name}"] for name in names if f"val_{name}" in found}
+    return {name: metrics[f"val_{name}"] for name in names if f"val_{name}" in metrics}
 
 
 def _report(
