@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dsmoe.errors import ConfigError
 from dsmoe.optim.base import Optimizer, OptimizerOptions, State
+from dsmoe.optim.eager import eager
 from dsmoe.optim.registry import register
-from dsmoe.optim.uncompiled import uncompiled
 
 
 class AdamWOptions(OptimizerOptions):
@@ -30,7 +30,7 @@ class AdamW(Optimizer):
         betas = training.adam_beta1, training.adam_beta2
         if AdamWOptions.model_validate(training.optimizer_options).kernel == "apex":
             return _apex_class()(groups, lr=training.lr, betas=betas, eps=training.adam_eps, adam_w_mode=True)
-        kind = uncompiled(torch.optim.AdamW)
+        kind = eager(torch.optim.AdamW)
         return kind(groups, lr=training.lr, betas=betas, eps=training.adam_eps, fused=True)
 
     @classmethod

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 
 from dsmoe.optim.base import Optimizer, OptimizerOptions, State
+from dsmoe.optim.eager import eager
 from dsmoe.optim.registry import register
-from dsmoe.optim.uncompiled import uncompiled
 
 
 class LionOptions(OptimizerOptions):
@@ -51,4 +51,4 @@ class Lion(Optimizer):
 
     @classmethod
     def build(cls, groups, training) -> torch.optim.Optimizer:
-        return uncompiled(TorchLion)(groups, lr=training.lr, **cls.options(training).model_dump())
+        return eager(TorchLion)(groups, lr=training.lr, **cls.options(training).model_dump())

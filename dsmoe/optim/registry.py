@@ -15,7 +15,7 @@ optimizers: PluginRegistry[Optimizer] = PluginRegistry(
     base="dsmoe.optim.base:Optimizer",
     group="dsmoe.optimizers",
     modules=("dsmoe.optim.*",),
-    skip=("registry", "base", "deepspeed", "groups", "uncompiled"),  # without an optimizer
+    skip=("registry", "base", "deepspeed", "groups", "eager"),  # without an optimizer
 )
 register, available = optimizers.register, optimizers.available
 
