@@ -31,6 +31,7 @@ from dsmoe.errors import CheckpointError
 from dsmoe.model.names import parameter_pieces
 from dsmoe.optim.deepspeed import owned_fragment
 from dsmoe.runtime.device import HostCopies, accelerator, on_gpu
+from dsmoe.runtime.files import sync_folder, write_atomically
 from dsmoe.runtime.phase import phase
 
 
@@ -207,8 +208,8 @@ def _publish(manifest: Manifest, partial: Path, keep: CheckpointConfig) -> None:
     if folder.exists():  # the same step again, after resuming from an older checkpoint
         doomed.append(_retire(folder))
     os.rename(partial, folder)
-    files.sync_folder(folder.parent)
-    files.write_atomically(folder.parent / "latest", folder.name.encode())
+    sync_folder(folder.parent)
+    write_atomically(folder.parent / "latest", folder.name.encode())
     # Steps beyond this one are of a run that was begun anew in this folder; this one must outlive them.
     complete, step = files.complete_checkpoints(run_dir), files.step_of(folder)
     so_far = [path for path in complete if files.step_of(path) <= step]

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsmoe.checkpoint import files
 from dsmoe.config import RunConfig
 from dsmoe.errors import CheckpointError
+from dsmoe.runtime.files import write_atomically
 
 FILE_SIZE = 1 << 30  # bytes; what is kept in memory before it is written
 
@@ -76,7 +77,7 @@ def write_weights(
         tensors={name: list(shape) for name, shape in shapes.items()}, files=written, serial=1,
         copied_experts=copied_experts,
     ).write(folder)  # fmt: skip
-    files.write_atomically(folder.parent / "latest", folder.name.encode())
+    write_atomically(folder.parent / "latest", folder.name.encode())
     return folder
 
 

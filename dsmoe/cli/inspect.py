@@ -57,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             wrong = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
             raise ConfigError([f"{option}: {path} {wrong}; expected a file"], "the command line")
-    from dsmoe.checkpoint.files import write_atomically
     from dsmoe.lab.inspect.page import render
     from dsmoe.lab.inspect.report import InspectOptions, inspect
     from dsmoe.lab.inspect.tables import write_tables
     from dsmoe.lab.inspect.terminal import show
+    from dsmoe.runtime.files import write_atomically
 
     options = InspectOptions(
         texts=tuple(arguments.texts), windows=arguments.windows, step=arguments.step, compare=arguments.compare,

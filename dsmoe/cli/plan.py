@@ -154,7 +154,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def _write_config(path: Path | None, prediction: Prediction) -> None:
     """The configuration of a layout that fits, and how it is started."""
-    from dsmoe.checkpoint.files import write_atomically
+    from dsmoe.runtime.files import write_atomically
 
     if path is None:
         return
@@ -224,10 +224,10 @@ def calibrate(arguments: argparse.Namespace) -> None:
     _check_devices(arguments)
     import yaml
 
-    from dsmoe.checkpoint.files import write_atomically
     from dsmoe.lab.planner.calibrate import fit, measure_machine
     from dsmoe.lab.planner.hardware import Hardware
     from dsmoe.lab.planner.measure import run_from
+    from dsmoe.runtime.files import write_atomically
 
     console = _console()
     if arguments.again:
@@ -394,7 +394,7 @@ def _console():
 
 
 def _write(path: Path | None, content) -> None:
-    from dsmoe.checkpoint.files import write_atomically
+    from dsmoe.runtime.files import write_atomically
 
     if path is not None:
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())

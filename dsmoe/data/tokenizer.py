@@ -26,6 +26,7 @@ from typing import Any
 import sentencepiece
 
 from dsmoe.errors import DataError
+from dsmoe.runtime.files import write_atomically
 
 LONGEST_WAIT = 8  # ids, for the rest of a character: it has at most 4 bytes, and its ids may share them with others
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in a folder with both the first counts
@@ -136,9 +137,7 @@ class Tokenizer(ABC):
     def copy_to(self, folder: Path) -> None:
         """Write `files` into a folder; the tokenizer that lay there is replaced, whatever its kind."""
         for name, content in self.files().items():
-            unfinished = folder / f".{name}.{os.getpid()}"
-            unfinished.write_bytes(content)
-            unfinished.replace(folder / name)
+            write_atomically(folder / name, content)
         for name in set(TOKENIZER_FILES) - self.files().keys():
             (folder / name).unlink(missing_ok=True)
 

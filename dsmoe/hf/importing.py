@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.checkpoint.write import write_weights
 from dsmoe.config import DataConfig, ModelConfig, RouterConfig, RunConfig, validate_config
 from dsmoe.config.load import apply_overrides, read_yaml
@@ -43,6 +42,7 @@ from dsmoe.model.skeleton import logical_shapes
 from dsmoe.routers import available, get
 from dsmoe.routers.controllers import Controller
 from dsmoe.routers.registry import option_classes
+from dsmoe.runtime.files import write_atomically
 
 REPORT = "import_report.json"
 NOT_CHECKED = "not checked"

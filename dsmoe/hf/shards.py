@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsmoe.checkpoint.files import complete_file, plain_name, sync_folder, write_atomically
+from dsmoe.checkpoint.files import complete_file, plain_name
 from dsmoe.errors import CheckpointError
+from dsmoe.runtime.files import sync_folder, write_atomically
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.config import DataConfig
 from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus
@@ -22,6 +21,7 @@ from dsmoe.errors import ConfigError, DataError
 from dsmoe.hf.hosted import HostedModel, is_hugging_face
 from dsmoe.parallel.groups import ParallelGroups, create_groups, start_processes
 from dsmoe.runtime.device import device_name
+from dsmoe.runtime.files import write_atomically
 from dsmoe.training.evaluate import evaluate as evaluate_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

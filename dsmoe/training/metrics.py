@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import RunFolderError
 from dsmoe.routers.recorder import RoutingTotals
+from dsmoe.runtime.files import write_atomically
 
 FILE = "metrics.jsonl"
 REPEAT_WARNING = 60.0  # seconds

@@ -10,7 +10,7 @@ from pathlib import Path
 import deepspeed.comm as dist
 import torch.distributed
 
-from dsmoe.checkpoint.files import find_checkpoint, read_manifest, write_atomically
+from dsmoe.checkpoint.files import find_checkpoint, read_manifest
 from dsmoe.checkpoint.load import load_checkpoint
 from dsmoe.config import RunConfig
 from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus, training_stream
@@ -20,6 +20,7 @@ from dsmoe.model.size import ModelSize, model_size
 from dsmoe.parallel.groups import check_world, create_groups, start_processes
 from dsmoe.runtime.device import on_gpu
 from dsmoe.runtime.exit_codes import FAILED
+from dsmoe.runtime.files import write_atomically
 from dsmoe.runtime.phase import phase
 from dsmoe.runtime.run_lock import RunLock
 from dsmoe.training.engine import build_engine

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import DataError
 from dsmoe.parallel.groups import ParallelGroups
+from dsmoe.runtime.files import write_atomically
 from dsmoe.training.metrics import Warn
 
 FOLDER = "trace"

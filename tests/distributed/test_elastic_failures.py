@@ -78,7 +78,7 @@ MOMENTS = {
     "no manifest": (lambda: _before(dsmoe.checkpoint.files, "write_atomically"), 2),
     "half a manifest": (lambda: _before(os, "replace", _into("manifest.json")), 2),
     "not renamed": (lambda: _before(os, "rename", _into("step_00000003")), 2),
-    "no pointer": (lambda: _before(dsmoe.checkpoint.files, "sync_folder", lambda path: path.name == "checkpoints"), 3),
+    "no pointer": (lambda: _before(dsmoe.checkpoint.save, "sync_folder", lambda path: path.name == "checkpoints"), 3),
     "half a pointer": (lambda: _before(os, "replace", _into("latest")), 3),
     "the old one to be deleted": (lambda: _before(shutil, "rmtree"), 3),
     "the old one half deleted": (_half_deleted, 3),

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import ConfigError
+from dsmoe.runtime.files import write_atomically
 
 Rows = Iterator[dict[str, Any]]
 

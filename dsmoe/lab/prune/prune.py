@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmoe.checkpoint.files import find_checkpoint, read_manifest, write_atomically
+from dsmoe.checkpoint.files import find_checkpoint, read_manifest
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.checkpoint.write import write_weights
 from dsmoe.config import RunConfig, validate_config
@@ -36,6 +36,7 @@ from dsmoe.model.names import logical_tensors
 from dsmoe.model.size import model_size
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
+from dsmoe.runtime.files import write_atomically
 from dsmoe.training.evaluate import evaluate
 
 REPORT = "prune_report.json"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study import page as html_page
 from dsmoe.lab.study.drawing import Picture
@@ -19,6 +18,7 @@ from dsmoe.lab.study.runner import read_study
 from dsmoe.lab.study.saved import CELLS, merged, read_saved, save_results, write_csv
 from dsmoe.lab.study.svg import svg_of
 from dsmoe.lab.study.tables import Table, counts, tables_of
+from dsmoe.runtime.files import write_atomically
 
 PAGE, MARKDOWN = "index.html", "report.md"
 TABLE_BEGIN, TABLE_END = "<!-- {name} -->\n", "<!-- end of table -->"  # in a page that shows the tables

@@ -23,7 +23,6 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.config import RunConfig
 from dsmoe.errors import ConfigError, TrainingError
 from dsmoe.lab.children import Child, commit, cores, machine, start, stop, train_command
@@ -34,6 +33,7 @@ from dsmoe.lab.study.gates import reason_to_skip
 from dsmoe.lab.study.grid import Cell, Study
 from dsmoe.lab.study.results import finished, matching_steps, read_result, run_lines
 from dsmoe.lab.study.settings import cell_config, cell_overrides, config_file
+from dsmoe.runtime.files import write_atomically
 from dsmoe.training.schedule import decay_start
 
 RECORD, LOG, COPY, PROBE = "cell.json", "log.txt", "study.yaml", "probe.json"

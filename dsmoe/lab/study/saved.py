@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
-from dsmoe.checkpoint.files import write_atomically
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.grid import Cell, Study
 from dsmoe.lab.study.measures import CURVE, MEASURES, Measured, StudyResults, x_of
+from dsmoe.runtime.files import write_atomically
 
 STUDY, CELLS, CURVES, ABOUT = "study.yaml", "cells.csv", "curves.csv", "about.json"
 

@@ -18,8 +18,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write (default: RUN/probe.json)")
     arguments = parser.parse_args()
 
-    from dsmoe.checkpoint.files import write_atomically
     from dsmoe.lab.study.probe import FILE, probe
+    from dsmoe.runtime.files import write_atomically
 
     result = probe(arguments.run, arguments.data, arguments.tokens)
     target = arguments.json or arguments.run / FILE
