@@ -26,7 +26,8 @@ from dsmoe.moe.linear import grouped_linear, loop_linear
 from dsmoe.native import supports, unavailable
 from dsmoe.native.ways import fastest, forward_and_backward, multiplies_bf16
 
-PROBE_EXPERTS, PROBE_NUMBERS = 16, 1 << 24  # of the problem that ways are compared on, at most
+# Of the problem that ways are compared on, at most. A few experts fit into a cache: what gradients cost would not show.
+PROBE_ROWS, PROBE_NUMBERS = 1 << 13, 1 << 25
 MAX_PROBE_ROWS = 512  # of an expert
 
 
@@ -94,7 +95,7 @@ def _fastest(
     mean = max(1, round(sum(counts) / max(1, len(counts))))
     rows = min(MAX_PROBE_ROWS, 1 << round(math.log2(mean)))
     weight_numbers = sum(t[0].numel() for t in (down_eHF, *(weight for _, weight in projections)))
-    experts = max(1, min(len(counts), PROBE_EXPERTS, PROBE_NUMBERS // weight_numbers))
+    experts = max(1, min(len(counts), PROBE_ROWS // rows, PROBE_NUMBERS // weight_numbers))
     widths = [source.size(1) for source, _ in projections]
     dtype = str(down_eHF.dtype).removeprefix("torch.")
     other = "" if mlp.is_plain_swiglu else f", {mlp.activation}{' and biases' if mlp.bias else ''}"
