@@ -13,6 +13,8 @@ routes are those of the evaluation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,11 @@ CHARTS = {
         for name in ("experts_per_token", "expert_imbalance")
     },
 }
+
+
+# W&B's axis of each curve, by the start of its name. It drops what comes at a smaller step than its last, and DeepSpeed
+# writes at numbers of samples where dsmoe writes at steps, so neither may be W&B's own.
+AXES = {"Train/": "Train/Samples", "dsmoe/": "dsmoe/step"}
 
 
 class FirstSequence:
@@ -82,16 +89,25 @@ class RoutingMonitor:
         self.logging, self.tokenizer, self._warn = logging, tokenizer, warn
         if self.monitor is not None and logging.layers and (writer := self._tensorboard()) is not None:
             writer.add_custom_scalars(CHARTS)
+        if (of_wandb := self._wandb()) is not None:
+            import wandb
+
+            for start, axis in AXES.items():
+                wandb.define_metric(f"{start}*", step_metric=axis)
+            of_wandb.write_events = write_to_wandb
 
     def _tensorboard(self):
         tensorboard = getattr(self.monitor, "tb_monitor", None)
         return None if tensorboard is None else tensorboard.summary_writer
 
+    def _wandb(self):
+        return getattr(self.monitor, "wandb_monitor", None)
+
     @property
     def draws(self) -> bool:
         """Whether there is a place for pictures."""
         wanted = self.monitor is not None and self.monitor.enabled and self.logging.pictures > 0
-        return wanted and (self._tensorboard() is not None or getattr(self.monitor, "wandb_monitor", None) is not None)
+        return wanted and (self._tensorboard() is not None or self._wandb() is not None)
 
     def after_step(self, step: int, totals: RoutingTotals, layers: dict[str, list[float]]) -> None:
         """layers: of `dsmoe.training.metrics.layer_metrics`."""
@@ -120,13 +136,24 @@ class RoutingMonitor:
         try:
             if (writer := self._tensorboard()) is not None:
                 writer.add_image(name, pixels, step, dataformats="HWC")
-            if (of_wandb := getattr(self.monitor, "wandb_monitor", None)) is not None:
+            if self._wandb() is not None:
                 import wandb
 
-                of_wandb.log({name: wandb.Image(pixels)}, step=step)
+                wandb.log({name: wandb.Image(pixels), AXES["dsmoe/"]: step})
         except Exception as error:  # a full disk, a deleted folder: a log never ends a run
             self.monitor.enabled = False
             self._warn(f"the monitor fails and is left out from now on: {error}")
+
+
+def write_to_wandb(events: Sequence[tuple[str, float, int]]) -> None:
+    """(name, value, step) of curves, each beside the value of its axis."""
+    import wandb
+
+    def place(event: tuple[str, float, int]) -> tuple[str, int]:
+        return next(axis for start, axis in AXES.items() if event[0].startswith(start)), event[2]
+
+    for (axis, step), group in groupby(events, place):
+        wandb.log({axis: step} | {name: value for name, value, _ in group})
 
 
 def layer_events(step: int, layers: dict[str, list[float]]):

@@ -18,7 +18,6 @@ OPTIONAL = {
     "megablocks",
     "scattermoe",
     "triton",
-    "wandb",
 }  # used or measured where they are installed
 
 

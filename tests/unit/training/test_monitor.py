@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import struct
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from dsmoe.config.schema import LoggingConfig
 from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.routers.recorder import RoutingTotals
 from dsmoe.routers.routing import RoutingResult
-from dsmoe.training.metrics import layer_metrics, worst_layer
+from dsmoe.training.metrics import MetricsWriter, layer_metrics, worst_layer
 from dsmoe.training.monitor import FirstSequence, RoutingMonitor
 from dsmoe.training.pictures import COLUMNS, VERMILION, coloured_text, load_heat_map
 
@@ -41,6 +43,40 @@ def monitor(groups, tmp_path):
             {"tensorboard": settings | {"job_name": "tensorboard"}, "csv_monitor": settings | {"job_name": "csv"}}
         )
     )
+
+
+@pytest.fixture
+def wandb_monitor(groups, tmp_path, monkeypatch):
+    """DeepSpeed's monitor with W&B as it is without a network."""
+    pytest.importorskip("wandb", reason="W&B is not installed (pip install -e '.[wandb]')")
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    return MonitorMaster(get_monitor_config({"wandb": {"enabled": True, "project": "dsmoe"}}))
+
+
+def wandb_history(folder) -> list[dict]:
+    """Every row in W&B's file: after seven bytes, a LevelDB log of records in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [path] = folder.glob("wandb/offline-run-*/*.wandb")
+    content, position, data, rows = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(content):
+        if 0x8000 - position % 0x8000 < 7:  # no piece begins in the last bytes of a block
+            position += 0x8000 - position % 0x8000
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind not in (1, 4):  # not the last piece of a record
+            continue
+        record, data = Record.FromString(data), b""
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
 
 
 def read_events(folder):
@@ -146,3 +182,28 @@ def test_the_text_of_each_id_joined_is_the_text(tokenizer):
     text = "für λ 漢:\n\tdef"
     texts = tokenizer.texts_of(tokenizer.encode(text))
     assert "".join(texts) == text and len(texts) == len(tokenizer.encode(text))
+
+
+def test_wandb_gets_every_curve_although_deepspeed_counts_samples(wandb_monitor, tokenizer, tmp_path):
+    """W&B drops what comes at a smaller step than its last one, and DeepSpeed's engine writes at numbers of samples."""
+    import wandb
+
+    said: list[str] = []
+    routing = RoutingMonitor(wandb_monitor, 0, LoggingConfig(layers=2, pictures=4), tokenizer, said.append)
+    metrics = MetricsWriter(tmp_path, 0, wandb_monitor, warn=said.append)
+    for step in range(1, 5):
+        wandb_monitor.write_events([("Train/Samples/lr", 0.1, 8 * step)])
+        routing.after_step(step, totals(), layer_metrics(totals()))
+        metrics.write({"step": step, "loss": 1.0 / step})
+    routing.text(4, torch.tensor(tokenizer.encode("def")), torch.ones(2, len(tokenizer.encode("def"))))
+    wandb.finish()
+    rows = wandb_history(tmp_path)
+
+    def curve(axis: str, name: str) -> list:
+        return [(row[axis], row[name]) for row in rows if name in row]
+
+    assert curve("Train/Samples", "Train/Samples/lr") == [(8, 0.1), (16, 0.1), (24, 0.1), (32, 0.1)]
+    assert curve("dsmoe/step", "dsmoe/loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
+    assert curve("dsmoe/step", "dsmoe/layers/expert_imbalance/02") == [(2, 4.0), (4, 4.0)]
+    assert [row["dsmoe/step"] for row in rows for name in row if name.startswith("load of experts/path")] == [4]
+    assert not said
