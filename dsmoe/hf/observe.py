@@ -4,12 +4,14 @@
 
 IN holds `tokens` int64 [B, S], `prompt` int64 [P], and `steps` int64 [], how many tokens to write after the prompt. OUT
 gets `logits` fp32 [B, S, V], `routes` bool [L, B * S, E] of the MoE layers if there are any, and `written` int64
-[steps], the likeliest continuation with a key/value cache.
+[steps], the likeliest continuation with a key/value cache, with `written_routes` bool [L, P + steps - 1, E].
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -37,15 +39,16 @@ def main(folder: str, source: str, target: str, dtype: str, device: str) -> None
         [model(row.to(device), use_cache=False).logits.float().cpu() for row in inputs["tokens"].split(1)]
     )
     outputs = {"logits": logits}
-    layers = [torch.cat(parts) for parts in routes.values()]
-    if layers:
-        outputs["routes"] = torch.stack(layers)
+    if routes:
+        outputs["routes"] = take_routes(routes)
     model.generation_config.eos_token_id = None  # it is to write on after the end of a document
     steps = int(inputs["steps"])
     prompt = inputs["prompt"].unsqueeze(0).to(device)
     attention_mask = torch.ones_like(prompt)
     written = model.generate(prompt, attention_mask=attention_mask, max_new_tokens=steps, do_sample=False)
     outputs["written"] = written[0, prompt.size(1) :].cpu().contiguous()
+    if routes:
+        outputs["written_routes"] = take_routes(routes)
     save_file(outputs, target)
 
 
@@ -69,6 +72,14 @@ def record_routes(model: nn.Module) -> dict[str, list[Tensor]]:
             routes[name] = []
             module.register_forward_hook(kind(name))
     return routes
+
+
+def take_routes(routes: Mapping[Any, list[Tensor]]) -> Tensor:
+    """bool [L, T, E] of all calls since the last time."""
+    taken = torch.stack([torch.cat(calls) for calls in routes.values()])
+    for calls in routes.values():
+        calls.clear()
+    return taken
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.errors import ConversionError
 from dsmoe.hf import observe as observer
-from dsmoe.hf.observe import SEQUENCES_AT_ONCE
+from dsmoe.hf.observe import SEQUENCES_AT_ONCE, take_routes
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
 from dsmoe.routers.base import Router
@@ -40,6 +40,7 @@ CLOSE = 64 * EPSILON  # of the logits' root mean square: equal without a look at
 ROUNDINGS = 8  # times the error of dsmoe's own fp32 logits that the folder's may have
 MAX_ROUNDING = 1e-3  # of the root mean square: beyond, fp32 says nothing about equality
 MAX_FLIPPED = 1e-3  # of all routes, by ties
+MAX_FLIPPED_WRITTEN = 1e-2  # of those of a short text, where later routes follow a flipped one
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 16
 LOGITS_KEPT = 1 << 26  # numbers, 256 MiB: what bounds the text that is compared
@@ -83,6 +84,7 @@ class Observation:
     routes: Tensor | None  # bool [L, B * S, E], the tokens of a sequence together; None without MoE layers
     written: Tensor  # int64 [GREEDY_TOKENS]
     written_from: Tensor | None = None  # fp32 [GREEDY_TOKENS, V], the logits that each token is the largest of
+    routes_before: Sequence[Tensor] = ()  # bool [L, tokens, E] for each written token: of all that it follows
 
 
 @dataclass(frozen=True)
@@ -174,15 +176,27 @@ def _largest(first: Observation, second: Observation, where_BS: Tensor) -> float
 
 
 def _tied_at_most(ours: Observation, theirs: Observation) -> float:
-    """By how much the first token that `theirs` wrote otherwise was less likely for `ours`; 0 if all are equal."""
+    """By how much the first token that `theirs` wrote otherwise was less likely for `ours`; 0 if all are equal, or if
+    rounding flipped a route of what it was written after, which may change any logit."""
     different = (ours.written != theirs.written).nonzero().flatten().tolist()
     if not different:
         return 0.0
     first = different[0]
     if ours.written_from is None or theirs.written[first] >= ours.written_from.size(1):
         return torch.inf
+    if _flips_before(ours, theirs, first):
+        return 0.0
     logits_V = ours.written_from[first]
     return (logits_V[ours.written[first]] - logits_V[theirs.written[first]]).item()
+
+
+def _flips_before(ours: Observation, theirs: Observation, token: int) -> bool:
+    """Whether few routes differ in what a written token follows, as by a tie: a broken cache changes many."""
+    if not ours.routes_before or not theirs.routes_before:
+        return False
+    our_LTE, their_LTE = ours.routes_before[token], theirs.routes_before[token]
+    flips = (our_LTE ^ their_LTE).sum().item()
+    return 0 < flips <= max(2, MAX_FLIPPED_WRITTEN * (our_LTE.sum() + their_LTE.sum()).item())
 
 
 def _flipped(first: Observation, second: Observation) -> float | None:
@@ -261,16 +275,18 @@ def observe(model: LanguageModel, sample: Sample, greedy_tokens: int) -> Observa
 
     hooks = [module.register_forward_hook(note) for module in routes]
     logits = torch.cat([logits_of(part).cpu() for part in sample.tokens.split(SEQUENCES_AT_ONCE)])
-    for hook in hooks:
-        hook.remove()
-    tokens, written_from = sample.prompt.unsqueeze(0), []
+    sample_routes = take_routes(routes) if routes else None
+    tokens, written_from, routes_before = sample.prompt.unsqueeze(0), [], []
     for _ in range(greedy_tokens):
         written_from.append(logits_of(tokens)[0, -1, : sample.vocab_size].cpu())
         tokens = torch.cat((tokens, written_from[-1].argmax().view(1, 1)), dim=1)
-    layers = [torch.cat(parts) for parts in routes.values()]
+        if routes:
+            routes_before.append(take_routes(routes))
+    for hook in hooks:
+        hook.remove()
     return Observation(
-        logits, torch.stack(layers) if layers else None, tokens[0, sample.prompt.numel() :],
-        torch.stack(written_from) if written_from else None,
+        logits, sample_routes, tokens[0, sample.prompt.numel() :], torch.stack(written_from) if written_from else None,
+        routes_before,
     )  # fmt: skip
 
 
@@ -288,7 +304,9 @@ def observe_folder(folder: Path, sample: Sample, dtype: torch.dtype) -> Observat
             reason = output.strip().splitlines()[-1:] or [f"exit code {exit_code}"]
             raise ConversionError(f"transformers cannot load or run the folder: {reason[0]}")
         outputs = load_file(target)
-    return Observation(outputs["logits"], outputs.get("routes"), outputs["written"])
+    routes_LTE, prompt = outputs.get("written_routes"), sample.prompt.numel()
+    routes_before = [] if routes_LTE is None else [routes_LTE[:, : prompt + n] for n in range(GREEDY_TOKENS)]
+    return Observation(outputs["logits"], outputs.get("routes"), outputs["written"], routes_before=routes_before)
 
 
 def run_observer(arguments: list[str], environment: dict[str, str]) -> tuple[int, str]:

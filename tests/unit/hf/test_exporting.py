@@ -64,8 +64,9 @@ def made_up_run(folder: Path, dataset: Path, router: dict, **model) -> RunConfig
     controller = router_class.make_controller(options, sum(config.model.moe_layers()), config.model.num_experts)
     state = None
     if controller is not None:
+        drawn = torch.Generator().manual_seed(2)
         state = {
-            name: torch.tensor(9000) if name == "updates" else value + 0.1 * torch.rand(value.shape)
+            name: torch.tensor(9000) if name == "updates" else value + 0.1 * torch.rand(value.shape, generator=drawn)
             for name, value in controller.state.items()
         }
     folder.mkdir(parents=True)

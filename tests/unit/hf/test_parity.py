@@ -138,6 +138,20 @@ def test_tokens_that_tie_may_differ(gap, fits):
     assert (found.problems == []) == fits
 
 
+@pytest.mark.parametrize(("flips", "fits"), [(0, False), (1, True), (30, False)])
+def test_a_token_after_a_flipped_route_may_differ_and_after_many_may_not(flips, fits):
+    """One route that ties decides otherwise, and with it all that is written from there on."""
+    ours = observation()
+    written = ours.written.clone()
+    written[3:] = (written[3:] + 1) % V
+    theirs = [torch.rand(L, 16 + n, E, generator=torch.Generator().manual_seed(n)) < 0.25 for n in range(8)]
+    ours_before = [routes.clone() for routes in theirs]
+    ours_before[3].view(-1)[:flips] ^= True
+    ours = dataclasses.replace(ours, routes_before=ours_before)
+    found = judge(ours, dataclasses.replace(ours, written=written, routes_before=theirs), lambda: ours)
+    assert (found.problems == []) == fits
+
+
 def test_what_is_no_number_is_no_rounding():
     ours = observation()
     logits = ours.logits.clone()
