@@ -7,6 +7,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dsmoe.errors import ConfigError
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
+from dsmoe.triton import grouped, rows, scores
 
 SIZES = dict(
     num_layers=1, hidden_size=32, num_attention_heads=2, sequence_length=8, num_experts=4, moe_ffn_hidden_size=16,
@@ -47,6 +49,37 @@ def test_losses_and_gradients(groups, router, model):
     assert loss == pytest.approx(expected_loss, abs=1e-6) and found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# What a pass of one layer asks of the kernels. Sums by token: of the experts' outputs, and of the rows' gradients, once
+# a part. Gradients of weights: whether a call adds to another part's.
+USES = {
+    ("topk", 1): {"launch_sum_rows": 2, "writes": 2},
+    ("topk", 3): {"launch_sum_rows": 6, "writes": 2, "adds": 4},
+    ("routing_free", 1): {"launch_sum_rows": 2, "writes": 4, "latent_norms": 1, "scaled_latents": 1},
+}
+
+
+@pytest.mark.parametrize(("router", "parts"), USES)
+def test_a_model_uses_them(monkeypatch, groups, router, parts):
+    """Results are the same without. Before sm_90, as here, all products of experts are theirs."""
+    uses: Counter[str] = Counter()
+
+    def count(module, name: str, use=lambda *args, **kwargs: None) -> None:
+        launch = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            uses[use(*args, **kwargs) or name] += 1
+            return launch(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(rows, "launch_sum_rows")
+    count(scores, "latent_norms")
+    count(scores, "scaled_latents")
+    count(grouped, "add_weight_gradient", lambda *args, adds: "adds" if adds else "writes")
+    pass_of(groups, router, True, torch.float32, moe_chunks=parts)
+    assert uses == USES[router, parts]
 
 
 def test_auto_is_off_until_a_gpu_has_passed(monkeypatch, tmp_path):

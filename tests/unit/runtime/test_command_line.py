@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from commands import ROOT
+
+from dsmoe.runtime.device import ALLOCATOR, ALLOCATOR_NAMES
 
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for folder in ("launch", "tools") for path in (ROOT / folder).glob("*.py"))
 HEAVY = {"torch", "deepspeed", "megatron", "transformers", "matplotlib"}  # seconds each
@@ -62,3 +65,10 @@ def test_a_mistake_is_named_before_anything_heavy_is_imported(answers, name):
     assert MISTAKES[name][1] in answers[name].stderr
     assert "Traceback" not in answers[name].stderr
     assert answers[name].stdout.splitlines()[-1] == "imported:"
+
+
+def test_a_command_configures_the_allocator_before_torch_reads_how():
+    program = f"import os; from dsmoe.runtime.command_line import run; run(lambda: print(os.environ[{ALLOCATOR[0]!r}]))"
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_NAMES}
+    answered = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert answered.stdout.strip() == ALLOCATOR[1], answered.stderr
