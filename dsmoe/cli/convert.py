@@ -37,7 +37,10 @@ def _add(commands, name: str, what: str, examples: str) -> argparse.ArgumentPars
 
 
 def _add_export(commands) -> None:
-    examples = "    dsmoe export runs/first exported/first --license mit\n    dsmoe export runs/first half --dtype bf16"
+    examples = (
+        "    dsmoe export runs/first exported/first --license mit\n    dsmoe export runs/first half --dtype bf16\n"
+        "    dsmoe export runs/first fewer --set theta=0.1"
+    )
     command = _add(commands, "export", "write a run as a Hugging Face model", examples)
     command.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist")
@@ -47,6 +50,9 @@ def _add_export(commands) -> None:
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
     command.add_argument("--data", metavar="DATASET", help="prepared held-out text for the checks (default: the run's)")
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+                         help="k, p or theta of the router at inference, as chosen from the sweep of dsmoe inspect "
+                              "(default: as trained)")  # fmt: skip
     card = command.add_argument_group("of the model card")
     card.add_argument("--license", metavar="ID", help="an identifier of the Hub (default: an imported run's own)")
     card.add_argument("--language", metavar="CODE", help="such as en or code (default: an imported run's own)")
@@ -58,7 +64,7 @@ def _export(arguments) -> int:
     from dsmoe.hf.export import ExportOptions, export, summary
 
     names = ("format", "dtype", "max_shard_size", "data", "license", "language")
-    options = ExportOptions(**{name: getattr(arguments, name) for name in names})
+    options = ExportOptions(**{name: getattr(arguments, name) for name in names}, settings=tuple(arguments.settings))
     print(f"{arguments.out}: {summary(export(arguments.run, arguments.out, options))}")
     return 0
 

@@ -46,6 +46,11 @@ def write_card(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+def settings_in_words(changed: dict[str, dict[str, Any]]) -> list[str]:
+    """Of `set` in the report: one line an option."""
+    return [f"{name} {value['exported']:g}, trained with {value['trained']:g}" for name, value in changed.items()]
+
+
 def _model(config: RunConfig, report: dict[str, Any]) -> str:
     model, held_out, size = config.model, report["held_out"], report["parameters"]
     layers = sum(model.moe_layers())
@@ -65,6 +70,8 @@ def _model(config: RunConfig, report: dict[str, Any]) -> str:
         "sequence length": f"{model.sequence_length:,} tokens",
         "weights": f"{report['dtype']}, {report['weights']['bytes']:,} bytes",
     }
+    if chosen := settings_in_words(report["set"]):
+        rows["set for inference"] = "; ".join(chosen)
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
         "A decoder-only language model with a mixture of experts, trained with dsmoe "
@@ -96,7 +103,9 @@ def _evaluation(report: dict[str, Any], metrics: dict[str, Any] | None) -> str:
 
     rows = [row(f"{held_out['tokens']:,} tokens, at export", held_out["loss"], held_out["bits_per_byte"])]
     if metrics is not None:
-        rows.append(row(f"by the trainer, at step {metrics['step']}", metrics["val_loss"], metrics.get("val_bpb")))
+        trained = "".join(f", {name} {value['trained']:g}" for name, value in report["set"].items())
+        where = f"by the trainer, at step {metrics['step']}{trained}"
+        rows.append(row(where, metrics["val_loss"], metrics.get("val_bpb")))
     table = "\n".join(rows)
     return (
         "## Evaluation\n\nOn text of the same corpus that was held out of training. No other benchmark was run.\n\n"

@@ -22,14 +22,15 @@ from dsmoe import __version__
 from dsmoe.checkpoint import files
 from dsmoe.checkpoint.load import CheckpointReader, saved_config
 from dsmoe.checkpoint.verify import Verification, verify_checkpoint
-from dsmoe.config import RunConfig
+from dsmoe.config import RouterConfig, RunConfig
 from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError, one_of
-from dsmoe.hf.card import write_card
+from dsmoe.hf.card import settings_in_words, write_card
 from dsmoe.hf.identity import Identity
 from dsmoe.hf.native import HOSTS, native_config, native_host
 from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared, tokens_compared
+from dsmoe.hf.settings import chosen_options
 from dsmoe.hf.shards import ShardReader, ShardWriter, new_folder, parse_size, track
 from dsmoe.hf.table import PACKED, TABLES, Link, check_tensors, links, routing_name
 from dsmoe.hf.tokenizer import check_tokenizer, encode_alike, write_tokenizer
@@ -57,6 +58,7 @@ class ExportOptions:
         max_shard_size: of one weight file, such as "5GB".
         data: prepared dataset with the held-out text for the checks; None: the run's.
         license, language: for the model card, as the Hub spells them.
+        settings: `NAME=VALUE` with which the router decides at inference (`dsmoe.hf.settings`).
     """
 
     format: str = "dsmoe"
@@ -65,6 +67,7 @@ class ExportOptions:
     data: str | None = None
     license: str | None = None
     language: str | None = None
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ class Source:
     corpus: Corpus | Blend
     run_dir: Path
     identity: Identity | None  # of a run that was imported
+    changed: dict[str, Any]  # options of the router, in `config` already, that the checkpoint has otherwise
 
     @classmethod
-    def open(cls, path: Path, data: str | None) -> Source:
+    def open(cls, path: Path, data: str | None, settings: tuple[str, ...] = ()) -> Source:
         """From a run folder or a checkpoint. Raises `DsmoeError` for what is missing, damaged or does not fit."""
         folder = files.find_checkpoint(str(path), path)
         verification = verify_checkpoint(folder)
@@ -89,6 +93,9 @@ class Source:
             raise CheckpointError(f"{folder} is damaged: {'; '.join(verification.problems)}")
         reader = CheckpointReader(folder)
         config = saved_config(reader.manifest, folder)
+        changed = chosen_options(settings, config.router, config.model)
+        router = RouterConfig(name=config.router.name, **config.router.options | changed)
+        config = config.model_copy(update={"router": router})
         run_dir = folder.parent.parent
         identity = Identity.of_run(run_dir)
         present = any((run_dir / name).is_file() for name in TOKENIZER_FILES)
@@ -97,7 +104,7 @@ class Source:
         if tokenizer is not None and corpus.tokenizer is not None and not encode_alike(tokenizer, corpus.tokenizer):
             raise DataError(f"{data or config.data.path} was made with another tokenizer than the run {run_dir}")
         corpus.check_vocabulary(config.model.vocab_size)
-        return cls(reader, verification, config, get(config.router.name), tokenizer, corpus, run_dir, identity)
+        return cls(reader, verification, config, get(router.name), tokenizer, corpus, run_dir, identity, changed)
 
     @property
     def options(self):
@@ -279,7 +286,7 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
     if options.format not in formats:
         raise ConversionError(f"--format: found {options.format!r}, expected {one_of(options.format, formats)}")
     with new_folder(out) as folder:
-        source = Source.open(path, options.data)
+        source = Source.open(path, options.data, options.settings)
         target = Target(source, options)
         plan = target.links()
         weights = _write_weights(target, plan, folder, shard_size)
@@ -300,6 +307,7 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
             "step": source.reader.manifest.step,
             "sequences_trained": source.reader.manifest.samples,
             "router": source.config.router.name,
+            "set": _set(source),
             "fine_tuned_from": None if source.identity is None else source.identity.base_model,
             "weights": weights,
             **_check(target, folder),
@@ -325,6 +333,7 @@ def summary(report: dict[str, Any]) -> str:
         f"{fp32['max_logit_difference']:.1e}, top-1 {fp32['top1_agreement']:.2%}, KL {fp32['kl_divergence']:.1e} nats, "
         f"{parity['greedy_tokens']} greedy tokens equal",
     ]
+    lines += [f"set: {text}" for text in settings_in_words(report["set"])]
     if half is not None:
         flipped = "none recorded" if half["flipped_routes"] is None else f"{half['flipped_routes']:.2%}"
         lines.append(
@@ -361,6 +370,15 @@ def _write_weights(target: Target, plan: list[Link], folder: Path, shard_size: i
     }
 
 
+def _set(source: Source) -> dict[str, dict[str, float]]:
+    """What was chosen for inference, beside what the run was trained with."""
+    if not source.changed:
+        return {}
+    trained = saved_config(source.reader.manifest, source.reader.folder).router.options
+    options = source.router.Options.model_validate(trained)
+    return {name: {"trained": getattr(options, name), "exported": value} for name, value in source.changed.items()}
+
+
 def _check(target: Target, folder: Path) -> dict[str, Any]:
     """The gate, and what held-out text shows of the model."""
     source = target.source
@@ -375,7 +393,9 @@ def _check(target: Target, folder: Path) -> dict[str, Any]:
         texts = [tokenizer.decode(row) for row in batch["tokens"].tolist()]
         has_own_tokenizer = source.identity is not None and source.identity.has_tokenizer
         results["tokenizer"] = check_tokenizer(tokenizer, folder, texts, as_text=has_own_tokenizer)
-    results["parity"], seen = check_parity(source.reader.folder, folder, sample, target.dtype, target.dtype_of)
+    results["parity"], seen = check_parity(
+        source.reader.folder, folder, sample, target.dtype, target.dtype_of, source.changed
+    )
     loss = _loss(seen, batch["labels"])
     size, bytes_per_token = model_size(config), source.corpus.bytes_per_token
     by_layer = [] if seen.routes is None else seen.routes.sum(-1).double().mean(-1).tolist()

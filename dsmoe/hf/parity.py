@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from dsmoe.hf.observe import SEQUENCES_AT_ONCE, take_routes
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.model.names import logical_tensors
 from dsmoe.routers.base import Router
+from dsmoe.routers.inference import routing_with
 from dsmoe.runtime.device import device_name
 
 OBSERVE = Path(observer.__file__)
@@ -207,8 +209,9 @@ def _flipped(first: Observation, second: Observation) -> float | None:
 
 
 def check_parity(
-    checkpoint: Path, folder: Path, sample: Sample, dtype: torch.dtype, dtype_of: DtypeOf
-) -> tuple[dict[str, Any], Observation]:
+    checkpoint: Path, folder: Path, sample: Sample, dtype: torch.dtype, dtype_of: DtypeOf,
+    options: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], Observation]:  # fmt: skip
     """Hold a folder to a checkpoint.
 
     Args:
@@ -216,6 +219,7 @@ def check_parity(
         folder: what `AutoModelForCausalLM.from_pretrained` is given; its code is run.
         dtype: float32, or bfloat16 to look at the folder in bf16 as well.
         dtype_of: in which dtype the folder holds each tensor.
+        options: of the router, in place of those of the checkpoint.
 
     Returns:
         The figures of the report, and what dsmoe's model made of the sample with its fp32 weights.
@@ -223,11 +227,12 @@ def check_parity(
     Raises:
         ConversionError: the folder cannot be loaded, or does not compute the same within the limits.
     """
-    exact = observe_run(checkpoint, sample)
-    rounded = exact if dtype == torch.float32 else observe_run(checkpoint, sample, dtype_of)
+    exact = observe_run(checkpoint, sample, options=options)
+    rounded = exact if dtype == torch.float32 else observe_run(checkpoint, sample, dtype_of, options=options)
     folder_in_fp32 = observe_folder(folder, sample, torch.float32)
     agreement = compare(rounded, folder_in_fp32)
-    equality = judge(rounded, folder_in_fp32, lambda: observe_run(checkpoint, sample, dtype_of, torch.float64))
+    in_fp64 = partial(observe_run, checkpoint, sample, dtype_of, torch.float64, options)
+    equality = judge(rounded, folder_in_fp32, in_fp64)
     report: dict[str, Any] = {
         "tokens": sample.tokens.numel(),
         "prompt_tokens": sample.prompt.numel(),
@@ -248,13 +253,16 @@ def check_parity(
 
 
 def observe_run(
-    checkpoint: Path, sample: Sample, dtype_of: DtypeOf | None = None, dtype: torch.dtype = torch.float32
-) -> Observation:
-    """Run dsmoe's own model, its weights first rounded to what `dtype_of` says; in fp64 it writes nothing."""
+    checkpoint: Path, sample: Sample, dtype_of: DtypeOf | None = None, dtype: torch.dtype = torch.float32,
+    options: dict[str, Any] | None = None,
+) -> Observation:  # fmt: skip
+    """Run dsmoe's own model, its weights first rounded to what `dtype_of` says and its router's options changed; in
+    fp64 it writes nothing."""
     model = TrainedModel.load(checkpoint).model
     for name, tensor in logical_tensors(model) if dtype_of else ():
         tensor.copy_(tensor.to(dtype_of(name)))
-    return observe(model.to(dtype), sample, GREEDY_TOKENS if dtype == torch.float32 else 0)
+    with routing_with(model.recorder.routers, options or {}):
+        return observe(model.to(dtype), sample, GREEDY_TOKENS if dtype == torch.float32 else 0)
 
 
 @torch.no_grad()

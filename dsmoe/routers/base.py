@@ -88,11 +88,16 @@ class RouterOptions(Section):
         option `k`, if there is one."""
         return {"k": experts_per_token} if "k" in cls.model_fields else {}
 
+    def inference_option(self) -> str | None:
+        """The option that decides, in a trained model, how many experts a token gets; None where the weights or a
+        controller's state do. By default the k of a router with a fixed number."""
+        return "k" if self.fixed_experts_per_token() is not None and "k" in type(self).model_fields else None
+
     def inference_settings(self, num_experts: int) -> list[dict[str, Any]]:
         """Changes of options with which a trained model uses fewer or more experts per token, for studies of inference.
         By default half and twice the k of a router with a fixed number."""
         k = self.fixed_experts_per_token()
-        if k is None or "k" not in type(self).model_fields:
+        if k is None or self.inference_option() != "k":
             return []
         return [{"k": other} for other in (max(1, k // 2), 2 * k) if other != k and other <= num_experts]
 

@@ -5,6 +5,8 @@
     L1   = lambda * E / (k T^2) * sum_e count_e sum_t R_te        Eq. 10-11, one layer; counts carry no gradient
     lambda <- lambda * alpha^sign(density - k/E)                  Eq. 7-8, one lambda for all layers
 
+`threshold` also closes gates below it, for inference with fewer experts; trained models have 0, as the paper.
+
 `form: code` sums L1 over layers and shrinks lambda at exact equality, as the released code does. `form: paper` averages
 L1 over layers, so that its lambda is the code's times the number of MoE layers, and keeps lambda at equality, since
 sign(0) = 0. The paper counts over all tokens of the step; the released code counts each rank's micro-batch by itself:
@@ -35,6 +37,7 @@ class ReLUOptions(RouterOptions):
     lambda_factor: float = Field(1.2, gt=1)  # alpha
     load_balanced: bool = True  # weight each expert's L1 by its load (Eq. 10) or not (Eq. 9)
     form: Literal["code", "paper"] = "code"  # L1 summed over layers; averaged, and lambda stays at equality
+    threshold: float = Field(0.0, ge=0)  # gates below it are closed; for inference with fewer experts
     balance_scope: BalanceScope = "micro_batch"  # of the counts in L1; the released code: rank
 
     def validate_for_model(self, model):
@@ -42,6 +45,9 @@ class ReLUOptions(RouterOptions):
 
     def target_experts_per_token(self, model):
         return self.k
+
+    def inference_option(self):
+        return "threshold"
 
     def initial_experts_per_token(self, model):
         return model.num_experts / 2  # where a random gate is above 0
@@ -75,7 +81,13 @@ class ReLURouter(Router):
         return {}
 
     def route(self, hidden_TH: Tensor, sequence_T: Tensor) -> Routing:
-        return in_blocks(_decide, self.gate_scores(hidden_TH))
+        return in_blocks(self._decide, self.gate_scores(hidden_TH))
+
+    def _decide(self, logits_tE: Tensor, *_) -> Decision:
+        probs_tE, threshold = logits_tE.relu(), self.options.threshold
+        if threshold:
+            probs_tE = probs_tE.where(probs_tE >= threshold, 0)
+        return Decision(probs_tE, probs_tE > 0, {"probs_sum_E": probs_tE.sum(0)})
 
     def losses(self, routing, loads):
         load, probs_sum_E = loads[self.options.balance_scope], routing.loss_inputs["probs_sum_E"]
@@ -86,8 +98,3 @@ class ReLURouter(Router):
         if self.options.form == "paper":
             l1 = l1 / self.num_layers
         return {"l1": self.controller.value * l1}
-
-
-def _decide(logits_tE: Tensor, *_) -> Decision:
-    probs_tE = logits_tE.relu()
-    return Decision(probs_tE, probs_tE > 0, {"probs_sum_E": probs_tE.sum(0)})

@@ -123,11 +123,12 @@ class DTopP(GateRouting):
 
 
 class ReLU(GateRouting):
-    """ReLU gates, no selection: ReMoE (2412.14711)."""
+    """ReLU gates, no selection: ReMoE (2412.14711); those below a threshold are closed."""
 
     def forward(self, hidden_TH: Tensor) -> Decision:
         logits_TE = self.logits(hidden_TH)
         probs_TE = F.relu(logits_TE)
+        probs_TE = probs_TE.where(probs_TE >= getattr(self.options, "threshold", 0.0), 0)
         return probs_TE, probs_TE > 0, None, logits_TE
 
 

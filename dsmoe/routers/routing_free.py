@@ -90,6 +90,9 @@ class RoutingFreeOptions(LowRankOptions):
     def aim_at(cls, experts_per_token, num_experts):
         return {"target_density": experts_per_token / num_experts}
 
+    def inference_option(self):
+        return "threshold"
+
     def inference_settings(self, num_experts):
         return scaled_settings("threshold", self.threshold)
 

@@ -60,6 +60,9 @@ class TopPOptions(RouterOptions):
     def aim_at(cls, experts_per_token, num_experts):
         return {"expected_experts": experts_per_token}
 
+    def inference_option(self):
+        return "p"
+
     def inference_settings(self, num_experts):
         return scaled_settings("p", self.p, maximum=1.0)
 

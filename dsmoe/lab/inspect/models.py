@@ -32,12 +32,12 @@ from dsmoe.moe.layer import moe_layers_of
 from dsmoe.parallel.groups import create_groups, start_processes
 from dsmoe.routers import get
 from dsmoe.routers.base import RouterOptions
+from dsmoe.routers.inference import SETTINGS, routing_with, setting_of
 from dsmoe.routers.routing import RoutingResult
 from dsmoe.routers.top_p import top_p_map
 from dsmoe.runtime.device import device_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OPTIONS = {"k": "k", "p": "p", "theta": "threshold"}  # what a sweep calls a router's option, and the option
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Setting:
     """One value of a sweep. `is_option`: it replaces the option of the router that decides; else it drops routes that
     the router chose."""
 
-    name: str  # of OPTIONS
+    name: str  # of SETTINGS
     value: float
     is_option: bool
 
@@ -167,7 +167,7 @@ class InspectedModel(ABC):
         return map_SE
 
     def setting(self, name: str, value: float) -> Setting:
-        return Setting(name, value, OPTIONS[name] in self.inference_options)
+        return Setting(name, value, SETTINGS[name] in self.inference_options)
 
     @contextmanager
     def set_to(self, setting: Setting) -> Iterator[None]:
@@ -179,13 +179,13 @@ class InspectedModel(ABC):
             finally:
                 self._cut = None
             return
-        with self._option(OPTIONS[setting.name], int(setting.value) if setting.name == "k" else setting.value):
+        with self._option(SETTINGS[setting.name], int(setting.value) if setting.name == "k" else setting.value):
             yield
 
     @property
     @abstractmethod
     def inference_options(self) -> dict[str, float]:
-        """Options of the router that decide at inference how many experts a token gets, with their values."""
+        """The option of the router that decides at inference how many experts a token gets, with its value."""
 
     @abstractmethod
     def _option(self, name: str, value: float): ...
@@ -198,9 +198,9 @@ class InspectedModel(ABC):
         """Of an MoE layer, by its place in `layers`."""
 
 
-def inference_options(options: RouterOptions, num_experts: int) -> dict[str, float]:
-    names = {name for change in options.inference_settings(num_experts) for name in change}
-    return {name: float(getattr(options, name)) for name in names & set(OPTIONS.values())}
+def inference_options(options: RouterOptions) -> dict[str, float]:
+    name = setting_of(options)
+    return {} if name is None else {SETTINGS[name]: float(getattr(options, SETTINGS[name]))}
 
 
 class InspectedRun(InspectedModel):
@@ -230,19 +230,12 @@ class InspectedRun(InspectedModel):
 
     @property
     def inference_options(self) -> dict[str, float]:
-        return inference_options(self._modules[0].router.options, self.num_experts)
+        return inference_options(self._modules[0].router.options)
 
     @contextmanager
     def _option(self, name: str, value: float) -> Iterator[None]:
-        routers = [module.router for module in self._modules]
-        before = [router.options for router in routers]
-        for router in routers:
-            router.options = router.options.model_copy(update={name: value})
-        try:
+        with routing_with([module.router for module in self._modules], {name: value}):
             yield
-        finally:
-            for router, options in zip(routers, before, strict=True):
-                router.options = options
 
     def _logits(self, ids_1S: Tensor) -> Tensor:
         logits = self._model(ids_1S)
@@ -280,7 +273,8 @@ class InspectedFolder(InspectedModel):
             given = {name: value for name, value in config.router.items() if name != "name"}
             options = router.Options.model_validate(given)
             self.router, self.k, self.num_experts = router.name, options.fixed_experts_per_token(), config.num_experts
-            self._inference_options = inference_options(options, self.num_experts)
+            known = inference_options(options).items()
+            self._inference_options = {name: value for name, value in known if name in given}  # by the folder's code
         else:
             gate = self._mlps[0][1].gate
             self.router, self.k, self.num_experts = "topk", int(gate.top_k), int(gate.num_experts)

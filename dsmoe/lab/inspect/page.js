@@ -520,9 +520,11 @@ function sweepCard() {
     columns((model) => model.sweeps.flatMap((sweep) => {
       const name = (entry) => (entry.trained ? "as trained" : `${sweep.name}=${Number(entry.value.toPrecision(3))}`);
       const sorted = [...sweep.settings].sort((a, b) => a.experts_per_token - b.experts_per_token);
+      const command = `dsmoe export ${model.name} OUT --set ${sweep.name}=VALUE`;
       return [el("h3", {}, `${sweep.name}, ${sweep.is_option ? "the router's own option" : "dropping routes"}`),
         drawn((width) => lines(width, `sweep of ${sweep.name}`, "experts a token", "loss, nats", [{ points: sorted.map((entry, place) => [entry.experts_per_token, entry.loss, width > 420 || place === 0 || entry.trained ? name(entry) : null, 0, place % 2 === 1]) }])),
-        table(["setting", "experts a token", "loss", "against trained"], sweep.settings.map((entry) => [name(entry), fixed(entry.experts_per_token), fixed(entry.loss, 4), entry.trained ? "" : `${entry.loss >= sweep.settings[0].loss ? "+" : ""}${fixed(entry.loss - sweep.settings[0].loss, 4)}`]))];
+        table(["setting", "experts a token", "loss", "against trained"], sweep.settings.map((entry) => [name(entry), fixed(entry.experts_per_token), fixed(entry.loss, 4), entry.trained ? "" : `${entry.loss >= sweep.settings[0].loss ? "+" : ""}${fixed(entry.loss - sweep.settings[0].loss, 4)}`])),
+        sweep.is_option && model.kind === "run" ? el("p", { class: "note" }, "An export with one of them: ", el("code", {}, command)) : null];
     })));
 }
 

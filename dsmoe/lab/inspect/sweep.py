@@ -1,7 +1,7 @@
 """Fewer or more experts at inference: what a setting does to experts per token and to loss.
 
 `k`, `p` and `theta` are the router's own option where one decides how many experts a token gets (k of top-k routers, p
-of top-p, the threshold of Routing-Free); for every other router they drop routes that it chose
+of top-p, the threshold of Routing-Free and ReLU); for every other router they drop routes that it chose
 (`dsmoe.lab.inspect.models.Setting.cut`), and can only make fewer. Weights of what stays do not change then; a router
 that renormalizes over its own k does so for another k too.
 """
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsmoe.errors import ConfigError, nearest
-from dsmoe.lab.inspect.models import OPTIONS, InspectedModel
+from dsmoe.lab.inspect.models import InspectedModel
 from dsmoe.lab.inspect.reading import Reading, read
 from dsmoe.lab.inspect.texts import Tokens
+from dsmoe.routers.inference import SETTINGS
 
 FACTORS = (0.5, 0.75, 1.25, 1.5)  # of the value that the model was trained with
 DROPPED = (0.1, 0.25, 0.5, 0.75)  # shares of the routes that a theta without an option of its own drops
@@ -33,9 +34,9 @@ class Sweep:
 def parse(text: str) -> Sweep:
     """`theta=0.1,0.2`, or a name alone. Raises `ConfigError`."""
     name, _, listed = text.partition("=")
-    if name not in OPTIONS:
+    if name not in SETTINGS:
         raise ConfigError(
-            [f"--sweep: found {name!r}{nearest(name, OPTIONS)}, expected {', '.join(OPTIONS)}, or NAME=VALUE,..."],
+            [f"--sweep: found {name!r}{nearest(name, SETTINGS)}, expected {', '.join(SETTINGS)}, or NAME=VALUE,..."],
             "the command line",
         )
     try:
@@ -58,7 +59,7 @@ def parse(text: str) -> Sweep:
 def own_sweep(model: InspectedModel) -> Sweep:
     """Of the option that decides how many experts a token gets, or theta."""
     options = model.inference_options
-    return Sweep(next((name for name, option in OPTIONS.items() if option in options), "theta"))
+    return Sweep(next((name for name, option in SETTINGS.items() if option in options), "theta"))
 
 
 def check(sweep: Sweep, model: InspectedModel) -> None:
@@ -74,7 +75,7 @@ def run_sweep(model: InspectedModel, reading: Reading, texts: list[Tokens], swee
     """`name`, `is_option`, and `settings`: as trained first, then value by value."""
     is_option = model.setting(sweep.name, 1).is_option
     values = sweep.values or _around(model, reading, sweep.name)
-    settings = [{"value": model.inference_options.get(OPTIONS[sweep.name]), "trained": True, **_seen(reading)}]
+    settings = [{"value": model.inference_options.get(SETTINGS[sweep.name]), "trained": True, **_seen(reading)}]
     for value in values:
         with model.set_to(model.setting(sweep.name, value)):
             seen = read(model, texts, hidden=False)
@@ -92,7 +93,9 @@ def _seen(reading: Reading) -> dict:
 
 
 def _around(model: InspectedModel, reading: Reading, name: str) -> tuple[float, ...]:
-    trained = model.inference_options.get(OPTIONS[name])
+    trained = model.inference_options.get(SETTINGS[name])
+    if trained == 0:  # of a threshold that closes nothing yet
+        trained = None
     if name == "k":
         most = model.num_experts if trained is not None else int(reading.experts_LT.max())
         powers = {1 << bit for bit in range(most.bit_length())} | {most}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from statistics import median
 
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.inference.generate import Reader
-from dsmoe.routers.base import Router
+from dsmoe.routers.inference import routing_with
 from dsmoe.training.evaluate import evaluate
 
 TOKENS, REPEATS = 12, 3
@@ -19,7 +18,7 @@ def latencies(trained: TrainedModel, held) -> list[dict]:
     routers = trained.model.recorder.routers
     results = []
     for setting, change in settings(trained):
-        with _options(routers, change):
+        with routing_with(routers, change):
             loss = evaluate(trained.model, held, len(held), trained.groups, None)
             first, later = seconds(trained, held.batch(0, 1)["tokens"][0].tolist())
         results.append(
@@ -50,15 +49,3 @@ def seconds(trained: TrainedModel, ids: list[int]) -> tuple[float, float]:
             reader.logits(ids[:length])
             (first if length == half else later).append(time.perf_counter() - began)
     return median(first), median(later)
-
-
-@contextmanager
-def _options(routers: list[Router], change: dict):
-    before = [router.options for router in routers]
-    for router in routers:
-        router.options = router.options.model_copy(update=change)
-    try:
-        yield
-    finally:
-        for router, options in zip(routers, before, strict=True):
-            router.options = options

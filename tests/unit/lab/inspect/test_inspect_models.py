@@ -154,7 +154,7 @@ def test_a_theta_drops_the_small_weights_and_changes_the_loss(run_of):
     ids = torch.tensor([tokens.ids])
     with torch.no_grad():
         _, parts = trained.model(ids[:, :-1], ids[:, 1:])
-    assert not found["is_option"] and found["settings"][1]["loss"] == pytest.approx(float(parts["lm"]), rel=1e-5)
+    assert found["is_option"] and found["settings"][1]["loss"] == pytest.approx(float(parts["lm"]), rel=1e-5)
     assert found["settings"][1]["experts_per_token"] < found["settings"][0]["experts_per_token"]
     assert own_sweep(model).name == "theta" and len(run_sweep(model, reading, [tokens], Sweep("theta"))["settings"]) > 3
 
