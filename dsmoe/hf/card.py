@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from dsmoe.config import RunConfig
+from dsmoe.hf.card_picture import draw_routing
 from dsmoe.hf.identity import Identity
 from dsmoe.routers import get
 
 
-def write_card(
-    folder: Path, config: RunConfig, report: dict[str, Any], dataset: str | None, metrics: dict[str, Any] | None,
-    license: str | None = None, language: str | None = None, identity: Identity | None = None,
-) -> None:  # fmt: skip
-    """Write README.md.
+@dataclass(frozen=True)
+class Card:
+    """What a card tells that the report does not.
 
-    Args:
-        config: of the run.
-        report: content of export_report.json.
+    Attributes:
         dataset: name of the training data, where it has one.
         metrics: the line of metrics.jsonl of the last evaluation up to this checkpoint, if there is one.
         license, language: as the Hub spells them; of a run that was imported, where not given, those of its base.
         identity: of a run that was imported.
+        routes: bool [L, T, E] of the held-out tokens; None without MoE layers.
     """
+
+    dataset: str | None
+    metrics: dict[str, Any] | None
+    license: str | None = None
+    language: str | None = None
+    identity: Identity | None = None
+    routes: Tensor | None = None
+
+
+def write_card(folder: Path, config: RunConfig, report: dict[str, Any], card: Card) -> None:
+    """Write README.md, and the picture that it shows.
+
+    Args:
+        config: of the run.
+        report: content of export_report.json.
+    """
+    identity = card.identity
     front = {
-        "license": license or (identity.license if identity else None),
-        "language": language or (identity.language if identity else None),
+        "license": card.license or (identity.license if identity else None),
+        "language": card.language or (identity.language if identity else None),
         "base_model": identity.base_model if identity else None,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -37,8 +54,9 @@ def write_card(
     front = yaml.safe_dump({key: value for key, value in front.items() if value is not None}, sort_keys=False)
     sections = (
         _model(config, report),
-        _data(config, report, dataset, identity),
-        _evaluation(report, metrics),
+        *_routing(folder, config, card.routes),
+        _data(config, report, card.dataset, identity),
+        _evaluation(report, card.metrics),
         _limits(config, report, identity),
         _loading(report),
     )
@@ -78,6 +96,13 @@ def _model(config: RunConfig, report: dict[str, Any]) -> str:
         f"{report['versions']['dsmoe']}.\n\n"
         f"{get(config.router.name).card_section(config.router.options)}\n\n| | |\n|---|---|\n{table}"
     )
+
+
+def _routing(folder: Path, config: RunConfig, routes: Tensor | None) -> list[str]:
+    if routes is None:
+        return []
+    layers = [layer for layer, is_moe in enumerate(config.model.moe_layers()) if is_moe]
+    return [f"## Routing\n\n{draw_routing(folder, layers, routes)}"]
 
 
 def _data(config: RunConfig, report: dict[str, Any], dataset: str | None, identity: Identity | None) -> str:

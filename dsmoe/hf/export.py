@@ -26,7 +26,7 @@ from dsmoe.config import RouterConfig, RunConfig
 from dsmoe.data.dataset import Blend, Corpus, heldout, open_corpus
 from dsmoe.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError, one_of
-from dsmoe.hf.card import settings_in_words, write_card
+from dsmoe.hf.card import Card, settings_in_words, write_card
 from dsmoe.hf.identity import Identity
 from dsmoe.hf.native import HOSTS, native_config, native_host
 from dsmoe.hf.parity import Observation, Sample, check_parity, sequences_compared, tokens_compared
@@ -299,6 +299,7 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
                 source.identity.write_tokenizer(source.run_dir, folder)
             else:
                 write_tokenizer(source.tokenizer, folder, source.config.model.sequence_length)
+        results, routes = _check(target, folder)
         report = {
             "format_version": 1,
             "architecture": target.architecture,
@@ -310,14 +311,15 @@ def export(path: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
             "set": _set(source),
             "fine_tuned_from": None if source.identity is None else source.identity.base_model,
             "weights": weights,
-            **_check(target, folder),
+            **results,
             "versions": {"dsmoe": __version__}
             | {p: metadata.version(p) for p in ("torch", "transformers", "tokenizers")},
         }
         names = [part.description.name for part in source.corpus.parts if part.description is not None]
         dataset = ", ".join(names) if len(names) == len(source.corpus.parts) and not options.data else None
         metrics = _last_evaluation(source)
-        write_card(folder, source.config, report, dataset, metrics, options.license, options.language, source.identity)
+        card = Card(dataset, metrics, options.license, options.language, source.identity, routes)
+        write_card(folder, source.config, report, card)
         _write_json(folder / REPORT, report)
     return report
 
@@ -379,8 +381,8 @@ def _set(source: Source) -> dict[str, dict[str, float]]:
     return {name: {"trained": getattr(options, name), "exported": value} for name, value in source.changed.items()}
 
 
-def _check(target: Target, folder: Path) -> dict[str, Any]:
-    """The gate, and what held-out text shows of the model."""
+def _check(target: Target, folder: Path) -> tuple[dict[str, Any], Tensor | None]:
+    """The gate, and what held-out text shows of the model, with its routes bool [L, T, E]."""
     source = target.source
     config, tokenizer = source.config, source.tokenizer
     length = min(config.model.sequence_length, tokens_compared(config.model.vocab_size))
@@ -413,7 +415,7 @@ def _check(target: Target, folder: Path) -> dict[str, Any]:
         "active_measured": round(size.total - unused),
         "active_aim": size.active,
     }
-    return results
+    return results, seen.routes
 
 
 def _loss(seen: Observation, labels_BS: Tensor) -> float:

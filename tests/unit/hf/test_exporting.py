@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from dsmoe.config import RunConfig, validate_config
 from dsmoe.data.prepare import prepare
 from dsmoe.data.tokenizer import Tokenizer
 from dsmoe.errors import CheckpointError, ConversionError, DataError
+from dsmoe.hf.card_picture import draw_routing
 from dsmoe.hf.export import ExportOptions, export, summary
 from dsmoe.hf.importing import ImportOptions, import_model
 from dsmoe.hf.parity import Agreement, Observation, compare
@@ -33,7 +35,7 @@ MODEL = dict(
 )  # fmt: skip
 FILES = {
     "README.md", "config.json", "activations_dsmoe.py", "configuration_dsmoe.py", "modeling_dsmoe.py",
-    "routing_dsmoe.py", "tokenizer.json",
+    "routing_dsmoe.py", "routing.png", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "generation_config.json", "export_report.json", "training_state.json",
 }  # fmt: skip
 
@@ -141,6 +143,27 @@ def test_the_card(exported):
     assert f"{report['held_out']['experts_per_token']:.2f}, measured on" in card
     assert f"{report['parameters']['total']:,}" in card and "trust_remote_code=True" in card
     assert str(out.parent) not in card and "2603.11535" in card
+    assert '<img src="routing.png"' in card and card.index("## Routing") < card.index("## Training")
+
+
+def test_the_picture_says_what_the_routes_are(tmp_path):
+    """Its words, its colours and its width: two layers of three experts, one of them without a token."""
+    routes = torch.zeros(2, 4, 3, dtype=torch.bool)
+    routes[0, :, 0], routes[1, :, :2] = True, True
+    markdown = draw_routing(tmp_path, [1, 3], routes)
+    assert "experts per token, 1.00 to 2.00" in markdown and "at most 3.0 times the mean" in markdown
+    assert "on 4 held-out tokens; an expert has 2 of them" in markdown
+    assert "Vermilion: without a token here (3 of 6)" in markdown
+    pixels = plt.imread(tmp_path / "routing.png")[..., :3]
+    assert pixels.shape[1] == 880 and (tmp_path / "routing.png").stat().st_size < 60_000
+
+    def area(colour) -> int:
+        return int((abs(pixels * 255 - torch.tensor(colour).numpy()).max(-1) < 2).sum())
+
+    assert area((213, 94, 0)) == pytest.approx(
+        3 * area((253, 231, 37)), rel=0.1
+    )  # idle cells; the one at 3 times the mean
+    assert "Vermilion" not in draw_routing(tmp_path, [0], torch.ones(1, 4, 3, dtype=torch.bool))
 
 
 def test_a_plain_top_k_model_needs_no_code(tmp_path, dataset, groups):
