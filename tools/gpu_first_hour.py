@@ -196,8 +196,8 @@ def main() -> int:
     if not on_gpu():
         raise ConfigError(["found no GPU that this process may use, expected one"], "gpu-first-hour")
     import yaml
-    from dsmoe.lab.study.scaling import commit
 
+    from dsmoe.lab.children import commit
     from dsmoe.lab.planner.calibrate import matmul_tflops
     from dsmoe.lab.planner.measure import _random_corpus
     from dsmoe.training.metrics import read_lines

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from commands import TRAIN, forked, metrics, python, run
+from commands import ROOT, TRAIN, forked, metrics, python, run
 
 TEXTS = ["The router of 3 is expert.\n", "  two  spaces\tand\ttabs\r\n\r\n", "</s> ▁ 中文 👩‍🚀 é \0", "x" * 40]
 
@@ -104,6 +105,19 @@ def test_text_is_encoded_as_the_trainer_encodes_it(seen, trained):
     tokenizer = Tokenizer.load(trained)
     assert seen["ids"] == [tokenizer.encode(text) for text in TEXTS]
     assert seen["text"] == TEXTS
+
+
+def test_the_pages_python_loads_it(exported, place):
+    """The blocks of docs/huggingface.md and of the model card."""
+    for page in (ROOT / "docs" / "huggingface.md", exported / "README.md"):
+        [block] = re.findall(
+            r"^```python\n(from transformers import.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+        )
+        script = place / f"{page.stem}.py"
+        script.write_text(block.replace("exported/first", str(exported)).replace("FOLDER", str(exported)))
+        done = forked(str(script), environment={"HF_MODULES_CACHE": str(place / "modules")}, without="dsmoe")
+        assert done.code == 0, done.output
+        assert re.search(r"def main\(|Once upon a time", done.output)
 
 
 def test_the_folder_names_no_place_of_this_machine(exported, place):

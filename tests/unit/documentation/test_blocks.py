@@ -1,14 +1,19 @@
-"""Code on pages: commands have the options that they are shown with, YAML and TOML mean something, Python runs.
+"""Code on pages: parsers take the command lines, make has the targets, YAML and TOML mean something, Python runs.
 
 What commands of README.md do is run by tests/end_to_end/test_readme.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
 import contextlib
 import io
 import re
+import runpy
 import shlex
+import subprocess
+import sys
 import tomllib
 from functools import cache
 from importlib import import_module
@@ -74,23 +79,34 @@ def options_of(words: tuple[str, ...]) -> set[str]:
     return found
 
 
+def started(words: list[str]) -> tuple[str, list[str]] | None:
+    """What a command line starts of ours, and with which arguments: `dsmoe`, a file, `-m` and a module, or `make`."""
+    if words[:1] == ["make"]:
+        return "make", words[1:]
+    for place, word in enumerate(words):
+        rest = words[place + 1 :]
+        if word == "dsmoe" and rest:
+            return "dsmoe", rest
+        if word == "-m" and rest and rest[0].startswith("dsmoe."):
+            return f"-m {rest[0]}", rest[1:]
+        if re.fullmatch(r"(?:tools|launch|tests/nodes)/[\w/]+\.py", word):
+            return word, rest
+    return None
+
+
+def command_lines(text: str) -> list[tuple[str, list[str]]]:
+    found = []
+    for line in re.sub(r" \\\n\s*", " ", text).splitlines():
+        with contextlib.suppress(ValueError):  # an output with an apostrophe
+            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+            found.append(started([word for word in words if word != "..."]))
+    return [line for line in found if line is not None]
+
+
 def commands(text: str) -> list[list[str]]:
     """The words after `dsmoe`, for every line of code that runs it, as itself or as one of the scripts."""
-    found = []
-    for line in re.sub(r" \\\n *", " ", text).splitlines():
-        try:
-            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-        except ValueError:  # an output with an apostrophe
-            continue
-        for place, word in enumerate(words):
-            if word == "dsmoe" and words[place + 1 : place + 2]:
-                found.append(words[place + 1 :])
-            elif word in scripts():
-                found.append([*scripts()[word], *words[place + 1 :]])
-            else:
-                continue
-            break
-    return found
+    ours = [line for line in command_lines(text) if line[0] == "dsmoe" or line[0] in scripts()]
+    return [[*scripts().get(program, []), *arguments] for program, arguments in ours]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -104,6 +120,100 @@ def test_commands_have_the_options_they_are_shown_with(page):
             options = [word.partition("=")[0] for word in words[1:] if OPTION.match(word)]
             wrong += [(words[0], option) for option in options if option not in options_of(tuple(words[:2]))]
     assert not wrong
+
+
+class Parsed(BaseException):
+    """A parser took its arguments. No `Exception`, which commands explain to their user."""
+
+
+@pytest.fixture
+def parsers_only(monkeypatch):
+    """Commands end when their parser has taken the arguments."""
+
+    def ending(parse):
+        def parse_and_end(self, args=None, namespace=None):
+            parse(self, args, namespace)
+            raise Parsed
+
+        return parse_and_end
+
+    monkeypatch.setattr("dsmoe.runtime.command_line.run", lambda main: main())
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
+
+
+def parse(program: str, arguments: list[str], monkeypatch) -> None:
+    """Raises `Parsed` where a parser takes the arguments, and any error of it otherwise."""
+    if program == "dsmoe" or program in scripts():
+        raise SystemExit(main([*scripts().get(program, []), *arguments]))
+    elif program == "make":
+        told = ["make", "-n", "-o", ".venv/.installed", *arguments]
+        done = subprocess.run(told, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        variables = {word.partition("=")[0] for word in arguments if "=" in word}
+        assert all(f"\n{name} ?=" in (ROOT / "Makefile").read_text() for name in variables), variables
+        for line in command_lines(done.stdout):
+            with contextlib.suppress(Parsed):
+                parse(*line, monkeypatch)
+    else:
+        name = program.removeprefix("-m ")
+        path = ROOT / (f"{name.replace('.', '/')}.py" if program.startswith("-m ") else name)
+        path = path if path.is_file() else path.with_suffix("") / "__main__.py"
+        if re.search(r"\.parse_(?:intermixed_)?args\(", path.read_text()):  # others would start to work
+            monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+            runpy.run_path(str(path), run_name="__main__")
+    raise Parsed
+
+
+def shown(page: Path) -> list[tuple[str, list[str]]]:
+    """Of a page's blocks of code, those that are only indented too."""
+    text = page.read_text(encoding="utf-8")
+    indented = re.findall(r"^ {4}(\S.*)$", BLOCK.sub("", text), re.MULTILINE)
+    return command_lines("\n".join([*blocks(page, "bash", "console", "sh"), *indented]))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_command_lines_are_taken_by_their_parsers(page, parsers_only, monkeypatch, capsys):
+    """Subcommands, options, values and how many arguments there are; of make, targets and what they start."""
+    for program, arguments in shown(page):
+        try:
+            parse(program, arguments, monkeypatch)
+        except SystemExit as left:
+            assert left.code == 0, (program, arguments, capsys.readouterr().err)
+        except Parsed:
+            continue
+
+
+def test_what_a_parser_refuses_is_found(parsers_only, monkeypatch):
+    """Or the test above would hold nothing."""
+    for line in (
+        "dsmoe plan reply RUN", "dsmoe export RUN", "dsmoe export RUN OUT --dtype fp8", "make ARGS=--quik benchmark",
+        "python launch/supervise.py --nodes 3", "python -m dsmoe.lab.study.probe --all-of-it",
+        "python tools/measure_diagnostics.py --configuration FILE", "deepspeed --module dsmoe generate",
+        "dsmoe exprot RUN OUT",
+    ):  # fmt: skip
+        [(program, arguments)] = command_lines(line)
+        with pytest.raises(SystemExit) as left:
+            parse(program, arguments, monkeypatch)
+        assert left.value.code == 2, line
+    with pytest.raises(AssertionError, match="No rule to make target"):
+        parse("make", ["gpu-tests"], monkeypatch)
+    with pytest.raises(AssertionError, match="ARG"):
+        parse("make", ["test", "ARG=-x"], monkeypatch)
+    assert sum(len(shown(page)) for page in PAGES) > 60
+
+
+SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob("tests/nodes/*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_import_what_there_is(script):
+    """Within functions too, which run for hours before they come to it, or on machines that are not here."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "dsmoe":
+            module = import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or import_module(f"{node.module}.{name}"), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -139,7 +249,7 @@ def test_yaml_is_a_configuration_or_a_study(page, tmp_path):
 
 
 # Blocks that other tests run: a whole router (tests/unit/routers/test_documentation.py), a model of transformers
-# (tests/end_to_end/test_page_commands.py).
+# (tests/end_to_end/test_export.py).
 ELSEWHERE = ("class SigmoidRouter(Router)", "from transformers import")
 
 
