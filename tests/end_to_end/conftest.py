@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import browser  # noqa: F401
 from commands import TRAIN, Result, forked, python, run, torchrun
 
 TOPICS = ("router", "expert", "token", "expert parallel rank", "gradient", "checkpoint", "tokenizer", "controller")

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from browser import OVERFLOW, SIZES, visit
 from commands import forked
 
 DSMOE = "dsmoe/__main__.py"
 PROSE = "The router of 3 is expert.\nThe gradient of 14 is token."
 CODE = "expert[3] = token + 14"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SIZES = {"phone": (360, 740), "desktop": (1400, 900)}
 
 
 @dataclass(frozen=True)
@@ -134,43 +131,6 @@ def test_mistakes_are_named_at_once(alone, tmp_path):
 # ---- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[test]'")
-    with playwright.sync_playwright() as running:
-        # Chromium refuses to run as root in its sandbox, and containers often have no /dev/shm.
-        found = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield found
-        found.close()
-
-
-@dataclass
-class Visit:
-    """A page that is open, and what it complained about."""
-
-    page: object
-    complaints: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
-
-
-def visit(browser, path: Path, size: str, scheme: str) -> Visit:
-    width, height = SIZES[size]
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=size == "phone",
-        is_mobile=size == "phone",
-    )  # fmt: skip
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    found = Visit(page)
-    page.on("console", lambda message: found.complaints.append(message.text))
-    page.on("pageerror", lambda error: found.complaints.append(str(error)))
-    page.on("request", lambda request: found.requests.append(request.url))
-    page.goto(path.as_uri())
-    return found
-
-
 SHAPES = """() => [...document.querySelectorAll("svg")].map((svg) => {
   const box = svg.getBoundingClientRect();
   return { name: svg.getAttribute("aria-label"), shapes: svg.querySelectorAll("rect, circle, polyline").length,
@@ -190,7 +150,6 @@ CONTRAST = """() => {
   }));
 }"""
 COLOURS = "() => [...document.querySelectorAll('.text span')].map((span) => getComputedStyle(span).backgroundColor)"
-OVERFLOW = "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import yaml
+from browser import OVERFLOW, SIZES, visit
 from commands import forked, metrics
 
 TOOL = "tools/scaling_study.py"
@@ -36,6 +38,26 @@ def test_a_study_runs_and_reports(place, config):
     text = (place / "report" / "report.md").read_text()
     assert "2 of 2 runs finished" in text and "all-to-all per token" in text
     assert (place / "report" / "index.html").read_text().endswith("</html>\n")
+
+
+PICTURES = """() => [...document.querySelectorAll("figure svg")].filter((svg) => svg.checkVisibility()).map((svg) => {
+  const box = svg.getBoundingClientRect(), card = svg.closest(".card").getBoundingClientRect();
+  const text = [...svg.querySelectorAll("text")].map((text) => text.getBoundingClientRect());
+  return { inside: box.left >= card.left && box.right <= card.right,
+           smallest: Math.min(...text.map((box) => box.height)),
+           cut: text.filter((text) => text.left < card.left || text.right > card.right).length };
+})"""
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_report_in_a_browser(browser, place, size):
+    """Of the study above: every picture is on the page once and whole, with text that can be read, at any width."""
+    seen = visit(browser, place / "report" / "index.html", size, "light")
+    pictures = seen.page.evaluate(PICTURES)
+    assert len(pictures) == seen.page.locator("figure").count() > 3
+    assert all(picture["inside"] and picture["smallest"] > 8 and not picture["cut"] for picture in pictures), pictures
+    assert seen.page.evaluate(OVERFLOW) == 0 and not seen.complaints and len(seen.requests) == 1
+    seen.page.context.close()
 
 
 def test_mistakes_of_a_study_end_with_a_message(place, config):

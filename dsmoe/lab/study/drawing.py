@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import matplotlib
@@ -55,8 +59,55 @@ def colors_of(results: StudyResults) -> dict[str, str]:
     return {arm.name: PALETTE[place % len(PALETTE)] for place, arm in enumerate(results.study.arms)}
 
 
-def panels(columns: int = 1, rows: int = 1, height: float = 4.2, **options) -> tuple[Figure, numpy.ndarray]:
-    return plt.subplots(rows, columns, figsize=(9.6, height), layout="constrained", squeeze=False, **options)
+LINE = 10.5  # points from one label to the next
+WIDE, NARROW = 9.6, 3.4  # inches; text has the same size in both
+_narrow = ContextVar("narrow", default=False)
+
+
+@contextmanager
+def for_a_phone() -> Iterator[None]:
+    """Figures that are drawn meanwhile have their panels below each other."""
+    token = _narrow.set(True)
+    try:
+        yield
+    finally:
+        _narrow.reset(token)
+
+
+def is_narrow() -> bool:
+    return _narrow.get()
+
+
+def panels(
+    columns: int = 1, rows: int = 1, height: float = 4.2, count: int | None = None, **options
+) -> tuple[Figure, numpy.ndarray]:
+    """Axes [rows, columns], those beyond `count` not to be seen. On a phone all are below each other, column by column,
+    and with `count` they are [count, 1]."""
+    if not is_narrow():
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(WIDE, height), layout="constrained", squeeze=False, **options
+        )
+        for axis in axes.flat[count or rows * columns :]:
+            axis.set_visible(False)
+        return figure, axes
+    shape = (columns, rows) if count is None else (1, count)
+    lines = shape[0] * shape[1]
+    options = {name: value for name, value in options.items() if name != "sharex"}
+    size = (NARROW, 0.5 + lines * min(height / rows, 2.7))
+    figure, axes = plt.subplots(lines, 1, figsize=size, layout="constrained", squeeze=False, **options)
+    return figure, axes.reshape(shape).T
+
+
+def fit_words(figure: Figure) -> None:
+    """Break what is too long for a phone."""
+    for axis in figure.axes:
+        axis.set_title(textwrap.fill(axis.get_title(loc="left"), 34))
+        axis.set_xlabel(textwrap.fill(axis.get_xlabel(), 34))
+        axis.set_ylabel(textwrap.fill(axis.get_ylabel(), 30))
+    for legend in list(figure.legends):
+        handles, names = legend.legend_handles, [text.get_text() for text in legend.get_texts()]
+        legend.remove()
+        figure.legend(handles, names, loc="outside upper center", ncols=2)
 
 
 def logarithmic(axis: Axes, places: list[float]) -> None:
@@ -109,12 +160,18 @@ def seeds_note(results: StudyResults) -> str:
 def label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Names at the right ends of curves, moved apart where they would overlap; `ends`: x, y, name, color."""
     low, high = axis.get_ylim()
-    gap, placed = 0.055 * (high - low), -float("inf")
-    for x, y, name, color in sorted(ends, key=lambda end: end[1]):
-        placed = max(y, placed + gap)
+    height = axis.bbox.height * 72 / axis.figure.dpi  # points, as far as known before the layout
+    gap = max(0.055, LINE / height) * (high - low)
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [y for _, y, *_ in ends]
+    for place in range(1, len(ends)):
+        places[place] = max(places[place], places[place - 1] + gap)
+    for place in reversed(range(len(ends))):  # not into the title
+        above = places[place + 1] - gap if place + 1 < len(ends) else max(high, ends[-1][1])
+        places[place] = min(places[place], above)
+    for (x, y, name, color), placed in zip(ends, places, strict=True):
         axis.annotate(name, (x, y), textcoords="offset points", color=color, fontsize=9, va="center",
-                      annotation_clip=False, xytext=(8, (placed - y) / (high - low) * axis.bbox.height * 72
-                                                     / axis.figure.dpi))  # fmt: skip
+                      annotation_clip=False, xytext=(8, (placed - y) / (high - low) * height))  # fmt: skip
 
 
 def in_log(axis: Axes, places: list[float]) -> bool:

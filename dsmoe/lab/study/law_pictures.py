@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from dsmoe.lab.study.drawing import Picture, colors_of, has_axis, in_log, label_ends, panels, seeds_note, shade, x_title
+from dsmoe.lab.study.drawing import Picture, colors_of, has_axis, in_log, label_ends, panels, shade, x_title
 from dsmoe.lab.study.grid import MEASURED
 from dsmoe.lab.study.law import fit_power
 from dsmoe.lab.study.measures import Measured, StudyResults
-from dsmoe.lab.study.speedup import dense_arm, worth
+from dsmoe.lab.study.speedup import compute_note, compute_ratios, dense_arm, worth
 
 EXPERTS = "model.num_experts"
 
@@ -39,7 +39,7 @@ def gain(results: StudyResults) -> Picture | None:
         axis.set(title=arm, xlabel="tokens so far (millions)")
         label_ends(axis, ends)
     axes[0, 0].set_ylabel("held-out loss below that of the fewest experts")
-    caption = f"Above 0 more experts are better at the same number of tokens. {_seeds(runs)}"
+    caption = f"Above 0 more experts are better at the same number of tokens, not of compute. {_seeds(runs)}"
     headings = ["arm", "x", "tokens", "held-out loss", "gain"]
     return Picture("gain", "From which length more experts pay", caption, headings, rows, figure)
 
@@ -153,7 +153,7 @@ def iso_memory(results: StudyResults) -> Picture | None:
     runs = [run for run in results.full if {"val_loss", "parameters"} <= run.values.keys()]
     if len({run.values["parameters"] for run in runs}) < 3:
         return None
-    colors, rows, ends = colors_of(results), [], []
+    colors, rows, ends, spent = colors_of(results), [], [], compute_ratios(results)
     figure, axes = panels(height=3.8)
     axis = axes[0, 0]
     for arm in results.arms():
@@ -164,11 +164,15 @@ def iso_memory(results: StudyResults) -> Picture | None:
         )
         if curve:
             axis.plot(*zip(*curve, strict=True), "o-", color=colors[arm])
-            ends.append((*curve[-1], arm, colors[arm]))
+            largest = max(groups, key=lambda group: group[0].values["parameters"])[0]
+            ends.append((*curve[-1], arm + spent.get((arm, largest.x, 1), ""), colors[arm]))
             rows += [[arm, *point] for point in curve]
     axis.set(xscale="log", xlabel="parameters in memory", ylabel="held-out loss (nats per token)")
+    sizes = [run.values["parameters"] for run in runs]
+    axis.set_xticks([min(sizes), max(sizes)], [f"{size / 1e6:.3g} M" for size in (min(sizes), max(sizes))])
+    axis.xaxis.set_minor_locator(NullLocator())  # they may all lie between two powers of ten
     label_ends(axis, ends)
-    caption = f"At one place on the axis arms take the same memory for weights. {seeds_note(results)}"
+    caption = f"At one place on the axis arms take the same memory for weights. {_seeds(runs)}{compute_note(results)}"
     headings = ["arm", "parameters", "held-out loss"]
     return Picture("iso_memory", "Held-out loss over memory", caption, headings, rows, figure)
 

@@ -10,16 +10,17 @@ from dsmoe.lab.study.measures import StudyResults
 from dsmoe.lab.study.tables import Table, counts
 
 
-def section(name: str, results: StudyResults, tables: list[Table], figures: list[tuple[Picture, str]]) -> str:
+def section(name: str, results: StudyResults, tables: list[Table], figures: list[tuple[Picture, str, str]]) -> str:
+    """`figures`: each as SVG for a page, and for a phone."""
     study = results.study
     facts = [counts(results), results.machine, f"commits {', '.join(results.commits)}",
              f"{study.ranks} process{'es' if study.ranks > 1 else ''} a run"]  # fmt: skip
     chips = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts if fact)
     body = "".join(
         f'<figure class="card" id="{name}-{picture.name}-card"><h3>{html.escape(picture.title)}</h3>'
-        f'<div class="scroll">{svg}</div>'
+        f'<div class="wide">{svg}</div><div class="narrow">{narrow}</div>'
         f'<figcaption>{html.escape(picture.caption)} <a href="{name}/{picture.name}.csv">CSV</a></figcaption></figure>'
-        for picture, svg in figures
+        for picture, svg, narrow in figures
     )
     body += "".join(f'<div class="card"><h3>{html.escape(table.title)}</h3>{_table(table)}</div>' for table in tables)
     return (
@@ -30,10 +31,17 @@ def section(name: str, results: StudyResults, tables: list[Table], figures: list
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(text)}</th>" for text in table.headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in table.rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in table.rows)
+    note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
 
 
+def _cell(text: str) -> str:
+    words = ' class="words"' if len(text) > LONG else ""
+    return f"<td{words}>{html.escape(text)}</td>"
+
+
+LONG = 40  # characters of a cell that may be broken
 STYLE = """
 html { scroll-behavior: smooth; scroll-padding-top: 3.5rem; }
 nav { position: sticky; top: 0; z-index: 1; display: flex; gap: .2rem 1.2rem; overflow-x: auto; margin: 0 0 1rem;
@@ -45,7 +53,20 @@ main > section > h2 { margin-top: 2.2rem; font-size: 1.35rem; }
 figure svg { width: 100%; height: auto; }
 figcaption { margin-top: .6rem; color: var(--soft); font-size: .88rem; }
 tbody tr:hover { background: var(--ground); }
-@media (max-width: 640px) { figure svg { width: 640px; } }
+.narrow { display: none; }
+th { vertical-align: bottom; }
+td { white-space: nowrap; }
+td.words { white-space: normal; min-width: 16rem; text-align: left; }
+@media (max-width: 640px) {
+  .wide { display: none; }
+  .narrow { display: block; }
+  .card { padding: .8rem; }
+  table { font-size: .76rem; }
+  th, td { padding-right: .45rem; }
+  td { white-space: normal; }
+  /* A table is swiped; its first column stays. */
+  th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
+}
 /* Pictures are drawn for paper; turned over, their colours keep their hues on a dark ground. */
 @media (prefers-color-scheme: dark) { figure svg { filter: invert(1) hue-rotate(180deg); } }
 @media print { nav { display: none; } }

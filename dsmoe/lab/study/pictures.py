@@ -4,6 +4,7 @@ CSV, and is drawn from them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import matplotlib.pyplot as plt
 import numpy
@@ -14,6 +15,8 @@ from dsmoe.lab.study.drawing import (
     colors_of,
     first_seed,
     first_seed_words,
+    fit_words,
+    for_a_phone,
     has_axis,
     in_log,
     label_ends,
@@ -27,21 +30,23 @@ from dsmoe.lab.study.law import fit_law
 from dsmoe.lab.study.law_pictures import gain, iso_memory, leverage, loss_over_compute, speedup
 from dsmoe.lab.study.measures import Measured, StudyResults, centre_and_band
 from dsmoe.lab.study.quantity_pictures import became, costs, latency, parts
-from dsmoe.lab.study.speedup import dense_arm
+from dsmoe.lab.study.speedup import compute_note, compute_ratios, dense_arm
 from dsmoe.lab.study.training_pictures import density, kinds, layers, layers_over_training, stages, starving
 
 
-def draw_pictures(results: StudyResults) -> Iterator[Picture]:
-    """Everything that the finished cells of a study allow."""
+def draw_pictures(results: StudyResults, narrow: bool = False) -> Iterator[Picture]:
+    """Everything that the finished cells of a study allow; `narrow`: as wide as a phone."""
     if not results.measured:
         return
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE), for_a_phone() if narrow else nullcontext():
         of_losses = (_loss_over_x, gain, loss_over_compute, speedup, leverage, iso_memory, _published, _over_flops,
                      _over_time) if results.study.quality else ()  # fmt: skip
         over_training = (density, layers, layers_over_training, kinds, stages, starving)
         for draw in (*of_losses, costs, parts, latency, became, *over_training):
             picture = draw(results)
             if picture is not None:
+                if narrow:
+                    fit_words(picture.figure)
                 yield picture
                 plt.close(picture.figure)
 
@@ -59,7 +64,7 @@ def _loss_over_x(results: StudyResults) -> Picture | None:
         for axis, length in zip(axes[0], lengths, strict=True):
             tokens = max(run.values.get("tokens", 0.0) for run in results.measured if run.cell.length == length)
             axis.set_title(f"{tokens / 1e6:.2f} M tokens" if tokens else f"length {length:g}")
-    caption = seeds_note(results)
+    caption = seeds_note(results) + compute_note(results)
     if study.law and any(row[-1] for row in rows):
         caption += " Dashed: loss = a + b E⁻ᶜ, fitted to all runs of an arm."
     if dense_arm(results) is not None:
@@ -71,6 +76,7 @@ def _loss_over_x(results: StudyResults) -> Picture | None:
 def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
     """Draw one length; its rows, each with whether a law was drawn."""
     study, colors, rows, places, ends, flat = results.study, colors_of(results), [], [], [], []
+    spent = compute_ratios(results)
     for arm in results.arms():
         groups = list(results.by_point(arm, length).values())
         xs = [float(numpy.mean([run.x for run in group])) for group in groups]
@@ -85,7 +91,7 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
             rows.append([arm, x, length, len(group), middle, *interval, law is not None])
         if len(xs) == 1 and arm == dense_arm(results):
             axis.axhline(means[0], color=colors[arm], linewidth=1.3)
-            flat.append((arm, means[0]))
+            flat.append((arm + spent.get((arm, xs[0], length), ""), means[0], colors[arm]))
             continue
         places += xs
         axis.plot(xs, means, "o", color=colors[arm], label=arm)
@@ -98,18 +104,18 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
         else:
             fine = numpy.geomspace(min(xs), max(xs), 80)
             axis.plot(fine, law.at(fine)[0], "--", color=colors[arm], linewidth=1.3)
-        ends.append((xs[-1], means[-1], arm, colors[arm]))
+        ends.append((xs[-1], means[-1], arm + spent.get((arm, xs[-1], length), ""), colors[arm]))
     if study.x != MEASURED:
         in_log(axis, places)
     right = max(places, default=1.0)
-    label_ends(axis, [*ends, *((right, value, arm, colors[arm]) for arm, value in flat)])
+    label_ends(axis, [*ends, *((right, value, name, color) for name, value, color in flat)])
     axis.set_xlabel(x_title(study))
     return rows
 
 
 def _loss_by_arm(results: StudyResults) -> Picture | None:
     """Where arms are all there is: a dot for each, with its interval."""
-    arms, rows, colors = results.arms(), [], colors_of(results)
+    arms, rows, colors, spent = results.arms(), [], colors_of(results), compute_ratios(results)
     figure, axes = panels(height=1.1 + 0.42 * len(arms))
     axis = axes[0, 0]
     for place, arm in enumerate(arms):
@@ -117,11 +123,16 @@ def _loss_by_arm(results: StudyResults) -> Picture | None:
         middle, band = centre_and_band(losses)
         axis.errorbar(middle, place, xerr=band, fmt="o", color=colors[arm], capsize=3)
         axis.scatter(losses, [place] * len(losses), s=8, color=colors[arm], alpha=0.45, linewidths=0)
+        ratio = next((ratio for (name, _, length), ratio in spent.items() if (name, length) == (arm, 1)), "")
+        axis.annotate(f"{middle:.4f}{ratio}", (1, place), xycoords=("axes fraction", "data"), xytext=(6, 0),
+                      textcoords="offset points", va="center", fontsize=9, color=colors[arm],
+                      annotation_clip=False)  # fmt: skip
         rows.append([arm, len(losses), middle, *((middle - band, middle + band) if band is not None else ("", ""))])
     axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="held-out loss (nats per token)")
     axis.invert_yaxis()
     headings = ["arm", "seeds", "held-out loss", "low", "high"]
-    return Picture("loss", "Held-out loss", seeds_note(results), headings, rows, figure)
+    caption = seeds_note(results).replace("bands", "bars") + compute_note(results)
+    return Picture("loss", "Held-out loss", caption, headings, rows, figure)
 
 
 def _published(results: StudyResults) -> Picture | None:

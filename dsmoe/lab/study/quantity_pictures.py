@@ -14,7 +14,9 @@ from dsmoe.lab.study.drawing import (
     colors_of,
     first_seed,
     has_axis,
+    is_narrow,
     label,
+    label_ends,
     logarithmic,
     panels,
     x_title,
@@ -49,16 +51,15 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
         return None
     columns, rows = min(COLUMNS, len(names)), []
     height = 2.9 if has_axis(results) else 0.9 + 0.3 * len(results.arms())
-    figure, axes = panels(columns, -(-len(names) // columns), height=height * -(-len(names) // columns))
+    height *= -(-len(names) // columns)
+    figure, axes = panels(columns, -(-len(names) // columns), height=height, count=len(names))
     draw = _over_x if has_axis(results) else _by_arm
     for place, (axis, name) in enumerate(zip(axes.flat, names, strict=False)):
         rows += draw(results, axis, name)
         axis.set_title(_wrapped(MEASURES[name].heading), fontsize=9)
-        if draw is _by_arm and place % columns:
+        if draw is _by_arm and place % columns and not is_narrow():
             axis.set_yticklabels([])
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    if has_axis(results):
+    if has_axis(results) and not is_narrow():
         arms = [arm for arm in results.arms() if len(results.by_point(arm)) > 0]
         lines = [plt.Line2D([], [], color=colors_of(results)[arm], marker="o") for arm in arms]
         figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
@@ -69,7 +70,7 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
 
 
 def _over_x(results: StudyResults, axis, name: str) -> list[list]:
-    colors, places = colors_of(results), []
+    colors, places, ends = colors_of(results), [], []
     rows: list[list[Any]] = []
     for arm in results.arms():
         points = []
@@ -82,12 +83,15 @@ def _over_x(results: StudyResults, axis, name: str) -> list[list]:
         if points:
             axis.plot(*zip(*points, strict=True), "o-", color=colors[arm], linewidth=1.3)
             places += [x for x, _ in points]
+            ends.append((*points[-1], arm, colors[arm]))
     if results.study.x != MEASURED and min(places) > 0:
         logarithmic(axis, places)
         axis.tick_params(axis="x", labelsize=8)
     _percent(axis.yaxis, name)
     if min(row[4] for row in rows) >= 0:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(row[4] for row in rows) or None)
+    if is_narrow():  # beside other panels there is no room, and a legend above all of them
+        label_ends(axis, ends)
     return rows
 
 
@@ -132,9 +136,7 @@ def parts(results: StudyResults) -> Picture | None:
     if has_axis(results):
         columns = min(COLUMNS, len(arms))
         lines = -(-len(arms) // columns)
-        figure, axes = panels(columns, lines, height=0.6 + 2.9 * lines, sharey=True)
-        for axis in axes.flat[len(arms) :]:
-            axis.set_visible(False)
+        figure, axes = panels(columns, lines, height=0.6 + 2.9 * lines, count=len(arms), sharey=True)
         for axis, arm in zip(axes.flat, arms, strict=False):
             runs = sorted((run for run in timed if run.cell.arm == arm), key=lambda run: run.x or 0.0)
             for place, run in enumerate(runs):
@@ -206,7 +208,7 @@ def latency(results: StudyResults) -> Picture | None:
     lines = [plt.Line2D([], [], color=colors[arm], marker="o", linestyle="") for arm in arms]
     figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
     caption = (
-        "One sequence at a time in one process, after half a sequence of prompt. Left and middle: as trained; right: "
+        "One sequence at a time in one process, after half a sequence of prompt. First two: as trained; third: "
         "every k, p or threshold that was tried at inference."
     )
     headings = ["cell", "router", "experts per token", "first token ms", "each token ms", "held-out loss"]

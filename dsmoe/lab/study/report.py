@@ -71,7 +71,10 @@ def _write(
     for name, results in every.items():
         folder = target / name
         written += save_results(results, folder)
-        shown, figures = tables_of(results), []
+        shown, figures, narrow = tables_of(results), [], {}
+        if pictures is None:  # of HTML alone: images in Markdown cannot depend on the width
+            for picture in draw_pictures(results, narrow=True):
+                narrow[picture.name] = svg_of(picture.figure, f"{name}-{picture.name}-narrow")
         for picture in draw_pictures(results):
             if pictures is not None and picture.name not in pictures:
                 continue
@@ -82,8 +85,8 @@ def _write(
                 csv_file = folder / f"{picture.name}.csv"
                 write_csv(csv_file, picture.headings, picture.rows)
                 written.append(csv_file)
-            figures.append((picture, svg))
-        markdown.append(_markdown(name, results, shown, [picture for picture, _ in figures]))
+            figures.append((picture, svg, narrow.get(picture.name, "")))
+        markdown.append(_markdown(name, results, shown, [picture for picture, *_ in figures]))
         sections.append(html_page.section(name, results, shown, figures))
     texts = {MARKDOWN: "\n".join(markdown)}
     if pictures is None:

@@ -85,6 +85,22 @@ def worth(results: StudyResults) -> list[Worth]:
     return results_of_runs
 
 
+def compute_ratios(results: StudyResults) -> dict[tuple[str, float | None, float], str]:
+    """Arm, x and length -> realised compute over the reference's at that place, mean over seeds, for a label."""
+    every: dict[tuple[str, float | None, float], list[float]] = {}
+    for run in worth(results):
+        if run.compute_ratio is not None:
+            every.setdefault((run.run.cell.arm, run.run.x, run.run.cell.length), []).append(run.compute_ratio)
+    return {place: f" {mean(ratios):.2f}×" for place, ratios in every.items()}
+
+
+def compute_note(results: StudyResults) -> str:
+    """What the labels of `compute_ratios` are, for a caption."""
+    if not compute_ratios(results):
+        return ""
+    return f" ×: training compute that was realised, over that of {results.study.reference} at the same place."
+
+
 def law_of(runs: list[Measured]) -> Power | None:
     """Of an arm at one place, through its lengths and seeds."""
     compute = numpy.array([run.values["training_flops"] for run in runs], float)

@@ -12,7 +12,7 @@ from dsmoe.lab.study.law import Interval, fit_joint, fit_law
 from dsmoe.lab.study.limits import at
 from dsmoe.lab.study.measures import MEASURES, StudyResults, centre_and_band
 from dsmoe.lab.study.results import NEAR_TARGET, target_density
-from dsmoe.lab.study.speedup import BEYOND, Worth, dense_arm, worth
+from dsmoe.lab.study.speedup import BEYOND, Worth, compute_ratios, dense_arm, worth
 
 MARK = "†"
 
@@ -156,6 +156,7 @@ def _against_baseline(results: StudyResults) -> Table:
     reference = results.study.reference
     title, rows = f"Held-out loss against {reference}, by seed", []
     losses = {run.cell: run.values["val_loss"] for run in results.measured if "val_loss" in run.values}
+    spent = compute_ratios(results)
     base = {(cell.point, cell.length, cell.seed): loss for cell, loss in losses.items() if cell.arm == reference}
     lengths = sorted({cell.length for cell in losses}, reverse=True)
     for arm in results.arms():
@@ -167,8 +168,9 @@ def _against_baseline(results: StudyResults) -> Table:
                     middle, band = centre_and_band(gaps)
                     where = at(point) + ("" if length == 1 else f", length {length:g}")
                     rows.append([arm, where, str(len(gaps)),
-                                 f"{middle:+.4f}" + (f" ± {band:.4f}" if band is not None else "")])  # fmt: skip
-    return Table(title, ["arm", "at", "seeds", "difference (nats/token)"], rows)
+                                 f"{middle:+.4f}" + (f" ± {band:.4f}" if band is not None else ""),
+                                 spent.get((arm, group[0].x, length), "").strip(" ×")])  # fmt: skip
+    return Table(title, ["arm", "at", "seeds", "difference (nats/token)", f"compute over {reference}'s"], rows)
 
 
 def _laws(results: StudyResults) -> Table:

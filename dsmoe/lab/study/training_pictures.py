@@ -30,10 +30,7 @@ def _changes(run: Measured) -> bool:
 def _panels_of(arms: list[str], height: float = 3.4, **options):
     """A panel for each arm, two in a row."""
     lines = -(-len(arms) // 2)
-    figure, axes = panels(columns=min(2, len(arms)), rows=lines, height=height * lines, **options)
-    for axis in axes.flat[len(arms) :]:
-        axis.set_visible(False)
-    return figure, axes
+    return panels(columns=min(2, len(arms)), rows=lines, height=height * lines, count=len(arms), **options)
 
 
 def _number(axis) -> None:
@@ -200,7 +197,7 @@ def stages(results: StudyResults) -> Picture | None:
             ("density", "λ", "penalty"), ("linear", "log", "log"), strict=True,
         ):  # fmt: skip
             axis.plot(x, values, color=PALETTE[0], linewidth=1.3)
-            axis.set(ylabel=name if column == 0 else "", yscale=scale)
+            axis.set(ylabel=name, yscale=scale)
         axes[0, column].set(title=_title(run), ylim=(0, 1.02))
         axes[2, column].set_xlabel("step")
         if target is not None:

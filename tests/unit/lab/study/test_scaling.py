@@ -21,6 +21,7 @@ from dsmoe.lab.study.pictures import draw_pictures
 from dsmoe.lab.study.report import rebuild, write_report
 from dsmoe.lab.study.results import run_config, run_lines
 from dsmoe.lab.study.runner import read_record, read_study, run_study
+from dsmoe.lab.study.saved import read_saved
 from dsmoe.lab.study.speedup import law_of, worth
 from dsmoe.lab.study.training_pictures import stage_bounds
 
@@ -69,7 +70,15 @@ def test_report(finished, tmp_path):
     loss = rows_of(tmp_path / "report" / "more" / "loss.csv")
     assert len(loss) == 8 and float(loss[0]["held-out loss"]) == pytest.approx(3.85)
     page, markdown = ((tmp_path / "report" / name).read_text() for name in ("index.html", "report.md"))
-    assert not re.search(r'(src|href)="(https?:)?//', page) and page.count("<svg") == len(pictures)
+    assert not re.search(r'(src|href)="(https?:)?//', page) and page.count("<svg") == 2 * len(pictures)  # for a phone
+    widths = [float(width) for width in re.findall(r'<svg [^>]*width="([\d.]+)pt"', page)]
+    assert widths == [691.2, 244.8] * len(pictures)
+    saved = [w for w in worth(read_saved(tmp_path / "report" / "more")) if w.run.cell.arm == "relu"]
+    ratio = numpy.mean([w.compute_ratio for w in saved if (w.run.x, w.run.cell.length) == (32, 1)])
+    assert f">relu {ratio:.2f}×<" in page
+    assert f"| relu | num_experts 32 | 2 | -0.0650 ± 0.0635 | {ratio:.2f} |" in markdown
+    caption = "arms take the same memory for weights. Means over 2 seeds. ×: training compute that was realised"
+    assert caption in page and "bands are 95 % intervals" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
