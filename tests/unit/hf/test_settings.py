@@ -43,6 +43,7 @@ def logits_of(run: Path, change: dict) -> tuple[Tensor, float]:
 
 @pytest.mark.parametrize(("router", "setting", "change"), CASES, ids=[name for name, *_ in CASES])
 def test_an_export_computes_with_its_setting(router, setting, change, dataset, groups, tmp_path):
+    """An export, an import and the models of all three, which takes its time on busy cores."""
     run, out = made_up_run(tmp_path / "run", dataset, router), tmp_path / "out"
     report = export(run, out, ExportOptions(settings=(setting,)))
     expected, experts = logits_of(run, change)
