@@ -32,6 +32,11 @@ def main() -> int:
     parser.add_argument("--grace", type=float, default=300, help="seconds for a save after SIGTERM (default: 300)")
     parser.add_argument("--backoff", type=float, default=5, help="seconds before the second attempt (default: 5)")
     parser.add_argument("--give-up", type=int, default=5, help="attempts without a new checkpoint (default: 5)")
+    parser.add_argument(
+        "--last-call", type=int, default=15,
+        help="seconds for more hosts to come, once MIN are there; after twice as long the next rendezvous takes over "
+        "(default: 15)",
+    )  # fmt: skip
     parser.add_argument("script", help="launch/train.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     options = parser.parse_args()
@@ -44,7 +49,7 @@ def main() -> int:
     plan = Plan(
         nodes=(int(fewest), int(most or fewest)), processes=options.nproc_per_node, rendezvous=rendezvous,
         run_id=options.run_id, command=[options.script, "--fit", *options.arguments], grace=options.grace,
-        backoff=options.backoff, give_up=options.give_up,
+        backoff=options.backoff, give_up=options.give_up, last_call=options.last_call,
     )  # fmt: skip
     return Supervisor(plan, RunFolder(run_folder(options.arguments))).run()
 

@@ -25,7 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NoReturn
 
+import torch
 from forked import context
 
 from dsmoe.parallel.place import free_port
@@ -128,23 +130,34 @@ def _run_script(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     faulthandler.dump_traceback_later(DEADLINE - 5, file=sys.stderr)
-    gc.freeze()
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
-    sys.argv = list(arguments)
-    sys.path[:0] = [
-        str(Path(arguments[0]).resolve().parent),
-        *filter(None, environment.get("PYTHONPATH", "").split(":")),
-    ]
-    importlib.reload(sys.modules["dsmoe.runtime.signals"])  # notes who started this process
     if without:
         for name in [name for name in sys.modules if name.split(".")[0] == without]:
             del sys.modules[name]
         sys.modules[without] = None  # type: ignore[assignment]  # whoever imports it fails
+    run_in_this_process(arguments, environment, cwd)
+
+
+def run_in_this_process(arguments: Sequence[str], environment: dict[str, str], cwd: Path | str) -> NoReturn:
+    """Be `python argument...`: a script, or -c PROGRAM. For a process that was forked for it."""
+    gc.freeze()
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    script, *rest = arguments
+    program = rest.pop(0) if script == "-c" else None
+    sys.argv = [script, *rest]
+    sys.path[:0] = [
+        "" if program else str(Path(script).resolve().parent),
+        *filter(None, environment.get("PYTHONPATH", "").split(":")),
+    ]
+    importlib.reload(sys.modules["dsmoe.runtime.signals"])  # notes who started this process
     code: int | str | None
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        if program:
+            exec(program, {"__name__": "__main__"})
+        else:
+            runpy.run_path(script, run_name="__main__")
         code = 0
     except SystemExit as leaving:
         code = leaving.code

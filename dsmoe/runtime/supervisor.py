@@ -24,7 +24,6 @@ from dsmoe.errors import ParallelError
 from dsmoe.runtime.exit_codes import FINISHED, REFUSED
 
 LONGEST_WAIT = 300.0  # seconds between two attempts
-LAST_CALL = 15  # seconds in which more hosts may join, once the fewest are there
 PROBE = 2.0  # seconds to find out whether a rendezvous lives
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -51,6 +50,8 @@ class Plan:
         grace: seconds that a run may take to save when it is asked to stop.
         backoff: seconds before the second attempt; doubled with each that brings no new checkpoint.
         give_up: attempts without a new checkpoint, after which it is over.
+        last_call: seconds in which more hosts may join, once the fewest are there; the next rendezvous takes over after
+            twice as long.
     """
 
     nodes: tuple[int, int]
@@ -61,6 +62,7 @@ class Plan:
     grace: float = 300.0
     backoff: float = 5.0
     give_up: int = 5
+    last_call: int = 15
 
 
 class Run(Protocol):
@@ -129,7 +131,7 @@ class Supervisor:
         options = [
             "--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--nproc-per-node", str(plan.processes),
             "--rdzv-backend", "c10d", "--rdzv-id", plan.run_id, "--rdzv-endpoint", self._rendezvous(),
-            "--rdzv-conf", f"last_call_timeout={LAST_CALL},join_timeout=600", "--max-restarts", "0",
+            "--rdzv-conf", f"last_call_timeout={plan.last_call},join_timeout=600", "--max-restarts", "0",
             "--shutdown-timeout", str(int(plan.grace)),
         ]  # fmt: skip
         # Without the first, an agent that starts over hands its ranks the addresses of the ones before.
@@ -171,9 +173,9 @@ class Supervisor:
             for endpoint in plan.rendezvous:
                 if lives(endpoint):
                     return endpoint
-            if own is not None and time.monotonic() - began >= own * 2 * LAST_CALL:
+            if own is not None and time.monotonic() - began >= own * 2 * plan.last_call:
                 return plan.rendezvous[own]
-            if own is None and time.monotonic() - began >= LAST_CALL:
+            if own is None and time.monotonic() - began >= plan.last_call:
                 return plan.rendezvous[0]  # torchrun waits for it
             self._wait(1.0)
 

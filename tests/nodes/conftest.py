@@ -1,4 +1,4 @@
-"""Two hosts and a small job for them, built once for each file of tests; skipped where hosts cannot be built."""
+"""Two hosts and a small job for them, built once; skipped where hosts cannot be built."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy
 import pytest
 import yaml
 from hosts import Hosts, unavailable
-from jobs import TRAIN, losses, on_one_host
+from jobs import FAULT, losses, on_one_host
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hosts(tmp_path_factory) -> Hosts:
     if reason := unavailable():
         pytest.skip(reason)
-    with Hosts(tmp_path_factory.mktemp("hosts")) as pair:
+    with Hosts(tmp_path_factory.mktemp("hosts"), loaded=True) as pair:
         yield pair
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("nodes")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(place) -> Path:
     """A folder with the pair text.bin, text.idx."""
     return write_data(place / "data")
@@ -64,20 +64,20 @@ def small_run(data: Path) -> dict:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def train(place, data):
     """Command line of a small training run: train(name, overrides) gives (its run folder, the arguments)."""
     path = place / "tiny.yaml"
     path.write_text(yaml.safe_dump(small_run(data)))
 
-    def arguments(name: str, *overrides: str, script: str = TRAIN) -> tuple[Path, list[str]]:
+    def arguments(name: str, *overrides: str, script: str = FAULT) -> tuple[Path, list[str]]:
         run_dir = place / "runs" / name
         return run_dir, [script, "--config", str(path), f"logging.run_dir={run_dir}", *overrides]
 
     return arguments
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def of_one_host(hosts, train, tmp_path_factory) -> list[float]:
     """Losses of two ranks on one host that share the experts; trained once for all workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()

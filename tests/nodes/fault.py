@@ -1,9 +1,9 @@
-"""launch/train.py with a fault, in a process of its own.
+"""launch/train.py in a process that has the libraries loaded (warm.py), with a fault if one is asked for.
 
 FAULT="SIGKILL 1 5 all-to-all" sends this process a signal when rank 1 enters that phase of step 5; the names of phases
 are those of `dsmoe.runtime.phase`; several faults are separated by semicolons. Each happens once: FAULT_LOG gets the
 time, for the second fault FAULT_LOG1, and so on. SLOW_SAVE is how many seconds a rank's files take to write, PAUSE how
-many come before each step.
+many come before each step. HURRY cuts waits short that are there for slow file systems.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+import warm
 
 from dsmoe.runtime.phase import Phase
 
@@ -56,7 +58,16 @@ def pause(seconds: float) -> None:
     Phase.begin_step = begin_later
 
 
+def hurry() -> None:
+    from dsmoe.parallel import preflight
+    from dsmoe.runtime.run_lock import RunLock
+
+    preflight.MARKER_WAIT = 2.0  # for a file to be seen on another host
+    RunLock.__init__.__defaults__ = (1.0,)  # between heartbeats, four of which make an owner dead
+
+
 if __name__ == "__main__":
+    warm.hand_over(sys.argv)
     if seconds := os.environ.get("PAUSE"):
         pause(float(seconds))
     if faults := os.environ.get("FAULT"):
@@ -64,5 +75,7 @@ if __name__ == "__main__":
             inject(*text.split(maxsplit=3), Path(os.environ["FAULT_LOG"] + (str(number) if number else "")))
     if seconds := os.environ.get("SLOW_SAVE"):
         slow_down(float(seconds))
+    if os.environ.get("HURRY"):
+        hurry()
     sys.argv[0] = str(TRAIN)
     runpy.run_path(str(TRAIN), run_name="__main__")

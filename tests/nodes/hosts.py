@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import warm
+
 NAMES = ("nodeA", "nodeB")
 ADDRESSES = {"nodeA": "10.77.7.1", "nodeB": "10.77.7.2"}
 PACKAGES = "openssh-server openssh-client pdsh iproute2 nftables"
@@ -58,10 +60,11 @@ class Hosts:
 
     Args:
         folder: an empty folder for keys and logs of sshd.
+        loaded: run commands that ask for it in processes that have the libraries loaded (warm.py).
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, loaded: bool = False):
+        self.folder, self.loaded = folder, loaded
         self._tag = f"dsmoe{os.getpid()}x{next(_numbers)}"
         self._sshd: dict[str, subprocess.Popen] = {}
 
@@ -105,6 +108,8 @@ class Hosts:
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"{name} does not answer: {(self.folder / f'{name}.sshd.log').read_text()}")
             time.sleep(0.05)
+        if self.loaded:
+            warm.serve(self._first_process(name))
 
     def power_off(self, name: str) -> None:
         """End a host's process 1 and with it all its processes."""
@@ -150,10 +155,12 @@ class Hosts:
                 continue
         return sorted(found)
 
-    def kill(self, name: str, text: str, number: int = signal.SIGKILL) -> None:
-        """Send a signal to all of a host's processes with `text` in the command line."""
+    def kill(self, name: str, text: str, number: int = signal.SIGKILL, but: str | None = None) -> None:
+        """Send a signal to all of a host's processes with `text` in the command line, and not `but`."""
+        spared = self.processes(name, but) if but else []
         for pid in self.processes(name, text):
-            os.kill(pid, number)
+            if pid not in spared:
+                os.kill(pid, number)
 
     @contextmanager
     def cut(self) -> Iterator[None]:

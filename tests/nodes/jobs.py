@@ -20,6 +20,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BIN = Path(sys.executable).parent
 TRAIN = "launch/train.py"
+FAULT = str(HERE / "fault.py")
+WARM = [sys.executable, str(HERE / "warm.py")]  # python, with the libraries loaded
+TORCHRUN = [*WARM, str(BIN / "torchrun")]
 DEADLINE = 140.0  # seconds; an idle machine needs about 10 for a short run
 
 
@@ -76,20 +79,20 @@ class Job:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         for host in NAMES:
-            self.hosts.kill(host, "python")
+            self.hosts.kill(host, "python", but="forkserver")  # its children end with what it started them for
 
 
 def torchrun(hosts: Hosts, slots: int, arguments: list[str], *options: str, **environment: str) -> list[Job]:
     """torchrun on both hosts, which meet at nodeA."""
     port = free_port()
-    command = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc-per-node", str(slots), "--rdzv-backend", "c10d"]
+    command = [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", str(slots), "--rdzv-backend", "c10d"]
     command += ["--rdzv-id", str(port), "--rdzv-endpoint", f"nodeA:{port}", *options, *arguments]
     return [Job(hosts, name, command, **environment) for name in NAMES]
 
 
 def on_one_host(hosts: Hosts, slots: int, arguments: list[str], **environment: str) -> Job:
     port = str(free_port())
-    command = [str(BIN / "torchrun"), "--nproc-per-node", str(slots), "--master-port", port, *arguments]
+    command = [*TORCHRUN, "--nproc-per-node", str(slots), "--master-port", port, *arguments]
     return Job(hosts, "nodeA", command, **environment)
 
 

@@ -22,9 +22,8 @@ from pathlib import Path
 import yaml
 from conftest import small_run, write_data
 from hosts import NAMES, Hosts, unavailable
-from jobs import HERE, Job, free_port, losses, metrics, on_one_host
+from jobs import FAULT, Job, free_port, losses, metrics, on_one_host
 
-FAULT = str(HERE / "fault.py")
 KINDS = ("kill a rank", "stop a rank", "terminate a rank", "kill an agent", "cut the link")
 LOST = 180.0  # seconds without a recovery before the soak has failed
 

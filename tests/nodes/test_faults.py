@@ -8,11 +8,10 @@ import time
 from pathlib import Path
 
 from hosts import NAMES
-from jobs import DEADLINE, HERE, finish_all, losses, on_one_host, torchrun, wait_for_step, wait_until
+from jobs import DEADLINE, FAULT, finish_all, losses, on_one_host, torchrun, wait_for_step, wait_until
 
 from dsmoe.training.metrics import read_lines
 
-FAULT = str(HERE / "fault.py")
 LIMIT = 6.0  # seconds without progress
 SOON = 30.0  # seconds more, on a busy machine
 
@@ -22,13 +21,13 @@ def warned(run_dir: Path, text: str) -> bool:
 
 
 def test_a_slow_link_is_warned_about_and_a_cut_one_told_on_both_sides(hosts, train):
-    """20 s without a fault first: what an exchange usually takes is known after 20 steps. So many tokens that exchanges
-    are most of what is sent."""
+    """15 s without a fault first: what an exchange usually takes is known after 20 steps. So many tokens that exchanges
+    are most of what is sent, and a pause in each step, so that they are a small share of it before."""
     steps = [f"training.timeout.step={LIMIT}", "training.steps=100000", "training.global_batch_size=64"]
-    run_dir, arguments = train("link", *steps, script=FAULT)
-    jobs = torchrun(hosts, 1, arguments, PAUSE="0.5")
+    run_dir, arguments = train("link", *steps)
+    jobs = torchrun(hosts, 1, arguments, PAUSE="0.4")
     wait_for_step(run_dir, 24, jobs)
-    with hosts.slow("4mbit"):
+    with hosts.slow("2mbit"):
         wait_until(lambda: warned(run_dir, "is a link slow or lossy?"), "warning", jobs)
     with hosts.cut():
         until = time.monotonic() + LIMIT + SOON
@@ -44,11 +43,11 @@ def test_a_slow_link_is_warned_about_and_a_cut_one_told_on_both_sides(hosts, tra
 def test_a_disk_that_fills_up_loses_logs_then_ends_the_run_at_its_save_and_costs_nothing_else(
     hosts, train, of_one_host
 ):
-    run_dir, arguments = train("small disk", "checkpoint.interval=6", script=FAULT)
+    run_dir, arguments = train("small disk", "checkpoint.interval=6")
     run_dir.mkdir(parents=True)
     with hosts.hide("nodeA", run_dir, "8m"):
         there = hosts.path("nodeA", run_dir)
-        job = on_one_host(hosts, 2, arguments, PAUSE="0.5")
+        job = on_one_host(hosts, 2, arguments, PAUSE="0.3")
         wait_for_step(there, 7, [job])
         with open(there / "filler", "wb", buffering=0) as filler:
             try:

@@ -1,16 +1,17 @@
 """Every launcher over two hosts gives the losses of one host. torchrun's agent is inside sbatch, and under the
-supervisor (test_supervise.py)."""
+supervisor (test_supervise.py). Under mpirun and sbatch ranks start as a user's do, under the others with the libraries
+loaded (warm.py)."""
 
 from __future__ import annotations
 
 import pytest
-from jobs import Job, finish_all, losses, metrics, mpirun, pdsh, sbatch, srun
+from jobs import FAULT, TRAIN, Job, finish_all, losses, metrics, mpirun, pdsh, sbatch, srun
 
 
 @pytest.mark.parametrize("launcher", [mpirun, srun])
 def test_a_rank_on_each_host_and_experts_on_both(launcher, hosts, train, of_one_host):
     """`srun python launch/train.py` brings no rendezvous: it must be one run, not two."""
-    run_dir, arguments = train(launcher.__name__)
+    run_dir, arguments = train(launcher.__name__, script=TRAIN if launcher is mpirun else FAULT)
     check(launcher(hosts, 1, arguments))
     assert losses(run_dir) == of_one_host
 

@@ -11,7 +11,7 @@ SOON = 60.0  # seconds, on a machine that is busy; the default timeout is 300
 def refused(hosts, train, *overrides: str) -> list[Ended]:
     """Both hosts' output of a start that must be refused."""
     run_dir, arguments = train("refused", *overrides)
-    ended = finish_all(torchrun(hosts, 1, arguments), SOON)
+    ended = finish_all(torchrun(hosts, 1, arguments, HURRY="1"), SOON)
     assert all(end.code for end in ended)
     assert not run_dir.exists()
     return ended

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
 
 import pytest
 from hosts import NAMES
-from jobs import DEADLINE, HERE, Job, finish_all, free_port, losses, metrics, wait_for_step
+from jobs import DEADLINE, WARM, Job, finish_all, free_port, losses, metrics, wait_for_step
 
-FAULT = str(HERE / "fault.py")
 LIMIT = 6  # seconds without progress
 SOON = 30.0  # seconds more, on a busy machine
 
@@ -17,7 +15,7 @@ SOON = 30.0  # seconds more, on a busy machine
 def supervise(hosts, arguments: list[str], *options: str, **environment: str) -> list[Job]:
     """A supervisor on each host."""
     port = free_port()
-    command = [sys.executable, "launch/supervise.py", "--rendezvous", ",".join(f"{name}:{port}" for name in NAMES)]
+    command = [*WARM, "launch/supervise.py", "--rendezvous", ",".join(f"{name}:{port}" for name in NAMES)]
     command += ["--run-id", str(port), "--backoff", "1", *options, *arguments]
     return [Job(hosts, name, command, **environment) for name in NAMES]
 
@@ -26,7 +24,7 @@ def supervise(hosts, arguments: list[str], *options: str, **environment: str) ->
 def test_ranks_that_are_gone_are_named_in_a_line_and_cost_a_restart_each(hosts, train, place, of_one_host):
     """Two are killed and one is stopped; the losses are those of a run that nothing happened to. Four starts."""
     faults = ("SIGKILL 1 5 all-to-all", "SIGKILL 0 8 optimizer", "SIGSTOP 1 11 all-to-all")
-    run_dir, arguments = train("supervised", f"training.timeout.step={LIMIT}", script=FAULT)
+    run_dir, arguments = train("supervised", f"training.timeout.step={LIMIT}")
     jobs = supervise(hosts, arguments, "--nnodes", "2", FAULT=";".join(faults), FAULT_LOG=str(place / "faults"))
     ended = finish_all(jobs, 3.5 * DEADLINE)
     assert all(end.code == 0 for end in ended), ended[0].output
@@ -53,8 +51,8 @@ def test_ranks_that_are_gone_are_named_in_a_line_and_cost_a_restart_each(hosts, 
 @pytest.mark.timeout(400)
 def test_the_last_host_goes_on_alone(hosts, train, of_one_host):
     """The host where all met is gone: the other one takes over the rendezvous, and all experts."""
-    run_dir, arguments = train("last host", "logging.interval=1", script=FAULT)
-    jobs = supervise(hosts, arguments, "--nnodes", "1:2", PAUSE="0.5")
+    run_dir, arguments = train("last host", "logging.interval=1")
+    jobs = supervise(hosts, arguments, "--nnodes", "1:2", "--last-call", "4", PAUSE="0.3", HURRY="1")
     wait_for_step(run_dir, 7, jobs)
     hosts.power_off("nodeA")
     try:
@@ -67,10 +65,11 @@ def test_the_last_host_goes_on_alone(hosts, train, of_one_host):
     assert losses(run_dir) == pytest.approx(of_one_host, abs=1e-5)
 
 
-def test_a_save_of_35_seconds_survives_the_request_to_stop(hosts, train):
-    """torchrun alone kills ranks 30 s after it has asked them to end."""
-    run_dir, arguments = train("slow save", "training.steps=100000", "checkpoint.interval=0", script=FAULT)
-    jobs = supervise(hosts, arguments, "--nnodes", "2", "--grace", "90", SLOW_SAVE="35")
+def test_a_save_that_torchrun_would_not_wait_for_survives_the_request_to_stop(hosts, train):
+    """torchrun alone kills ranks 30 s after it has asked them to end; here after 2 s."""
+    run_dir, arguments = train("slow save", "training.steps=100000", "checkpoint.interval=0")
+    slow = {"SLOW_SAVE": "6", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+    jobs = supervise(hosts, arguments, "--nnodes", "2", "--grace", "90", **slow)
     wait_for_step(run_dir, 3, jobs)
     for name in NAMES:
         hosts.kill(name, "launch/supervise.py", signal.SIGTERM)

@@ -45,7 +45,6 @@ if action == "after":
 sys.exit(int(action))
 """
         monkeypatch.setattr(supervisor, "AGENT", agent)
-        monkeypatch.setattr(supervisor, "LAST_CALL", 0)
 
         class Run:
             def saved_step(self) -> int:
@@ -61,7 +60,8 @@ sys.exit(int(action))
             def training_seconds(self) -> float:
                 return 0.5 * time.monotonic()
 
-        plan = Plan((1, 1), 1, ["localhost:1"], "id", ["train.py"], backoff=0.01, give_up=give_up, **changes)
+        changes = {"backoff": 0.01, "give_up": give_up, "last_call": 0, **changes}
+        plan = Plan((1, 1), 1, ["localhost:1"], "id", ["train.py"], **changes)
         code = Supervisor(plan, Run()).run()
         return code, log.read_text().splitlines()
 
