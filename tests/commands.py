@@ -7,8 +7,10 @@ it is started.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
+import functools
 import gc
 import importlib
 import json
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import warm
 from forked import context
 
 from dsmoe.parallel.place import free_port
@@ -35,6 +38,7 @@ from dsmoe.parallel.place import free_port
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE = 400.0  # seconds: of a hang, not of a busy machine; an idle one needs about 10 for a short run
 TRAIN = "launch/train.py"
+PYTHON = "DSMOE_TEST_PYTHON"  # what a forked process takes for its Python
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,17 @@ def forked(
     environment: dict[str, str] | None = None,
     cwd: Path = ROOT,
     without: str | None = None,
+    loaded: bool = False,
 ) -> Result:
     """Run `python script.py argument...` in a process that has the libraries loaded; or in several, as torchrun does.
-    `without`: a package that cannot be imported there.
+    `without`: a package that cannot be imported there. `loaded`: what it starts with its own Python has the libraries
+    loaded as well.
 
     The code is that of the first process that fails, or 0. What of the environment is read while a library is imported
     has no effect here.
     """
     began, port = time.monotonic(), free_port()
-    variables = {**os.environ, **(environment or {})}
+    variables = {**os.environ, **(environment or {}), **(_server() if loaded else {})}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "output")
         log.touch()
@@ -105,6 +111,22 @@ def forked(
         output = log.read_text(errors="replace")
     assert code is not None, f"not done after {DEADLINE:.0f} s: {arguments}\n{output}"
     return Result(code, output, time.monotonic() - began)
+
+
+@functools.cache
+def _server() -> dict[str, str]:
+    """Of this test process: variables with which a forked process takes another program for its Python."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{warm.__file__}" "$@"\n')
+    program.chmod(0o755)
+    name = f"dsmoe warm {os.getpid()}"
+    _servers.append(warm.serve(name))
+    return {warm.NAME: name, PYTHON: str(program)}
+
+
+_servers: list = []  # live as long as this process
 
 
 def _first_failure(processes: list, end: float) -> int | None:
@@ -138,14 +160,15 @@ def _run_script(
 
 
 def run_in_this_process(arguments: Sequence[str], environment: dict[str, str], cwd: Path | str) -> NoReturn:
-    """Be `python argument...`: a script, or -c PROGRAM. For a process that was forked for it."""
+    """Be `python argument...`: a script, -m MODULE or -c PROGRAM. For a process that was forked for it."""
     gc.freeze()
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    sys.executable = environment.get(PYTHON, sys.executable)
     script, *rest = arguments
-    program = rest.pop(0) if script == "-c" else None
+    program = rest.pop(0) if script in ("-c", "-m") else None
     sys.argv = [script, *rest]
     sys.path[:0] = [
         "" if program else str(Path(script).resolve().parent),
@@ -154,7 +177,9 @@ def run_in_this_process(arguments: Sequence[str], environment: dict[str, str], c
     importlib.reload(sys.modules["dsmoe.runtime.signals"])  # notes who started this process
     code: int | str | None
     try:
-        if program:
+        if script == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        elif script == "-c":
             exec(program, {"__name__": "__main__"})
         else:
             runpy.run_path(script, run_name="__main__")

@@ -18,7 +18,7 @@ ENVIRONMENT = {"COLUMNS": "120"}
 def layer(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "layer.json"
     options = ["--quick", "--ranks", "2", "--experts", "4", *SIZES, "--json", str(path)]
-    result = forked(TOOL, *options, environment=ENVIRONMENT)
+    result = forked(TOOL, *options, environment=ENVIRONMENT, loaded=True)
     assert result.code == 0, result.output
     return result.output, json.loads(path.read_text(), parse_constant=pytest.fail)
 
@@ -56,7 +56,7 @@ def test_steps_of_all_models(tmp_path):
         "--heads", "4", "--vocabulary", "64", "--sequence", "16", "--only", "parts,matmuls and,dsmoe ep,relu,huge",
         "--json", str(path),
     ]  # fmt: skip
-    result = forked(TOOL, *options, environment=ENVIRONMENT)
+    result = forked(TOOL, *options, environment=ENVIRONMENT, loaded=True)
     assert result.code == 0, result.output
     tree = json.loads(path.read_text(), parse_constant=pytest.fail)
     parts = [row["part"] for row in tree["parts"]]

@@ -28,7 +28,7 @@ def test_a_study_runs_and_reports(place, config):
     }
     path, out = place / "study.yaml", place / "runs" / "study"
     path.write_text(yaml.safe_dump(study))
-    ran = forked(TOOL, "run", str(path), "--out", str(out))
+    ran = forked(TOOL, "run", str(path), "--out", str(out), loaded=True)
     assert ran.code == 0, ran.output
     folder = out / "topk" / "num_experts-4" / "seed-1"
     assert json.loads((folder / "cell.json").read_text())["ranks"] == 2

@@ -1,4 +1,4 @@
-"""launch/train.py in a process that has the libraries loaded (warm.py), with a fault if one is asked for.
+"""launch/train.py in a process that has the libraries loaded (tests/warm.py), with a fault if one is asked for.
 
 FAULT="SIGKILL 1 5 all-to-all" sends this process a signal when rank 1 enters that phase of step 5; the names of phases
 are those of `dsmoe.runtime.phase`; several faults are separated by semicolons. Each happens once: FAULT_LOG gets the

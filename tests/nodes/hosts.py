@@ -60,13 +60,14 @@ class Hosts:
 
     Args:
         folder: an empty folder for keys and logs of sshd.
-        loaded: run commands that ask for it in processes that have the libraries loaded (warm.py).
+        loaded: run commands that ask for it in processes that have the libraries loaded (tests/warm.py).
     """
 
     def __init__(self, folder: Path, loaded: bool = False):
         self.folder, self.loaded = folder, loaded
         self._tag = f"dsmoe{os.getpid()}x{next(_numbers)}"
         self._sshd: dict[str, subprocess.Popen] = {}
+        self._servers: dict[str, object] = {}
 
     def __enter__(self) -> Hosts:
         try:
@@ -109,7 +110,7 @@ class Hosts:
                 raise RuntimeError(f"{name} does not answer: {(self.folder / f'{name}.sshd.log').read_text()}")
             time.sleep(0.05)
         if self.loaded:
-            warm.serve(self._first_process(name))
+            self._servers[name] = warm.serve(first_process=self._first_process(name))
 
     def power_off(self, name: str) -> None:
         """End a host's process 1 and with it all its processes."""
@@ -121,6 +122,7 @@ class Hosts:
         for name in NAMES:
             if name in self._sshd:
                 self.power_off(name)
+            self._servers.pop(name, None)
             subprocess.run(["ip", "netns", "del", self._space(name)], capture_output=True)
             shutil.rmtree(self._etc(name), ignore_errors=True)
 

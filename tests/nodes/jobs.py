@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 BIN = Path(sys.executable).parent
 TRAIN = "launch/train.py"
 FAULT = str(HERE / "fault.py")
-WARM = [sys.executable, str(HERE / "warm.py")]  # python, with the libraries loaded
+WARM = [sys.executable, str(ROOT / "tests" / "warm.py")]  # python, with the libraries loaded
 TORCHRUN = [*WARM, str(BIN / "torchrun")]
 DEADLINE = 140.0  # seconds; an idle machine needs about 10 for a short run
 
@@ -50,7 +50,7 @@ class Job:
     def __init__(self, hosts: Hosts, host: str, arguments: list[str], **environment: str):
         self.hosts, self.host = hosts, host
         variables = {
-            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "TERM": "dumb",
+            "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TERM": "dumb",
             "PATH": f"{BIN}:{os.environ['PATH']}", **environment,
         }  # fmt: skip
         self.process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """Every launcher over two hosts gives the losses of one host. torchrun's agent is inside sbatch, and under the
 supervisor (test_supervise.py). Under mpirun and sbatch ranks start as a user's do, under the others with the libraries
-loaded (warm.py)."""
+loaded (tests/warm.py)."""
 
 from __future__ import annotations
 

@@ -1,18 +1,19 @@
-"""Commands of a host in processes that have the libraries loaded already, forked from a server that runs on it.
+"""Commands in processes that have the libraries loaded already, forked from a server.
 
-Importing torch, DeepSpeed and Megatron-Core is most of what a short job costs. `serve` puts a process of
-tests/forked.py's server into a host's namespaces. A command that meets it (`hand_over`) sends its arguments,
-environment and files there and becomes a go-between: it passes signals on and leaves as the forked process left; when
-it is killed, so is the forked process. Launchers, supervisor and tests see an ordinary command. Where no server is,
-nothing changes.
+Importing torch, DeepSpeed and Megatron-Core is most of what a short job costs. `serve` makes a process of forked.py's
+server a server of its own, inside the namespaces of a host (tests/nodes) if need be. A command that meets it
+(`hand_over`) sends its arguments, environment and files there and becomes a go-between: it passes signals on and leaves
+as the forked process left; when it is killed, so is the forked process. Launchers, supervisors and tests see an
+ordinary command. Where no server is, nothing changes.
 
-    python warm.py SCRIPT ARGUMENTS        or -c PROGRAM
+    python warm.py SCRIPT ARGUMENTS        or -m MODULE
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import selectors
@@ -22,7 +23,8 @@ import struct
 import sys
 from pathlib import Path
 
-ADDRESS = "\0dsmoe warm"  # an abstract name: each network namespace has its own
+NAME = "DSMOE_TEST_SERVER"  # in the environment: another than this one
+ADDRESS = "dsmoe warm"  # an abstract name: each network namespace has its own
 NAMESPACES = ("net", "uts", "ipc", "mnt", "pid")
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _in_forked_process = False
@@ -34,13 +36,13 @@ def hand_over(arguments: list[str]) -> None:
         return
     with socket.socket(socket.AF_UNIX) as server:
         try:
-            server.connect(ADDRESS)
+            server.connect("\0" + os.environ.get(NAME, ADDRESS))
         except OSError:
             return
         for number in PASSED_ON:
             signal.signal(number, lambda number, frame: server.send(bytes([number])))
-        request = json.dumps([arguments, dict(os.environ), os.getcwd()]).encode()
-        files = [0, 1, 2]
+        files = [file for file in _open_files() if file != server.fileno()]
+        request = json.dumps([files, arguments, dict(os.environ), os.getcwd()]).encode()
         socket.send_fds(server, [struct.pack("<i", len(request))], files)
         server.sendall(request)
         for file in files:
@@ -54,37 +56,49 @@ def hand_over(arguments: list[str]) -> None:
     os._exit(code)
 
 
-def serve(first_process: str) -> None:
-    """Start a host's server; returns when it listens.
+def _open_files() -> list[int]:
+    """Those that this process was started with."""
+    files = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the folder itself
+            os.fstat(int(name))
+            files.append(int(name))
+    return sorted(files)
+
+
+def serve(address: str = ADDRESS, first_process: str | None = None):
+    """Start a server; returns, when it listens, an object that it lives as long as.
 
     Args:
-        first_process: of the host, as the machine counts.
+        first_process: of the host that it is to run on, as the machine counts.
     """
     from forked import context
 
-    ready, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_enter, args=(first_process, theirs))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_leave_a_server, args=(address, first_process, theirs))
     process.start()
     theirs.close()
-    ready.recv()
+    ours.recv()
     process.join()
+    return ours
 
 
-def _enter(first_process: str, ready) -> None:
-    """Move into the host's namespaces and leave a server there."""
+def _leave_a_server(address: str, first_process: str | None, owner) -> None:
+    """Move into a host's namespaces and leave a server there."""
     libc = ctypes.CDLL(None, use_errno=True)
-    spaces = [open(f"/proc/{first_process}/ns/{name}") for name in NAMESPACES]  # noqa: SIM115
+    names = NAMESPACES if first_process else ()
+    spaces = [open(f"/proc/{first_process}/ns/{name}") for name in names]  # noqa: SIM115
     for space in spaces:
         if libc.setns(space.fileno(), 0):
             raise OSError(ctypes.get_errno(), f"setns {space.name}")
     if os.fork() == 0:  # a namespace of processes is for children
-        _Server(ready).run()
+        _Server(address, owner).run()
 
 
 class _Server:
     """Answers `hand_over`."""
 
-    def __init__(self, ready):
+    def __init__(self, address: str, owner):
         import inspect
 
         import torch.distributed.run  # noqa: F401  (for agents)
@@ -92,17 +106,17 @@ class _Server:
         from dsmoe.runtime import supervisor
 
         here = str(Path(__file__).parent)
-        agent = f"warm.main(['-c', {supervisor.AGENT!r}, *sys.argv[1:]])"
+        agent = f"warm.hand_over(['-c', {supervisor.AGENT!r}, *sys.argv[1:]])"
         supervisor.AGENT = f"import sys; sys.path.insert(0, {here!r}); import warm; {agent}"
         inspect.stack()  # which an agent asks for; the first time it looks at every module there is
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(ADDRESS)
+        self._listener.bind("\0" + address)
         self._listener.listen()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._children: dict[int, socket.socket] = {}  # by process file descriptor
-        ready.send(True)
-        ready.close()
+        self._selector.register(owner, selectors.EVENT_READ, lambda _: os._exit(0))  # it is gone
+        owner.send(True)
 
     def run(self) -> None:
         while True:
@@ -111,7 +125,7 @@ class _Server:
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
-        request, files, *_ = socket.recv_fds(connection, 4, 3)
+        request, files, *_ = socket.recv_fds(connection, 4, 100)
         (size,) = struct.unpack("<i", request)
         text = b""
         while len(text) < size:
@@ -153,24 +167,28 @@ class _Server:
         connection.close()
 
 
-def _become(files: list[int], arguments: list[str], environment: dict[str, str], cwd: str) -> None:
-    """Be the process that the arguments of `python` describe."""
+def _become(files: list[int], numbers: list[int], arguments: list[str], environment: dict[str, str], cwd: str) -> None:
+    """Be the process that the arguments of `python` describe, with `files` as these numbers."""
     from commands import run_in_this_process
 
     global _in_forked_process
     _in_forked_process = True
     os.setsid()
-    for number, file in enumerate(files):
+    files = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 200) for file in files]  # out of the way
+    for number, file in zip(numbers, files, strict=True):
         os.dup2(file, number)
         os.close(file)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115  (multiprocessing has put another in its place)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     run_in_this_process(arguments, environment, cwd)
 
 
 def main(command: list[str]) -> None:
-    """`python COMMAND`, on the host's server if there is one."""
-    hand_over(command)
+    """`python COMMAND`, on the server if there is one and it is a module or script."""
+    wanted = command[1:] if command[:1] == ["-u"] else command
+    if wanted and (wanted[0] == "-m" or wanted[0].endswith(("torchrun", ".py"))):
+        hand_over(wanted)
     os.execv(sys.executable, [sys.executable, *command])
 
 
