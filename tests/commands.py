@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -88,7 +89,7 @@ def forked(
     has no effect here.
     """
     began, port = time.monotonic(), free_port()
-    variables = {**os.environ, **(environment or {}), **(_server() if loaded else {})}
+    variables = {**os.environ, **(environment or {}), **(loaded_programs() if loaded else {})}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "output")
         log.touch()
@@ -114,19 +115,36 @@ def forked(
 
 
 @functools.cache
-def _server() -> dict[str, str]:
-    """Of this test process: variables with which a forked process takes another program for its Python."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder)
-    program = folder / "python"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{warm.__file__}" "$@"\n')
-    program.chmod(0o755)
-    name = f"dsmoe warm {os.getpid()}"
-    _servers.append(warm.serve(name))
-    return {warm.NAME: name, PYTHON: str(program)}
+def _server() -> str:
+    """Of this test process: its address."""
+    address = f"dsmoe warm {os.getpid()}"
+    _servers.append(warm.serve(address))
+    return address
 
 
 _servers: list = []  # live as long as this process
+
+
+@functools.cache
+def _own_folder() -> Path:
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return folder
+
+
+def loaded_programs(folder: Path | None = None) -> dict[str, str]:
+    """Make `python` and `deepspeed`, whose processes have the libraries loaded, in a folder.
+
+    Returns the environment in which they are that, and in which a forked process takes this python for its own.
+    """
+    folder = folder or _own_folder()
+    python = [sys.executable, "-S", "-E", warm.__file__]
+    for name, command in {"python": python, "deepspeed": [*python, str(beside_python("deepspeed"))]}.items():
+        program = folder / name
+        program.unlink(missing_ok=True)
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        program.chmod(0o755)
+    return {warm.NAME: _server(), PYTHON: str(folder / "python")}
 
 
 def _first_failure(processes: list, end: float) -> int | None:

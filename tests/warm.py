@@ -187,7 +187,7 @@ def _become(files: list[int], numbers: list[int], arguments: list[str], environm
 def main(command: list[str]) -> None:
     """`python COMMAND`, on the server if there is one and it is a module or script."""
     wanted = command[1:] if command[:1] == ["-u"] else command
-    if wanted and (wanted[0] == "-m" or wanted[0].endswith(("torchrun", ".py"))):
+    if wanted and (wanted[0] == "-m" or wanted[0].endswith(("torchrun", "deepspeed", ".py"))):
         hand_over(wanted)
     os.execv(sys.executable, [sys.executable, *command])
 

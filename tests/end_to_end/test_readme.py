@@ -1,7 +1,8 @@
 """Every command in a ```bash block of README.md runs, in a fresh copy of the checkout whose path has spaces.
 
 The commands are the page's own; `SHORTER` lists what is appended to make them short. The first of each program starts
-as a reader would start it; a later one of the same program runs in forked processes. A ```console block is a command
+as a reader would start it; a later one of the same program, and what `make quickstart` starts, runs in forked
+processes. A ```console block is a command
 with its output, which must be exactly that. Blocks of another kind (text, toml) are not run.
 """
 
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Result, beside_python, forked, free_port, run
+from commands import ROOT, Result, beside_python, forked, free_port, loaded_programs, run
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -47,7 +48,9 @@ def checkout(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    (copy / ".venv").symlink_to(sys.prefix)
+    (copy / ".venv" / "bin").mkdir(parents=True)
+    for program in Path(sys.executable).parent.iterdir():
+        (copy / ".venv" / "bin" / program.name).symlink_to(program)
     # What `make quickstart` prepares by itself, small.
     options = "stdlib --output data/quickstart --vocab-size 512 --limit-mb 0.4"
     made = forked("tools/prepare_data.py", *options.split(), cwd=copy, environment=environment(copy))
@@ -72,6 +75,9 @@ def program(command: str) -> str | None:
 
 
 def shell_or_fork(command: str, folder: Path) -> Result:
+    if command == "make quickstart":  # which starts the programs of the other commands
+        loaded = loaded_programs(folder / ".venv" / "bin")
+        return run(["bash", "-c", shortened(command)], cwd=folder, environment=environment(folder) | loaded)
     started = program(command)
     if started is None or started not in map(program, COMMANDS[: COMMANDS.index(command)]):
         return shell(shortened(command), folder)
@@ -93,6 +99,7 @@ def shortened(command: str) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, checkout):
+    """More than 20 s where cores are shared: new interpreters import torch and transformers."""
     result = shell_or_fork(command, checkout)
     assert result.code == 0, result.output
     if command == "make quickstart":
