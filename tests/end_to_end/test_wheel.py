@@ -4,10 +4,12 @@ that was just built, in a folder that is no checkout."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,17 @@ losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
 assert len(losses) == 5 and losses[-1] < losses[0], losses
 import dsmoe
 print(json.dumps({"losses": losses, "dsmoe": dsmoe.__file__}))
+"""
+
+# Of the new environment too: runs commands there in processes that have the wheel's dsmoe loaded.
+FORKING = """
+import json, os, sys
+from dataclasses import asdict
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # libraries print while they are imported
+from commands import forked
+for line in sys.stdin:
+    print(json.dumps(asdict(forked(*json.loads(line), cwd="."))), file=answers, flush=True)
 """
 
 
@@ -82,18 +95,36 @@ def place(python, tmp_path_factory) -> Path:
     return folder
 
 
-def test_from_training_to_hugging_face_and_back(python, place):
+@pytest.fixture(scope="module")
+def forks(python, place) -> Iterator[Callable[..., str]]:
+    """forks(command...) runs a command as `run` does, in a process that has the libraries loaded; its output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([str(python), "-c", FORKING], cwd=place, env=environment, **pipes) as process:
+
+        def fork(script: str, *arguments: str) -> str:
+            print(json.dumps([script, *arguments]), file=process.stdin, flush=True)
+            result = json.loads(process.stdout.readline())
+            assert result["code"] == 0, f"{script} {arguments}\n{result['output']}"
+            return result["output"]
+
+        yield fork
+
+
+def test_from_training_to_hugging_face_and_back(python, place, forks):
     """train -> export -> from_config -> Trainer -> save -> import -> train on 2 ranks.
 
-    More than 20 s: every command imports torch in a new interpreter, since a forked one has the checkout's dsmoe.
+    More than 20 s where cores are shared: torch is imported by the process that forks, a launcher and its ranks, and
+    the processes that compare an export with its source.
     """
-    train = ["dsmoe", "train", "--config", "configs/quickstart.yaml", "data.path=data", "logging.run_dir=runs/first"]
-    run(python, place, *train, *TINY)
-    run(python, place, "dsmoe", "export", "runs/first", "exported")
+    dsmoe = str(python.with_name("dsmoe"))
+    train = ["train", "--config", "configs/quickstart.yaml", "data.path=data", "logging.run_dir=runs/first"]
+    forks(dsmoe, *train, *TINY)
+    forks(dsmoe, "export", "runs/first", "exported")
     (place / "trainer.py").write_text(TRAINER)
-    said = json.loads(run(python, place, "python", "trainer.py", "exported", "saved").output.strip().splitlines()[-1])
+    said = json.loads(forks("trainer.py", "exported", "saved").strip().splitlines()[-1])
     assert Path(said["dsmoe"]).is_relative_to(python.parents[1])
-    run(python, place, "dsmoe", "import", "saved", "runs/second")
+    forks(dsmoe, "import", "saved", "runs/second")
     report = json.loads((place / "runs" / "second" / "import_report.json").read_text())
     assert report["parity"]["gate"] and any("controller" in what for what in report["lost"])
     port = str(free_port())
@@ -104,11 +135,8 @@ def test_from_training_to_hugging_face_and_back(python, place):
     assert len(lines) == 4 and json.loads(lines[-1])["val_loss"] > 0
 
 
-def test_a_study_and_a_plan_need_no_checkout(python, place):
-    """A study starts its runs as `python -m dsmoe train`, with the configurations that the wheel has.
-
-    More than 20 s where cores are shared: three new interpreters import torch.
-    """
+def test_a_study_and_a_plan_need_no_checkout(python, place, forks):
+    """A study starts its runs as `python -m dsmoe train`, with the configurations that the wheel has."""
     study = {
         "title": "One", "question": "Does it run?", "config": "configs/recipes/topk.yaml", "seeds": [1],
         "set": dict(o.split("=") for o in TINY) | {"data.path": "data"}, "arms": [{"name": "topk"}],
@@ -119,4 +147,4 @@ def test_a_study_and_a_plan_need_no_checkout(python, place):
     assert record["status"] == "done" and record["command"][:3] == ["-m", "dsmoe", "train"]
     plan = ["configs/quickstart.yaml", "--hardware", "configs/hardware/h100.yaml", "model.vocab_size=2048",
             "training.precision=bf16"]  # fmt: skip
-    assert "fits" in run(python, place, "dsmoe", "plan", "--config", *plan).output
+    assert "fits" in forks(str(python.with_name("dsmoe")), "plan", "--config", *plan)
