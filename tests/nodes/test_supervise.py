@@ -50,7 +50,8 @@ def test_ranks_that_are_gone_are_named_in_a_line_and_cost_a_restart_each(hosts, 
 
 @pytest.mark.timeout(400)
 def test_the_last_host_goes_on_alone(hosts, train, of_one_host):
-    """The host where all met is gone: the other one takes over the rendezvous, and all experts."""
+    """The host where all met is gone: the other one takes over the rendezvous, and all experts. More than 20 s: it
+    waits for the first host to come back, then for the run folder's owner to be dead."""
     run_dir, arguments = train("last host", "logging.interval=1")
     jobs = supervise(hosts, arguments, "--nnodes", "1:2", "--last-call", "4", PAUSE="0.3", HURRY="1")
     wait_for_step(run_dir, 7, jobs)
