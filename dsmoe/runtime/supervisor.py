@@ -21,20 +21,23 @@ from typing import Protocol
 import psutil
 
 from dsmoe.errors import ParallelError
-from dsmoe.runtime.exit_codes import FINISHED, REFUSED
+from dsmoe.runtime.exit_codes import FINISHED, REFUSED, STOPPED
 
 LONGEST_WAIT = 300.0  # seconds between two attempts
 PROBE = 2.0  # seconds to find out whether a rendezvous lives
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
-AGENT = """
+AGENT = f"""
 import sys
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 try:
     run.main(sys.argv[1:])
 except ChildFailedError as error:
     sys.exit(max(1, error.get_first_failure()[1].exitcode))
+except SignalException:  # its ranks have saved and ended
+    sys.exit({STOPPED})
 """
 
 

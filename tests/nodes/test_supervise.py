@@ -77,4 +77,5 @@ def test_a_save_that_torchrun_would_not_wait_for_survives_the_request_to_stop(ho
     ended = finish_all(jobs)
     step = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
     assert f"stopped by a signal at step {step}" in ended[0].output
+    assert not any("Traceback" in host.output for host in ended)
     assert losses(run_dir)[step - 1 :] != []
