@@ -192,7 +192,8 @@ def run_in_this_process(arguments: Sequence[str], environment: dict[str, str], c
         "" if program else str(Path(script).resolve().parent),
         *filter(None, environment.get("PYTHONPATH", "").split(":")),
     ]
-    importlib.reload(sys.modules["dsmoe.runtime.signals"])  # notes who started this process
+    if (signals := sys.modules.get("dsmoe.runtime.signals")) is not None:  # it is not where dsmoe may not be imported
+        importlib.reload(signals)  # notes who started this process
     code: int | str | None
     try:
         if script == "-m":
