@@ -38,8 +38,8 @@ lint: setup ## check style, formatting, imports and types with ruff and mypy
 test: setup ## run all tests (those that need a GPU are skipped without one)
 	$(PYTEST) $(ARGS)
 
-test-fast: setup ## run the unit tests only
-	$(PYTEST) tests/unit $(ARGS)
+test-fast: setup ## run the unit tests that are quick
+	$(PYTEST) tests/unit -m 'not slow' $(ARGS)
 
 # The library of kernels is built with AddressSanitizer, whose library must come before all others. Its own report of
 # leaks would be Python's. The products themselves are machine code that torch makes while it runs: not looked into.

@@ -67,6 +67,7 @@ def test_help_and_mistakes_load_no_framework(words):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_on_is_no_error():
     script = f"{sys.executable} -m dsmoe train --help-config | head -n 1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)

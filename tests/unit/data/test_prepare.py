@@ -235,6 +235,7 @@ def prepare_slowly(texts: Path, output: Path, tokenizer: Path) -> None:
     prepare([str(texts)], output, tokenizer=tokenizer, workers=2)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_leaves_no_dataset_and_no_worker_and_the_next_run_succeeds(dataset, texts, tmp_path):
     process = context.Process(target=prepare_slowly, args=(texts, tmp_path / "out", dataset / "tokenizer.model"))
     process.start()

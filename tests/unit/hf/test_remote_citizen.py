@@ -73,6 +73,7 @@ def test_weights_that_a_folder_lacks_begin_anew(model, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items() if name not in missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "experts"),
     [
@@ -112,6 +113,7 @@ def test_it_exports(name):
     assert torch.allclose(out.logits, model(TOKENS, use_cache=False).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_agrees():
     model = DsmoeForCausalLM(config("relu")).eval()

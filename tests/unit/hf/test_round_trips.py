@@ -21,6 +21,7 @@ from dsmoe.hf.export import ExportOptions, export
 from dsmoe.hf.importing import ImportOptions, import_model
 from dsmoe.routers.registry import option_classes
 
+pytestmark = pytest.mark.slow
 ROUTERS = ["topk_bias", "relu", "dtop_p", "quantile"]  # of each kind of controller
 TOKENS = torch.randint(0, 310, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 HERE, VERSION = Path(__file__).parent, metadata.version("transformers")
 
 

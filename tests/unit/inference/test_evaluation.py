@@ -143,6 +143,7 @@ def test_without_the_harness_the_command_that_installs_it_is_named(folders):
         evaluate(folders["llama"], EvaluationOptions(tasks=("any",)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install -e '.[evaluate]'")
 def test_a_task_of_ones_own_runs_without_a_network(folders, data, tmp_path, groups, monkeypatch):
     """Its score is what the model's own loss says."""

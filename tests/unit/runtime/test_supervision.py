@@ -77,6 +77,7 @@ def test_values_of_all_ranks_reach_the_judge_and_its_answer_all():
     assert run_ranks("consult") == [(0, "30")] * 3
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named_in_time():
     (code, output), (_, other) = run_ranks("consult", present=2)
     assert code == 1 and "rank 2 did not report within 8 s (training.timeout.start)" in output
@@ -104,6 +105,7 @@ def test_a_rank_that_dies_is_named_on_every_survivor():
         assert ended[rank] == (1, f"[rank {rank}] rank 1 on hostB has gone, in the all-to-all of step 5")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_silent_and_named_after_the_limit():
     """And ended, since nothing else on its host would, also after its launcher has asked it to end."""
     ended = run_ranks("stop", step_limit=3.0)

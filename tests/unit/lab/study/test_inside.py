@@ -103,6 +103,7 @@ def test_kinds_of_tokens_are_counted_as_by_hand(seen, tokenizer):
     assert inside.kinds_over_training() == []
 
 
+@pytest.mark.slow
 def test_pictures_of_what_is_inside_have_their_numbers(seen, tmp_path):
     page = tmp_path / "limits.md"
     marks = "".join(f"<!-- {name} -->\n<!-- end of table -->\n" for name in ("routing", "redundant", "latency"))

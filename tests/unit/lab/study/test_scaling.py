@@ -14,6 +14,7 @@ from plan_files import edit
 from rich.console import Console
 
 from dsmoe.errors import ConfigError
+from dsmoe.lab.study import report
 from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.gates import reason_to_skip
 from dsmoe.lab.study.measures import centre_and_band, flops, read_results, smoothed, spikes, wall
@@ -33,6 +34,12 @@ def finished(study_file, tmp_path):
     study, out = load_study(study_file), tmp_path / "more"
     assert run_study(study, out, 4, console=QUIET) == 0
     return study, out
+
+
+@pytest.fixture
+def tables_alone(monkeypatch):
+    """Reports without pictures, which take seconds and are looked at by other tests."""
+    monkeypatch.setattr(report, "draw_pictures", lambda *_, **__: [])
 
 
 def rows_of(path) -> list[dict]:
@@ -104,6 +111,7 @@ def test_seconds_of_cells_that_shared_the_cores_are_not_shown(study_file, tmp_pa
     assert not any("step_seconds" in one.values for one in read_results(study, out).measured)
 
 
+@pytest.mark.usefixtures("tables_alone")
 def test_a_report_says_what_is_missing(study_file, tmp_path):
     edit(study_file, lambda tree: tree.update(seeds=[1, 13]))
     study, out = load_study(study_file), tmp_path / "more"
@@ -121,6 +129,7 @@ def test_studies_without_an_axis_are_reported_by_arm(study_file, tmp_path):
     assert [row["arm"] for row in rows_of(tmp_path / "report" / "arms" / "loss.csv")] == ["topk", "relu"]
 
 
+@pytest.mark.usefixtures("tables_alone")
 def test_the_page_of_limits_gets_its_tables(finished, tmp_path):
     _, out = finished
     page = tmp_path / "limits.md"
@@ -129,6 +138,7 @@ def test_the_page_of_limits_gets_its_tables(finished, tmp_path):
     assert "| More experts | relu | num_experts 32 | 2 | 1.50 |" in page.read_text() and "kept" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_report_needs_nothing_that_a_run_needs(finished, tmp_path, monkeypatch):
     _, out = finished
     (tmp_path / "base.yaml").unlink()
@@ -179,6 +189,7 @@ def test_an_interval_of_two_runs_is_wide():
     assert centre_and_band([3.8, 3.9]) == pytest.approx((3.85, 12.706 * 0.05), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_report_is_rebuilt_from_its_csv_alone(finished, tmp_path):
     _, out = finished
     write_report([out], tmp_path / "report")
@@ -193,6 +204,7 @@ def test_a_report_is_rebuilt_from_its_csv_alone(finished, tmp_path):
     assert table in again and "16 of 16 runs finished" in again
 
 
+@pytest.mark.usefixtures("tables_alone")
 def test_cells_of_an_earlier_report_stay(finished, study_file, tmp_path):
     study, out = finished
     write_report([out], tmp_path / "report")
@@ -274,6 +286,7 @@ def test_an_arm_whose_first_seed_failed_is_in_every_picture(study_file, tmp_path
         assert drawn == {"topk", "relu"}, name
 
 
+@pytest.mark.usefixtures("tables_alone")
 def test_an_arm_that_fails_the_gate_is_not_trained(study_file, tmp_path):
     def change(tree):
         tree["gate"] = {"sizes": [{"training.steps": 4}, {"training.steps": 8}]}
@@ -298,6 +311,7 @@ def test_an_arm_that_fails_the_gate_is_not_trained(study_file, tmp_path):
     assert "skipped: gate 1: held-out loss" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("tables_alone")
 def test_differences_to_the_baseline_are_of_the_same_seed(finished, tmp_path):
     _, out = finished
     write_report([out], tmp_path / "report")
