@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import matplotlib
 
@@ -157,8 +158,23 @@ def seeds_note(results: StudyResults) -> str:
     )
 
 
-def label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends of curves, moved apart where they would overlap; `ends`: x, y, name, color."""
+Ends = list[tuple[float, float, str, str]]  # x, y, name and color at the right ends of curves
+_ends: WeakKeyDictionary[Axes, Ends] = WeakKeyDictionary()
+
+
+def label_ends(axis: Axes, ends: Ends) -> None:
+    """Have names at the ends of curves, once the whole figure is drawn: panels that share an axis move its limits."""
+    _ends.setdefault(axis, []).extend(ends)
+
+
+def place_labels(figure: Figure) -> None:
+    """Write the names that `label_ends` was told, moved apart where they would overlap."""
+    for axis in figure.axes:
+        if ends := _ends.pop(axis, None):
+            _write_names(axis, ends)
+
+
+def _write_names(axis: Axes, ends: Ends) -> None:
     low, high = axis.get_ylim()
     height = axis.bbox.height * 72 / axis.figure.dpi  # points, as far as known before the layout
     gap = max(0.055, LINE / height) * (high - low)

@@ -22,6 +22,7 @@ from dsmoe.lab.study.drawing import (
     label_ends,
     logarithmic,
     panels,
+    place_labels,
     seeds_note,
     x_title,
 )
@@ -45,6 +46,7 @@ def draw_pictures(results: StudyResults, narrow: bool = False) -> Iterator[Pictu
         for draw in (*of_losses, costs, parts, latency, became, *over_training):
             picture = draw(results)
             if picture is not None:
+                place_labels(picture.figure)
                 if narrow:
                     fit_words(picture.figure)
                 yield picture

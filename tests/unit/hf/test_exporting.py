@@ -29,6 +29,8 @@ from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 from dsmoe.routers.relu import ReLURouter
 
+pytestmark = pytest.mark.slow
+
 MODEL = dict(
     num_layers=2, hidden_size=32, num_attention_heads=2, sequence_length=32, num_experts=4, moe_ffn_hidden_size=16,
     vocab_size=320, init_std=0.1,

@@ -16,6 +16,8 @@ from dsmoe.errors import ConversionError
 from dsmoe.hf.export import ExportOptions, export, summary
 from dsmoe.hf.importing import ImportOptions, import_model
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     ("topk", "k=4", {"k": 4}),
     ("top_p", "p=0.7", {"p": 0.7}),

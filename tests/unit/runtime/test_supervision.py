@@ -116,6 +116,7 @@ def test_a_stopped_rank_is_silent_and_named_after_the_limit():
         assert "last heard of in the forward pass of step 5" in ended[rank][1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_lives_and_does_not_move_is_named():
     ended = run_ranks("behind", step_limit=3.0)
     for code, output in ended:

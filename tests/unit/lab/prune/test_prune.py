@@ -23,6 +23,8 @@ from dsmoe.lab.prune.choose import plan_layers
 from dsmoe.lab.prune.prune import PruneOptions, prune
 from dsmoe.routers import available, get
 
+pytestmark = pytest.mark.slow
+
 ADDITIVE = ["relu", "routing_free", "expert_threshold", "quantile"]  # a token's experts do not compete
 
 
