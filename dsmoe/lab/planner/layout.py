@@ -183,9 +183,9 @@ def problems(config: RunConfig, ranks: int, hardware: Hardware | None = None) ->
             f"{training.gradient_accumulation} micro-steps"
         )
     if hardware is not None:
-        if config.parallel.placement == "within_node" and ep > hardware.devices_per_node:
+        if config.parallel.placement == "within_node" and hardware.devices_per_node % ep:
             reasons.append(
-                f"parallel.expert_parallel: found {ep} with parallel.placement: within_node, expected at most the "
+                f"parallel.expert_parallel: found {ep} with parallel.placement: within_node, expected a divisor of the "
                 f"{hardware.devices_per_node} devices of a node"
             )
         if not hardware.cpu and config.model.experts_implementation in ("auto", "grouped_mm"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dsmoe.config import load_config
+from dsmoe.config import load_config, validate_config
 from dsmoe.errors import ConfigError
 from dsmoe.lab.planner import measure, work
 from dsmoe.lab.planner.calibrate import fit, layout_of, non_negative_fit, robust_fit
@@ -24,6 +24,9 @@ from dsmoe.lab.planner.search import laid_out, layouts, search
 from dsmoe.lab.planner.traffic import exchange, gradients, weights
 from dsmoe.lab.planner.validate import cases as other_cases
 from dsmoe.lab.planner.work import total_flops
+from dsmoe.optim.registry import option_classes as optimizers
+from dsmoe.parallel.groups import check_world
+from dsmoe.parallel.topology import Topology, expert_parallel_ranks
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.trace import trace_of
 
@@ -161,6 +164,23 @@ def test_search_finds_the_fastest_that_fits(hardware):
     assert len(found.fitting) == len(fitting) and len(found.too_large) == len(everything) - len(fitting)
     none = search(config_of(), hardware.model_copy(update={"memory_gib": 0.5}), 16)
     assert none.best is None and none.too_large[0].missing_memory <= none.too_large[-1].missing_memory
+
+
+@pytest.mark.parametrize("placement", ["auto", "within_node", "rank_order"])
+def test_every_layout_that_a_search_shows_can_start(hardware, placement):
+    """It passes what a run is checked for: the configuration as it would be written, the ranks, the nodes."""
+    config = config_of("model.num_experts=24", "parallel.expert_parallel=1", "training.global_batch_size=96",
+                       f"parallel.placement={placement}")  # fmt: skip
+    ranks = 48
+    topology = Topology.from_names([f"node{rank // hardware.devices_per_node}" for rank in range(ranks)])
+    found = search(config, hardware, ranks)
+    shown = {prediction.layout.ep for prediction in (*found.fitting, *found.too_large)}
+    assert shown == ({1, 2, 4, 8} if placement == "within_node" else {1, 2, 3, 4, 6, 8, 12, 24})
+    for prediction in (*found.fitting, *found.too_large):
+        tree = yaml.safe_load(prediction.layout.config.to_yaml())
+        written = validate_config(tree, option_classes(), optimizers=optimizers())
+        check_world(ranks, written.parallel.expert_parallel, 96, written.training.gradient_accumulation)
+        expert_parallel_ranks(topology, written.parallel.expert_parallel, placement)
 
 
 def test_a_trillion_parameters_on_thousands_of_devices(hardware):
