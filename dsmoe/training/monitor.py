@@ -150,7 +150,7 @@ def write_to_wandb(events: Sequence[tuple[str, float, int]]) -> None:
     import wandb
 
     def place(event: tuple[str, float, int]) -> tuple[str, int]:
-        return next(axis for start, axis in AXES.items() if event[0].startswith(start)), event[2]
+        return next((axis for start, axis in AXES.items() if event[0].startswith(start)), AXES["dsmoe/"]), event[2]
 
     for (axis, step), group in groupby(events, place):
         wandb.log({axis: step} | {name: value for name, value, _ in group})

@@ -148,8 +148,8 @@ def test_a_token_after_a_flipped_route_may_differ_and_after_many_may_not(flips, 
     ours_before = [routes.clone() for routes in theirs]
     ours_before[3].view(-1)[:flips] ^= True
     ours = dataclasses.replace(ours, routes_before=ours_before)
-    found = judge(ours, dataclasses.replace(ours, written=written, routes_before=theirs), lambda: ours)
-    assert (found.problems == []) == fits
+    equality = judge(ours, dataclasses.replace(ours, written=written, routes_before=theirs), lambda: ours)
+    assert (equality.problems == []) == fits
 
 
 def test_what_is_no_number_is_no_rounding():

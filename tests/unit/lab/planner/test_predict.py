@@ -173,10 +173,11 @@ def test_every_layout_that_a_search_shows_can_start(hardware, placement):
                        f"parallel.placement={placement}")  # fmt: skip
     ranks = 48
     topology = Topology.from_names([f"node{rank // hardware.devices_per_node}" for rank in range(ranks)])
-    found = search(config, hardware, ranks)
-    shown = {prediction.layout.ep for prediction in (*found.fitting, *found.too_large)}
+    results = search(config, hardware, ranks)
+    predictions = [*results.fitting, *results.too_large]
+    shown = {prediction.layout.ep for prediction in predictions}
     assert shown == ({1, 2, 4, 8} if placement == "within_node" else {1, 2, 3, 4, 6, 8, 12, 24})
-    for prediction in (*found.fitting, *found.too_large):
+    for prediction in predictions:
         tree = yaml.safe_load(prediction.layout.config.to_yaml())
         written = validate_config(tree, option_classes(), optimizers=optimizers())
         check_world(ranks, written.parallel.expert_parallel, 96, written.training.gradient_accumulation)
