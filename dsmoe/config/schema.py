@@ -70,7 +70,9 @@ class ModelConfig(Section):
     moe_chunks: int = Field(1, ge=1)  # of a layer's tokens: exchanged while another is computed; bounds recompute
     token_dispatcher: str = "auto"  # how tokens reach their experts' ranks, dsmoe/moe/dispatch.py: a registered name
     moe_exchange_dtype: Literal["model", "bf16"] = "model"  # of rows between ranks; bf16 halves an fp32 model's traffic
-    experts_implementation: Literal["auto", "grouped_mm", "native", "blocked", "loop"] = "auto"  # dsmoe/moe/experts.py
+    experts_implementation: Literal["auto", "grouped_mm", "transformer_engine", "native", "blocked", "loop"] = (
+        "auto"  # which of dsmoe/moe/experts.py
+    )
     fused_kernels: Literal["auto", True, False] = "auto"  # Triton's; auto: on GPUs in dsmoe/triton/verdicts.json
 
     # Keys that say how the model is computed or first made, not what it computes: a run may resume with others.

@@ -3,9 +3,9 @@
 Shapes: e experts on this rank, R rows ordered by expert, H hidden, F expert width, r latent width.
 
 Implementations (`model.experts_implementation`): "grouped_mm", one `torch.nn.functional.grouped_mm` for gate and up and
-one for down; "loop", one expert after another, the plain reference; on a CPU also "native" and "blocked"
-(`dsmoe.moe.cpu`), which compute SwiGLU without biases only. "auto" is grouped_mm on an accelerator, and on a CPU
-whichever is fastest there of those that compute the MLP.
+one for down; "loop", one expert after another, the plain reference; on a GPU also "transformer_engine", its grouped
+GEMM; on a CPU also "native" and "blocked" (`dsmoe.moe.cpu`), which compute SwiGLU without biases only. "auto" is
+grouped_mm on an accelerator, and on a CPU whichever is fastest there of those that compute the MLP.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from dsmoe.errors import ConfigError
 from dsmoe.moe import cpu
 from dsmoe.moe.expert_mlp import ExpertMLP, weighted_outputs
 from dsmoe.moe.gradient_accumulator import ChunkedGradAccumulator
-from dsmoe.moe.linear import grouped_linear, loop_linear
+from dsmoe.moe.linear import grouped_linear, loop_linear, transformer_engine_linear
 from dsmoe.native import unavailable
 from dsmoe.optim.deepspeed import ExpertModule, is_partitioned, mark_expert_parameter
 from dsmoe.optim.groups import Role, with_role
+from dsmoe.runtime.accelerations import find_acceleration
 from dsmoe.runtime.device import gpu_capability, on_gpu
 
 ON_CPU = ("auto", "native", "blocked")
 SWIGLU_ONLY = ("native", "blocked")
+LINEAR = {"loop": loop_linear, "transformer_engine": transformer_engine_linear}  # others: grouped_linear
 FAST_GROUPED_MM = (9, 0)  # compute capability from which torch's grouped_mm is one kernel in bf16, not a call an expert
 
 
@@ -43,6 +45,11 @@ def _implementation(asked: str, mlp: ExpertMLP) -> str:
         )
     elif asked == "native" and (reason := unavailable()):
         wrong.append(f"model.experts_implementation: found native, but {reason}; expected auto, grouped_mm or loop")
+    elif asked == "transformer_engine" and not (found := find_acceleration("Transformer Engine")).active:
+        wrong.append(
+            f"model.experts_implementation: found transformer_engine, but Transformer Engine is "
+            f"{found.reason.split(';')[0]}; expected auto, grouped_mm or loop"
+        )
     widths = {"model.hidden_size": mlp.hidden, "model.moe_ffn_hidden_size": mlp.ffn, "router.rank": mlp.rank}
     if chosen == "grouped_mm":
         wrong += [
@@ -66,15 +73,16 @@ class GroupedExperts(ExpertModule):
         num_local_experts: e; expert-parallel rank r holds the experts r * e ... (r + 1) * e - 1.
         config: Megatron's TransformerConfig, for E, H and F.
         pg_collection: its `ep` is the expert-parallel group.
-        implementation: "grouped_mm", "loop"; on a CPU also "native", which needs a compiler and widths in steps of 32
-            bytes, and "blocked"; or "auto".
-        fused: whether an accelerator computes SwiGLU, and products whose weights' gradients several parts of a pass
-            add to, by Triton's kernels; before sm_90, for which torch's grouped_mm has no kernel, all products. Other
-            activations are torch's.
+        implementation: "grouped_mm", "loop"; on a GPU also "transformer_engine"; on a CPU also "native", which needs
+            a compiler and widths in steps of 32 bytes, and "blocked"; or "auto".
+        fused: whether an accelerator computes SwiGLU by Triton's kernels, and of grouped_mm's products those whose
+            weights' gradients several parts of a pass add to; before sm_90, for which torch's grouped_mm has no
+            kernel, all. Other activations are torch's.
         activation, bias: of `ExpertMLP`.
 
     Raises:
-        ConfigError: an MLP or widths that the implementation cannot compute, or native where it cannot be built.
+        ConfigError: an MLP or widths that the implementation cannot compute, native where it cannot be built, or
+            transformer_engine where that is not installed or there is no GPU.
     """
 
     rank = 0  # of latents, in a subclass that has them
@@ -89,8 +97,9 @@ class GroupedExperts(ExpertModule):
         self.mlp = ExpertMLP(config.hidden_size, config.moe_ffn_hidden_size, activation, bias, self.rank)
         self.implementation = _implementation(implementation, self.mlp)
         self.fused = fused
-        self.linear = loop_linear if self.implementation == "loop" else grouped_linear
-        if fused and self.implementation != "loop" and gpu_capability() < FAST_GROUPED_MM:
+        self.linear = LINEAR.get(self.implementation, grouped_linear)
+        self.fused_products = fused and self.implementation not in LINEAR
+        if self.fused_products and gpu_capability() < FAST_GROUPED_MM:
             from dsmoe.triton.grouped import grouped_linear as tiled_linear
 
             self.linear = tiled_linear
@@ -130,8 +139,8 @@ class GroupedExperts(ExpertModule):
         return weighted_outputs(self.mlp, linear, projections, down, probs_R, ends_e, biases, self._fused_activation())
 
     def _shared(self, sums: ChunkedGradAccumulator | None, *weights: Tensor):
-        """The product of a part of a pass, and its weights; gradients of all parts add up in place if `fused`."""
-        if not self.fused or sums is None:
+        """The product of a part of a pass, and its weights; their gradients add up in place if products are fused."""
+        if not self.fused_products or sums is None:
             return self.linear, weights
         from dsmoe.triton.grouped import grouped_linear as accumulating
 

@@ -1,4 +1,5 @@
-"""Each expert's rows times its own matrix: in one grouped GEMM, or one expert after another.
+"""Each expert's rows times its own matrix: in one grouped GEMM, of torch or of Transformer Engine, or one expert after
+another.
 
 Shapes: e experts, R rows ordered by expert, K and N sizes of a row before and after.
 """
@@ -85,3 +86,53 @@ def loop_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
     counts = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
     blocks = rows_RK.split(counts)
     return torch.cat([F.linear(block, weight) for block, weight in zip(blocks, weight_eNK.unbind(0), strict=True)])
+
+
+def transformer_engine_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
+    """The same as `grouped_linear`, by the product behind Transformer Engine's `GroupedLinear` (2.20), which is what
+    Megatron-Core's grouped experts are made of. The module itself owns a parameter for each expert; its product takes
+    views of one. Synchronises with the host, which it wants the sizes from.
+
+    Only half precision: Transformer Engine multiplies fp32 as TF32, asked or not, so that goes through `loop_linear`.
+    """
+    if rows_RK.dtype not in (torch.bfloat16, torch.float16):
+        return loop_linear(rows_RK, weight_eNK, ends_e)
+    return _TransformerEngineLinear.apply(rows_RK, weight_eNK, ends_e)
+
+
+class _TransformerEngineLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RK, weight_eNK)
+        ctx.counts = torch.diff(ends_e, prepend=ends_e.new_zeros(1)).tolist()
+        return _of_rows(weight_eNK, rows_RK, ctx.counts, weight_eNK.size(1), layout="TN")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RN: Tensor):
+        rows_RK, weight_eNK = ctx.saved_tensors
+        grad_RN, grad_RK, grad_eNK = grad_RN.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            grad_RK = _of_rows(weight_eNK, grad_RN, ctx.counts, weight_eNK.size(2), layout="NN", grad=True)
+        if ctx.needs_input_grad[1]:
+            grad_eNK = torch.empty_like(weight_eNK)
+            rows, grads = rows_RK.contiguous().split(ctx.counts), grad_RN.split(ctx.counts)
+            _transformer_engine_gemm(rows, grads, grad_eNK.unbind(0), layout="NT", grad=True)
+        return grad_RK, grad_eNK, None
+
+
+def _of_rows(weight_eNK: Tensor, rows: Tensor, counts: list[int], width: int, **options) -> Tensor:
+    out = rows.new_empty(len(rows), width)
+    if len(rows):
+        blocks = rows.contiguous().split(counts)
+        _transformer_engine_gemm(weight_eNK.unbind(0), blocks, [out], m_splits=counts, single_output=True, **options)
+    return out
+
+
+def _transformer_engine_gemm(left, right, out, **options) -> None:
+    """Operands as BLAS has them, matrices in columns: layout TN is right @ left.T, NN right @ left, NT right.T @ left.
+    Outputs of an expert without rows become 0."""
+    from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+
+    unquantized = [None] * len(left)
+    general_grouped_gemm(list(left), list(right), list(out), unquantized, out[0].dtype, **options)

@@ -104,7 +104,7 @@ def _transformer_engine() -> Finding:
     if not on_gpu():
         return Finding(False, "installed, but needs a CUDA device; RMSNorm is torch's", version)
     importlib.import_module("transformer_engine.pytorch").RMSNorm
-    return Finding(True, "fused RMSNorm", version)
+    return Finding(True, "fused RMSNorm; experts with model.experts_implementation=transformer_engine", version)
 
 
 def _apex() -> Finding:

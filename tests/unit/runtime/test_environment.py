@@ -185,7 +185,7 @@ def test_the_chosen_norm_is_a_norm():
     torch.testing.assert_close(norm(hidden), hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt())
 
 
-# The constructors of NVIDIA Apex's master and of Transformer Engine 2: names, order and defaults of what they take.
+# The constructors of NVIDIA Apex's master and of Transformer Engine 2.20.2: names, order and defaults.
 SIGNATURES = {
     "apex/normalization/__init__.py": """
 import torch
