@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where a script is started that is not a test
 import warm
 
 from dsmoe.runtime.phase import Phase

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where a script is started that is not a test
 import warm
 
 NAMES = ("nodeA", "nodeB")

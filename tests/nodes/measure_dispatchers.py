@@ -6,7 +6,7 @@ seconds of it inside exchanges, and the bytes that all ranks sent. Needs what te
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -44,6 +44,9 @@ def measure(hosts: Hosts, data: Path, router: str, dispatcher: str) -> list[str]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("routers", nargs="*", metavar="ROUTER", default=[*ROUTERS], help=", ".join(ROUTERS))
+    routers = parser.parse_args().routers
     if reason := unavailable():
         raise SystemExit(reason)
     columns = [
@@ -60,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder)) as hosts:
         data = write_data(Path(folder) / "data")
         with hosts.slow(RATE):
-            for router in sys.argv[1:] or ROUTERS:
+            for router in routers:
                 for dispatcher in ("all_to_all", "two_level"):
                     print(f"| {' | '.join(measure(hosts, data, router, dispatcher))} |", flush=True)
 

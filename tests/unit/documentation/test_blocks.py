@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import io
+import os
 import re
 import runpy
 import shlex
@@ -214,6 +215,15 @@ def test_scripts_import_what_there_is(script):
             module = import_module(node.module)
             for name in (alias.name for alias in node.names):
                 assert hasattr(module, name) or import_module(f"{node.module}.{name}"), name
+
+
+@pytest.mark.parametrize("script", ["soak.py", "measure_dispatchers.py"])
+def test_scripts_that_no_test_runs_can_start(script):
+    """As their users start them: pytest's own path has more in it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "tests" / "nodes" / script), "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert (shown.returncode, shown.stderr) == (0, "") and "two hosts" in shown.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
