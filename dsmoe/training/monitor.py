@@ -14,6 +14,7 @@ routes are those of the evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -87,8 +88,10 @@ class RoutingMonitor:
     def __init__(self, monitor, rank: int, logging: LoggingConfig, tokenizer: Tokenizer | None, warn: Warn):
         self.monitor = monitor if rank == 0 and monitor is not None and monitor.enabled else None
         self.logging, self.tokenizer, self._warn = logging, tokenizer, warn
-        if self.monitor is not None and logging.layers and (writer := self._tensorboard()) is not None:
-            writer.add_custom_scalars(CHARTS)
+        if (writer := self._tensorboard()) is not None:
+            self.monitor.tb_monitor.write_events = partial(write_to_tensorboard, writer)
+            if logging.layers:
+                writer.add_custom_scalars(CHARTS)
         if (of_wandb := self._wandb()) is not None:
             import wandb
 
@@ -143,6 +146,17 @@ class RoutingMonitor:
         except Exception as error:  # a full disk, a deleted folder: a log never ends a run
             self.monitor.enabled = False
             self._warn(f"the monitor fails and is left out from now on: {error}")
+
+
+def write_to_tensorboard(writer, events: Sequence[tuple[str, float, int]]) -> None:
+    """(name, value, step) of curves. All that have a step in one record: DeepSpeed writes one for each, and TensorBoard
+    checks each byte of a record in Python, which is most of what watching a small model costs."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for step, group in groupby(events, key=lambda event: event[2]):
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value, _ in group]
+        writer.file_writer.add_summary(Summary(value=values), step)
+    writer.flush()
 
 
 def write_to_wandb(events: Sequence[tuple[str, float, int]]) -> None:
