@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     report.add_argument("--target", type=Path, metavar="DIR", help="where it goes (default: report/ in the first DIR)")
     rebuild = commands.add_parser("rebuild", help="write a report again from the CSV files that it left")
     rebuild.add_argument("target", type=Path, metavar="DIR", help="where a report was written")
+    rebuild.add_argument("--html", type=Path, metavar="FILE", help="also the page with all pictures, in one file")
     for command in (report, rebuild):
         command.add_argument(
             "--limits", type=Path, metavar="PAGE.md", help="a page that shows the limits, between marks"
@@ -74,7 +75,7 @@ def write_report(arguments: argparse.Namespace) -> int:
     from dsmoe.lab.study import report
 
     if arguments.command == "rebuild":
-        written = report.rebuild(arguments.target, arguments.limits)
+        written = report.rebuild(arguments.target, arguments.limits, arguments.html)
     else:
         target = arguments.target or arguments.folders[0] / "report"
         written = report.write_report(arguments.folders, target, arguments.limits)

@@ -10,16 +10,22 @@ from dsmoe.lab.study.measures import StudyResults
 from dsmoe.lab.study.tables import Table, counts
 
 
-def section(name: str, results: StudyResults, tables: list[Table], figures: list[tuple[Picture, str, str]]) -> str:
-    """`figures`: each as SVG for a page, and for a phone."""
+def section(
+    name: str, results: StudyResults, tables: list[Table], figures: list[tuple[Picture, str, str]], with_csv: bool
+) -> str:
+    """`figures`: each as SVG for a page, and for a phone. `with_csv`: the numbers of each are beside the page."""
     study = results.study
+
+    def csv_of(picture: Picture) -> str:
+        return f' <a href="{name}/{picture.name}.csv">CSV</a>' if with_csv else ""
+
     facts = [counts(results), results.machine, f"commits {', '.join(results.commits)}",
              f"{study.ranks} process{'es' if study.ranks > 1 else ''} a run"]  # fmt: skip
     chips = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts if fact)
     body = "".join(
         f'<figure class="card" id="{name}-{picture.name}-card"><h3>{html.escape(picture.title)}</h3>'
         f'<div class="wide">{svg}</div><div class="narrow">{narrow}</div>'
-        f'<figcaption>{html.escape(picture.caption)} <a href="{name}/{picture.name}.csv">CSV</a></figcaption></figure>'
+        f"<figcaption>{html.escape(picture.caption)}{csv_of(picture)}</figcaption></figure>"
         for picture, svg, narrow in figures
     )
     body += "".join(f'<div class="card"><h3>{html.escape(table.title)}</h3>{_table(table)}</div>' for table in tables)

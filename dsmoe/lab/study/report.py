@@ -48,21 +48,27 @@ def write_report(folders: list[Path], target: Path, limits: Path | None = None) 
         if (target / name / CELLS).exists():
             results = merged(read_saved(target / name), results)
         every[name] = results
-    return _write(every, target, limits, None)
+    return _write(every, target, limits, None, target / PAGE)
 
 
-def rebuild(target: Path, limits: Path | None = None) -> list[Path]:
-    """Write the report of all studies in `target` again, from their CSV files alone; return what was written."""
+def rebuild(target: Path, limits: Path | None = None, html: Path | None = None) -> list[Path]:
+    """Write the report of all studies in `target` again, from their CSV files alone; return what was written.
+
+    Args:
+        limits: as for `write_report`.
+        html: where to write the page with all pictures; None: only Markdown and the pictures in `REBUILT`.
+    """
     folders = sorted(path.parent for path in target.glob(f"*/{CELLS}"))
     if not folders:
         raise ConfigError([f"{target}: found no */{CELLS}, expected a folder that a report wrote"], "report")
-    return _write({folder.name: read_saved(folder) for folder in folders}, target, limits, REBUILT)
+    return _write({folder.name: read_saved(folder) for folder in folders}, target, limits, REBUILT, html)
 
 
 def _write(
-    every: dict[str, StudyResults], target: Path, limits: Path | None, pictures: tuple[str, ...] | None
-) -> list[Path]:
-    """`pictures`: those that are drawn, and no page of HTML is written; None: all of them, and one is."""
+    every: dict[str, StudyResults], target: Path, limits: Path | None, pictures: tuple[str, ...] | None,
+    html: Path | None,
+) -> list[Path]:  # fmt: skip
+    """`pictures`: those of which Markdown has a file; None: all, each beside its CSV. The page at `html` has all."""
     written = []
     if limits is not None:
         tables = {name: Table("", *table).markdown() for name, table in limit_tables(list(every.values())).items()}
@@ -71,29 +77,31 @@ def _write(
     for name, results in every.items():
         folder = target / name
         written += save_results(results, folder)
-        shown, figures, narrow = tables_of(results), [], {}
-        if pictures is None:  # of HTML alone: images in Markdown cannot depend on the width
+        shown, in_markdown, figures, narrow = tables_of(results), [], [], {}
+        if html is not None:  # alone: images in Markdown cannot depend on the width
             for picture in draw_pictures(results, narrow=True):
                 narrow[picture.name] = svg_of(picture.figure, f"{name}-{picture.name}-narrow")
         for picture in draw_pictures(results):
-            if pictures is not None and picture.name not in pictures:
+            in_file = pictures is None or picture.name in pictures
+            if not in_file and html is None:
                 continue
-            svg, svg_file = svg_of(picture.figure, f"{name}-{picture.name}"), folder / f"{picture.name}.svg"
-            write_atomically(svg_file, svg.encode())
-            written.append(svg_file)
-            if pictures is None:
-                csv_file = folder / f"{picture.name}.csv"
-                write_csv(csv_file, picture.headings, picture.rows)
-                written.append(csv_file)
+            svg = svg_of(picture.figure, f"{name}-{picture.name}")
             figures.append((picture, svg, narrow.get(picture.name, "")))
-        markdown.append(_markdown(name, results, shown, [picture for picture, *_ in figures]))
-        sections.append(html_page.section(name, results, shown, figures))
-    texts = {MARKDOWN: "\n".join(markdown)}
-    if pictures is None:
-        texts[PAGE] = html_page.page(list(every), list(every.values()), sections)
+            if in_file:
+                in_markdown.append(picture)
+                written.append(folder / f"{picture.name}.svg")
+                write_atomically(written[-1], svg.encode())
+            if pictures is None:
+                written.append(folder / f"{picture.name}.csv")
+                write_csv(written[-1], picture.headings, picture.rows)
+        markdown.append(_markdown(name, results, shown, in_markdown))
+        sections.append(html_page.section(name, results, shown, figures, with_csv=pictures is None))
+    texts = {target / MARKDOWN: "\n".join(markdown)}
+    if html is not None:
+        texts[html] = html_page.page(list(every), list(every.values()), sections)
     for file, text in texts.items():
-        write_atomically(target / file, text.encode())
-        written.append(target / file)
+        write_atomically(file, text.encode())
+        written.append(file)
     return written
 
 

@@ -200,6 +200,14 @@ def test_a_report_is_rebuilt_from_its_csv_alone(finished, tmp_path):
     assert {"loss.svg", "published.svg", "cells.csv"} <= written and "index.html" not in written
     assert (tmp_path / "report" / "more" / "cells.csv").read_text() == first
     again = (tmp_path / "report" / "report.md").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert rebuild(tmp_path / "report", html=tmp_path / "page.html")[-1] == tmp_path / "page.html"
+    rebuilt = (tmp_path / "page.html").read_text()
+    drawn, before = (set(re.findall(r'<figure class="card" id="more-([\w-]+)-card"', text)) for text in (rebuilt, page))
+    only_in_runs = {"density", "kinds", "layers", "layers_over_training", "stages", "starving"}
+    assert before - only_in_runs <= drawn <= before
+    assert len(drawn) >= 6 and ".csv" not in rebuilt
+    assert (tmp_path / "report" / "report.md").read_text() == again
     table = text[text.index("### All cells") : text.index("### Held-out loss against topk")]
     assert table in again and "16 of 16 runs finished" in again
 
