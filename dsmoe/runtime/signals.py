@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 REPEAT = 3.0  # seconds in which a terminal and a launcher may both deliver the same Ctrl-C
-LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed.run")
+# In the command line of a rank's parent; the last one: of the supervisor's agent, and of torch's modules for launching.
+LAUNCHERS = ("deepspeed.launcher.launch", "torchrun", "torch.distributed")
 
 
 class StopRequest:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -90,6 +91,41 @@ def test_it_gives_up_without_progress(attempts, capfd):
 
 def test_ranks_without_their_agent_are_waited_for(attempts):
     assert attempts(["orphan", "after"], [0])[0] == 0
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from dsmoe.runtime.signals import StopRequest
+
+with StopRequest() as stop:
+    Path(sys.argv[1], "started").touch()
+    until = time.monotonic() + 150
+    while not stop.asked and time.monotonic() < until:
+        time.sleep(0.05)
+    if stop.asked:
+        Path(sys.argv[1], "stopped").touch()
+"""
+
+
+def test_a_rank_notices_that_its_agent_was_killed(tmp_path):
+    """The real agent, which ranks have to know for a launcher."""
+    (tmp_path / "rank.py").write_text(RANK)
+    options = ["--nnodes", "1", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, "-c", supervisor.AGENT, *options, str(tmp_path / "rank.py"), str(tmp_path)]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}) as agent:
+        try:
+            wait_for(tmp_path / "started")
+        finally:
+            agent.kill()
+    wait_for(tmp_path / "stopped")
+
+
+def wait_for(path, seconds: float = 120.0) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < until, f"no {path.name}"
+        time.sleep(0.05)
 
 
 def test_other_children_are_neither_waited_for_nor_killed(attempts):
