@@ -1,6 +1,7 @@
 """Experts on a CPU, by whichever way is fastest there.
 
 native      C++ around torch's micro-kernels (`dsmoe.moe.native`); SwiGLU without biases only
+native_few  the same, with products of its own for experts with few rows
 blocked     torch's products, a block of rows through all projections (`dsmoe.moe.blocked`); the same
 grouped_mm  torch's grouped GEMM, all rows through one projection after another
 loop        one expert after another: the reference
@@ -41,7 +42,7 @@ def weighted_outputs(
         implementation: a way, or "auto". Native goes blocked where it does not support the tensors.
         counts_e: rows of each expert.
         biases: of `mlp.biases`.
-        sums: of the weights' gradients, shared with other parts of the pass; native and blocked add to them.
+        sums: of the weights' gradients, shared with other parts of the pass; native's and blocked add to them.
     """
     counts = counts_e.tolist()  # on a CPU nothing waits
     ways = available(mlp, projections, down_eHF, biases)
@@ -50,7 +51,7 @@ def weighted_outputs(
         name = _fastest(ways, mlp, projections, down_eHF, counts)
     elif name not in ways:
         name = "blocked"
-    if sums is None or name not in ("native", "blocked"):
+    if sums is None or name not in ("native", "native_few", "blocked"):
         return ways[name](projections, down_eHF, probs_R, counts)
     rows, weights = zip(*projections, strict=True)
     *shared, down_eHF = sums.shared(*weights, down_eHF)
@@ -74,6 +75,7 @@ def available(
     if fits and not unavailable():
         computes_bf16 = down_eHF.dtype == torch.bfloat16 and multiplies_bf16()
         ways["native"] = partial(native.swiglu_experts, computes_bf16=computes_bf16)
+        ways["native_few"] = partial(ways["native"], few=native.FEW)
     return ways
 
 

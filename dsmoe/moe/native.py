@@ -21,6 +21,7 @@ from dsmoe.native import require, run, supports
 DTYPES = (torch.float32, torch.bfloat16)
 MIN_ROWS = 512  # of a part of an expert that several threads work on
 SLICE = 512  # of F at a time (swiglu.cpp)
+FEW = 12  # rows of an expert, up to which products of its own can be faster than micro-kernels
 ITEM = np.dtype(
     [
         *((name, "i8") for name in ("expert", "low", "high", "adds", "fp32")),
@@ -37,7 +38,7 @@ class _Source(ctypes.Structure):
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
-            "stored_bf16", "computed_bf16", "fp32_grad_rows", "hidden", "ffn", "sources",
+            "stored_bf16", "computed_bf16", "fp32_grad_rows", "few", "hidden", "ffn", "sources",
         )),
         ("source", _Source * 2), *((name, ctypes.c_void_p) for name in ("down", "probs", "h", "out", "grad_probs")),
     ]  # fmt: skip
@@ -45,7 +46,7 @@ class _Layer(ctypes.Structure):
 
 def swiglu_experts(
     projections: Sequence[tuple[Tensor, Tensor]], down_eHF: Tensor, probs_R: Tensor, counts: list[int],
-    sums: dict[int, Tensor] | None = None, computes_bf16: bool = False,
+    sums: dict[int, Tensor] | None = None, computes_bf16: bool = False, few: int = 0,
 ) -> Tensor:  # fmt: skip
     """Weighted expert outputs [R, H].
 
@@ -57,6 +58,7 @@ def swiglu_experts(
         counts: rows of each expert.
         sums: of the weights' gradients, shared with other parts of the pass (`dsmoe.moe.gradient_accumulator`).
         computes_bf16: multiply bf16 numbers as such, not widened to fp32; the CPU must have instructions for it.
+        few: experts with at most so many rows have products of their own in the forward pass, in fp32.
 
     Raises:
         ValueError: tensors that do not fit together or that the kernel does not support.
@@ -64,7 +66,7 @@ def swiglu_experts(
     """
     _check(projections, down_eHF, probs_R, counts)
     flat = [tensor.contiguous() for pair in projections for tensor in pair]
-    return _SwiGLU.apply(counts, sums, computes_bf16, probs_R.float().contiguous(), down_eHF.contiguous(), *flat)
+    return _SwiGLU.apply(counts, sums, (computes_bf16, few), probs_R.float().contiguous(), down_eHF.contiguous(), *flat)
 
 
 def _check(projections, down_eHF: Tensor, probs_R: Tensor, counts: list[int]) -> None:
@@ -94,13 +96,15 @@ def _check(projections, down_eHF: Tensor, probs_R: Tensor, counts: list[int]) ->
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, counts: list[int], sums, computes_bf16: bool, probs_R: Tensor, down_eHF: Tensor, *flat: Tensor):
+    def forward(
+        ctx, counts: list[int], sums, products: tuple[bool, int], probs_R: Tensor, down_eHF: Tensor, *flat: Tensor
+    ):
         _, hidden, ffn = down_eHF.shape
         ctx.items = items(counts, torch.get_num_threads())
-        ctx.counts, ctx.sums, ctx.computes_bf16 = counts, sums, computes_bf16
+        ctx.counts, ctx.sums, ctx.products = counts, sums, products
         out_RH = flat[0].new_empty(len(probs_R), hidden)
         h_RF = flat[0].new_empty(len(probs_R), 2 * ffn)
-        layer = _layer(flat, down_eHF, probs_R, h_RF, out_RH, computes_bf16)
+        layer = _layer(flat, down_eHF, probs_R, h_RF, out_RH, *products)
         run("dsmoe_swiglu_forward", layer, len(ctx.items), ctx.items.ctypes.data)
         ctx.save_for_backward(h_RF, probs_R, down_eHF, *flat)
         return out_RH
@@ -110,7 +114,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_RH: Tensor):
         h_RF, probs_R, down_eHF, *flat = ctx.saved_tensors
         grad_RH = grad_RH.contiguous()
-        layer = _layer(flat, down_eHF, probs_R, h_RF, grad_RH, ctx.computes_bf16)
+        layer = _layer(flat, down_eHF, probs_R, h_RF, grad_RH, *ctx.products)
         grad_probs_R = torch.empty_like(probs_R)
         layer.grad_probs = grad_probs_R.data_ptr()
         # Several slices of F add to the gradient of a row: in fp32, also where rows are bf16.
@@ -182,11 +186,12 @@ class _WeightGradient:
 
 
 def _layer(
-    flat: Sequence[Tensor], down_eHF: Tensor, probs_R: Tensor, h_RF: Tensor, out_RH: Tensor, computes_bf16: bool
-) -> _Layer:
+    flat: Sequence[Tensor], down_eHF: Tensor, probs_R: Tensor, h_RF: Tensor, out_RH: Tensor, computes_bf16: bool,
+    few: int,
+) -> _Layer:  # fmt: skip
     bf16 = down_eHF.dtype == torch.bfloat16
     layer = _Layer(
-        stored_bf16=bf16, computed_bf16=bf16 and computes_bf16, hidden=down_eHF.size(1), ffn=down_eHF.size(2),
+        stored_bf16=bf16, computed_bf16=bf16 and computes_bf16, few=few, hidden=down_eHF.size(1), ffn=down_eHF.size(2),
         sources=len(flat) // 2, down=down_eHF.data_ptr(), probs=probs_R.data_ptr(), h=h_RF.data_ptr(),
         out=out_RH.data_ptr(),
     )  # fmt: skip

@@ -72,6 +72,17 @@ INLINE void store(Half* to, Vector x) {
 #endif
 }
 
+// 32 bytes of numbers past the cache.
+#if defined(__AVX__)
+INLINE void stream(float* to, const float* from) { _mm256_stream_ps(to, (__m256)load(from)); }
+INLINE void stream(Half* to, const float* from) {
+  alignas(16) Half low[LANES], high[LANES];
+  store(low, load(from));
+  store(high, load(from + LANES));
+  _mm256_stream_si256((__m256i*)to, _mm256_set_m128i(*(__m128i*)high, *(__m128i*)low));
+}
+#endif
+
 // e^x with a relative error near 1e-7; 0 below -87, and e^87 above 87. Cody and Waite's reduction, then a Taylor
 // polynomial on [-ln 2 / 2, ln 2 / 2].
 INLINE float exponential(float x) {

@@ -11,6 +11,10 @@
 //
 // Shapes: R rows ordered by expert, H hidden, F expert width, K width of a source's rows (H, or r for a latent), n rows
 // of a chunk, f = SLICE or less of F: the parts of F are independent but for the sums over them, which bounds memory.
+//
+// An expert with few rows has products of its own, forward: what counts there is how fast weights come.
+
+#include <utility>
 
 #include "kernels.h"
 
@@ -30,6 +34,7 @@ struct Source {  // of a part of h: the gate, the values it multiplies ("up"), o
 struct Layer {
   int64_t stored_bf16, computed_bf16;
   int64_t fp32_grad_rows;  // whether grad_rows are fp32, whatever is stored
+  int64_t few;             // rows of an expert, up to which it has products of its own, forward
   int64_t hidden, ffn, sources;
   Source source[2];
   const void* down;    // [e][H][F]
@@ -73,6 +78,79 @@ struct Expert {
  private:
   int64_t index_;
 };
+
+// ---- forward, few rows ----------------------------------------------------------------------------------------------
+//
+// As fast as memory brings the weights: each is read once, in order, as no micro-kernel reads it, and meets all rows
+// while it is in the cache. Sums and what is between products are fp32.
+
+constexpr int64_t QUAD = 4;      // rows are padded to a multiple of it
+constexpr int64_t AHEAD = 4096;  // bytes between what is read of a weight and what is fetched
+
+struct FewSpace {
+  float *x[2], *h, *inner, *out;
+};
+
+// R rows times 2 lines of a weight: to[r][l] = sum over k of rows[r][k] w[l][k].
+template <int R, class Stored>
+INLINE void dots(const float* rows, const Stored* w, int64_t K, float* to, int64_t to_stride) {
+  Vector sums[R / QUAD][2 * QUAD] = {};
+  for (int64_t k = 0; k < K; k += LANES) {
+    const Vector first = load(w + k), second = load(w + K + k);
+    __builtin_prefetch(w + k + AHEAD / sizeof(Stored));
+    __builtin_prefetch(w + K + k + AHEAD / sizeof(Stored));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const Vector x = load(rows + r * (K + PAD) + k);
+      sums[r / QUAD][r % QUAD] += first * x;
+      sums[r / QUAD][QUAD + r % QUAD] += second * x;
+    }
+  }
+#pragma GCC unroll 2
+  for (int q = 0; q < R / QUAD; q++) {
+    Vector* s = sums[q];
+    transpose(s);
+    const Vector total = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+    for (int r = 0; r < QUAD; r++, to += to_stride) to[0] = total[r], to[1] = total[QUAD + r];
+  }
+}
+
+// to [n][L] = rows [n][K] times the transposed weight w [L][K]; n is a multiple of QUAD, L of 2.
+template <class Stored>
+void times_lines(const float* rows, int64_t n, const Stored* w, int64_t L, int64_t K, float* to, int64_t to_stride) {
+  for (int64_t l = 0; l < L; l += 2, w += 2 * K, to += 2) {
+    int64_t r = 0;
+#if defined(__AVX512VL__)  // registers for twice as many; only bf16, which is widened once then, gains by them
+    if constexpr (std::is_same_v<Stored, Half>)
+      for (; r + 2 * QUAD <= n; r += 2 * QUAD) dots<2 * QUAD>(rows + r * (K + PAD), w, K, to + r * to_stride, to_stride);
+#endif
+    for (; r < n; r += QUAD) dots<QUAD>(rows + r * (K + PAD), w, K, to + r * to_stride, to_stride);
+  }
+}
+
+template <class Stored>
+void forward_few(const Layer& layer, const Item& item, const FewSpace& space) {
+  const Expert<Stored> expert(layer, item.expert);
+  const int64_t H = expert.H, F = expert.F, n = item.high - item.low, padded = round_up(n, QUAD);
+  for (int s = 0; s < layer.sources; s++) {
+    const int64_t K = layer.source[s].width;
+    for (int64_t r = 0; r < padded; r++)
+      for (int64_t k = 0; k < K; k++) space.x[s][r * (K + PAD) + k] = r < n ? widen(expert.rows(s, item.low + r)[k]) : 0;
+  }
+  for (int part : {0, 1})
+    times_lines(space.x[part * (layer.sources - 1)], padded, expert.weight(part), F, expert.width(part),
+                space.h + part * F, 2 * F);
+  Stored *h = (Stored*)layer.h + item.low * 2 * F, *out = (Stored*)layer.out + item.low * H;
+  for (int64_t i = 0; i < n * 2 * F; i++) narrow(space.h[i], h[i]);
+  for (int64_t r = 0; r < padded; r++) {
+    const float *gate = space.h + r * 2 * F, *up = gate + F, p = r < n ? layer.probs[item.low + r] : 0;
+    float* inner = space.inner + r * (F + PAD);
+#pragma omp simd
+    for (int64_t f = 0; f < F; f++) inner[f] = gate[f] * sigmoid(gate[f]) * up[f] * p;
+  }
+  times_lines(space.inner, padded, expert.down, H, F, space.out, H);
+  for (int64_t i = 0; i < n * H; i++) narrow(space.out[i], out[i]);
+}
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -163,9 +241,18 @@ void forward_items(const Layer& layer, const Item* items, int64_t count, int64_t
     for (auto& h : space.h) h = memory.take<float>(BLOCK * GROUP);
     space.out = memory.take<float>(most * any.H);
     space.probs = memory.take<float>(most + COLUMNS);
-    return space;
+    FewSpace few;
+    const int64_t n = round_up(layer.few, QUAD);
+    for (int s : {0, 1}) few.x[s] = memory.take<float>(s < layer.sources ? n * (layer.source[s].width + PAD) : 0);
+    few.h = memory.take<float>(n * 2 * any.F);
+    few.inner = memory.take<float>(n * (any.F + PAD));
+    few.out = memory.take<float>(n * any.H);
+    return std::pair(space, few);
   };
-  each_item(count, next, layout, [&](int64_t i, auto& space) { forward<Stored, Computed>(layer, items[i], space); });
+  each_item(count, next, layout, [&](int64_t i, auto& space) {
+    if (items[i].high - items[i].low <= layer.few) forward_few<Stored>(layer, items[i], space.second);
+    else forward<Stored, Computed>(layer, items[i], space.first);
+  });
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -210,9 +297,7 @@ void write_gradient(const float* from, int64_t rows, int64_t columns, Stored* to
 #if defined(__AVX__)
     if (aligned) {
       for (int64_t k = 0; k < columns; k += STEP) {
-        alignas(32) Stored line[STEP];
-        for (int64_t i = 0; i < STEP; i += LANES) store(line + i, load(from + k + i));
-        _mm256_stream_si256((__m256i*)(to + k), *(const __m256i*)line);
+        stream(to + k, from + k);
       }
       continue;
     }

@@ -88,6 +88,20 @@ def test_the_kernel_is_the_loop_in_bf16(counts, shape, computes_bf16, threads):
         torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=1e-2 * largest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", BF16_SHAPES)
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [1] * 30, [12, 13, 4, 8, 2, 7, 9, 11, 300]])
+def test_products_of_few_rows_are_the_loop(counts, shape, dtype, threads):
+    """They are of the forward pass alone; bf16 is widened whatever the CPU has."""
+    inputs = tensors(counts, *shape, dtype)
+    exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
+    found = results(partial(native.swiglu_experts, few=native.FEW), inputs, counts)
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 1e-2)
+    for ours, expected in zip(found, exact, strict=True):
+        scale = max(1.0, float(expected.abs().max())) if dtype == torch.bfloat16 else 1.0
+        torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=atol * scale)
+
+
 @pytest.mark.parametrize(
     ("dtype", "computes_bf16"), [(torch.float32, False), *((torch.bfloat16, computes) for computes in COMPUTES_BF16)]
 )
@@ -102,7 +116,8 @@ def test_the_kernel_errs_no_more_than_torch(dtype, computes_bf16):
         assert errors[0] <= (1.5 if dtype == torch.float32 else 1.05) * errors[1]
 
 
-def test_activations_of_any_size_and_what_is_not_finite():
+@pytest.mark.parametrize("few", [0, 13])
+def test_activations_of_any_size_and_what_is_not_finite(few):
     """silu and its slope from underflow to overflow; a row that is not a number spoils itself and nothing else."""
     gates = torch.tensor([0.0, 1e-30, 1.0, -1.0, 20.0, -20.0, 86.0, -86.0, 1e3, -1e3, 1e30, -1e30])
     rows = torch.zeros(len(gates) + 1, 8)
@@ -117,7 +132,7 @@ def test_activations_of_any_size_and_what_is_not_finite():
         torch.ones(len(rows)),
     ]
     inputs[-1].requires_grad_()
-    out, grad_rows, *_ = results(native.swiglu_experts, inputs, [len(rows)])
+    out, grad_rows, *_ = results(partial(native.swiglu_experts, few=few), inputs, [len(rows)])
     expected, expected_rows, *_ = results(loop, inputs, [len(rows)])
     torch.testing.assert_close(out, expected, equal_nan=True)
     torch.testing.assert_close(grad_rows, expected_rows, equal_nan=True, rtol=1e-5, atol=1e-6)
