@@ -21,9 +21,9 @@ def browser() -> Iterator:
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[test]'")
     with playwright.sync_playwright() as running:
         # Chromium refuses to run as root in its sandbox, and containers often have no /dev/shm.
-        found = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield found
-        found.close()
+        actual = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield actual
+        actual.close()
 
 
 @dataclass
@@ -43,9 +43,9 @@ def visit(browser, path: Path, size: str, scheme: str) -> Visit:
     )  # fmt: skip
     page = context.new_page()
     page.set_default_timeout(20_000)
-    found = Visit(page)
-    page.on("console", lambda message: found.complaints.append(message.text))
-    page.on("pageerror", lambda error: found.complaints.append(str(error)))
-    page.on("request", lambda request: found.requests.append(request.url))
+    actual = Visit(page)
+    page.on("console", lambda message: actual.complaints.append(message.text))
+    page.on("pageerror", lambda error: actual.complaints.append(str(error)))
+    page.on("request", lambda request: actual.requests.append(request.url))
     page.goto(path.as_uri())
-    return found
+    return actual

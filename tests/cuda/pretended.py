@@ -158,12 +158,12 @@ def watching() -> Iterator[Watch]:
     """Record what happens inside."""
     global _watch
     _take_counts()
-    _watch = found = Watch()
+    _watch = actual = Watch()
     try:
-        yield found
+        yield actual
     finally:
         _watch = None
-        found.kernels = _take_counts()
+        actual.kernels = _take_counts()
 
 
 def _take_counts() -> Counter[str]:

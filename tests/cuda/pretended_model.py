@@ -71,10 +71,10 @@ def tokens_of(rank: int, rows: int = 2, length: int = 32) -> tuple[torch.Tensor,
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], share: float = 0.0) -> float:
+def worst(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], share: float = 0.0) -> float:
     """The largest difference of a gradient, relative to its norm or, if more, to a `share` of the norm of all."""
     floor = max(1e-9, share * sum(gradient.norm() ** 2 for gradient in expected.values()) ** 0.5)
-    return max(((found[name] - g).norm() / g.norm().clamp(min=floor)).item() for name, g in expected.items())
+    return max(((actual[name] - g).norm() / g.norm().clamp(min=floor)).item() for name, g in expected.items())
 
 
 def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:

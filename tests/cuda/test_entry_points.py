@@ -167,13 +167,13 @@ def place(tmp_path_factory) -> Path:
 
 @once
 def entered(launcher: str, place: Path) -> dict[str, list[dict]]:
-    found = {}
+    actual = {}
     with launched(launcher, place / launcher) as given:
         for command in COMMANDS:
             port = str(free_port())
             jobs = [(enter, (each, port, command, place, len(given))) for each in given]
-            found[command] = call_each(jobs, deadline=400, name=f"{launcher}: {command} of rank")
-    return found
+            actual[command] = call_each(jobs, deadline=400, name=f"{launcher}: {command} of rank")
+    return actual
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -182,7 +182,7 @@ def test_a_device_is_set_before_it_is_asked_for(launcher, command, place):
     """At 0031a16 training asked for cuda:0 on every rank before DeepSpeed set another, and the others set none."""
     if launcher == "mpirun" and beside_python("mpirun") is None:
         pytest.skip("no mpirun in this environment; pip install -c constraints.txt -e '.[mpi]' brings one")
-    for rank, found in enumerate(entered(launcher, place)[command]):
-        assert found["local rank"] == rank == found["device"]
-        assert found["asked too early"] == []
-        assert found["worked on"] == [rank]
+    for rank, actual in enumerate(entered(launcher, place)[command]):
+        assert actual["local rank"] == rank == actual["device"]
+        assert actual["asked too early"] == []
+        assert actual["worked on"] == [rank]

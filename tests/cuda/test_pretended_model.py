@@ -60,9 +60,9 @@ def in_bf16(router: str, ep: int, model: dict) -> dict:
         tokens, labels = pm.tokens_of(100 * seed + rank, rows=1, length=12)
         with pm.maps(here) as expected:
             expected_loss, _ = pm.one_pass(here, tokens, labels, update=False)
-        with pm.maps(there) as found:
+        with pm.maps(there) as actual:
             loss, _ = pm.one_pass(there, *pm.to_device(tokens, labels), update=False)
-        flips = sum(int((a != b).sum()) for a, b in zip(found, expected, strict=True))
+        flips = sum(int((a != b).sum()) for a, b in zip(actual, expected, strict=True))
         flipped.append(flips / sum(map.numel() for map in expected))
         if pm.over_all_ranks(flips) == 0:
             break
@@ -80,15 +80,15 @@ def with_idle_experts() -> dict:
     pretended.start()
     groups, rank = pm.join(1)
     tokens, labels = pm.tokens_of(rank, rows=1, length=6)
-    found = {}
+    actual = {}
     for major in (9, 10):
         with pretended.capability(major, 0):
             model = pm.to_gpu(pm.build("topk", groups, torch.bfloat16, num_experts=16))
             _, totals = pm.one_pass(model, *pm.to_device(tokens, labels))
-            found[major] = pm.gradients(model)
+            actual[major] = pm.gradients(model)
     return {
         "idle": int((totals.counts_LE == 0).sum()),
-        "same": all(torch.equal(found[9][name], gradient) for name, gradient in found[10].items()),
+        "same": all(torch.equal(actual[9][name], gradient) for name, gradient in actual[10].items()),
     }
 
 
@@ -133,12 +133,12 @@ def bf16(ep: int) -> list[dict]:
 def test_fp32_is_the_cpus_and_waits_once_a_layer(ep, router, more):
     """At 0031a16 a layer waited once for each of its parts."""
     for rank, results in enumerate(fp32(ep)):
-        found = results[router, more]
-        assert found["loss"] < 1e-5 and found["worst gradient"] < 1e-5
-        assert found["same gradients"] and found["same counts"]
-        waits = Counter(line.split(" at ")[0] for line in found["waits"])
-        assert waits == {"wait event": LAYERS}, found["waits"]
-        assert found["devices"] == {f"cuda:{rank}"}
+        actual = results[router, more]
+        assert actual["loss"] < 1e-5 and actual["worst gradient"] < 1e-5
+        assert actual["same gradients"] and actual["same counts"]
+        waits = Counter(line.split(" at ")[0] for line in actual["waits"])
+        assert waits == {"wait event": LAYERS}, actual["waits"]
+        assert actual["devices"] == {f"cuda:{rank}"}
 
 
 @pytest.mark.parametrize("more", pm.VARIANTS)
@@ -173,29 +173,29 @@ KERNELS = {
 @pytest.mark.parametrize("router", pm.ROUTERS)
 def test_a_pass_launches_no_more_kernels_than_it_did(router, more):
     """A slow change is seen without a clock. A ceiling that a change lowers is to be lowered with it."""
-    (found,) = fp32(1)
-    assert sum(found[router, more]["kernels"].values()) <= KERNELS[router][list(pm.VARIANTS).index(more)]
+    (actual,) = fp32(1)
+    assert sum(actual[router, more]["kernels"].values()) <= KERNELS[router][list(pm.VARIANTS).index(more)]
 
 
 def test_experts_without_tokens_get_no_gradient_where_the_kernel_leaves_garbage():
     """At 0031a16 it became the gradient: pytorch/pytorch#172439."""
     pretended.library()
-    (found,) = run_ranks(1, with_idle_experts)
-    assert found["idle"] > 8 and found["same"]
+    (actual,) = run_ranks(1, with_idle_experts)
+    assert actual["idle"] > 8 and actual["same"]
 
 
 def test_more_experts_on_a_rank_than_one_call_takes():
     """At 0031a16: "Can't process more than 1024 groups"."""
     pretended.library()
-    (found,) = run_ranks(1, many_experts)
-    assert found["difference"] < 4e-3
+    (actual,) = run_ranks(1, many_experts)
+    assert actual["difference"] < 4e-3
 
 
 @pytest.mark.parametrize("more", pm.VARIANTS)
 @pytest.mark.parametrize("router", pm.ROUTERS)
 @pytest.mark.parametrize("ep", [1, 2])
 def test_bf16_differs_by_rounding_or_by_near_ties(ep, router, more):
-    for found in (results[router, more] for results in bf16(ep)):
-        assert found["loss"] < 4e-3 and found["worst gradient"] < 0.04
-        assert found["flipped"][-1] == 0, "a near tie in every batch"
-        assert max(found["flipped"]) < 0.05
+    for actual in (results[router, more] for results in bf16(ep)):
+        assert actual["loss"] < 4e-3 and actual["worst gradient"] < 0.04
+        assert actual["flipped"][-1] == 0, "a near tie in every batch"
+        assert max(actual["flipped"]) < 0.05

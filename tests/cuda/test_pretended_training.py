@@ -127,23 +127,23 @@ def test_every_rank_uses_its_own_device_and_none_asks_for_one_before_it_is_set(t
 @pytest.mark.parametrize("name", RUNS)
 def test_training_in_fp32_is_the_cpus(name, trained):
     for results in trained:
-        found = results[name]
-        assert found["gpu"] == pytest.approx(found["cpu"], abs=2e-5)
-        assert found["gpu held-out"] == pytest.approx(found["cpu held-out"], abs=2e-5)
+        actual = results[name]
+        assert actual["gpu"] == pytest.approx(actual["cpu"], abs=2e-5)
+        assert actual["gpu held-out"] == pytest.approx(actual["cpu held-out"], abs=2e-5)
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bf16_is_what_a_gpu_gets_unless_fp32_is_asked_for(name, trained):
     for results in trained:
-        found = results[name]
-        assert found["bf16"] == pytest.approx(found["gpu"], abs=1e-2) and found["bf16"] != found["gpu"]
+        actual = results[name]
+        assert actual["bf16"] == pytest.approx(actual["gpu"], abs=1e-2) and actual["bf16"] != actual["gpu"]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_the_one_that_never_stopped_and_overlapped_its_reductions(name, trained):
     for results in trained:
-        found = results[name]
-        assert found["finished"] and found["resumed"] == found["bf16"]
+        actual = results[name]
+        assert actual["finished"] and actual["resumed"] == actual["bf16"]
 
 
 def test_evaluation_and_generation_on_a_gpu_are_the_cpus(trained):
@@ -232,7 +232,7 @@ def step_at_odd_widths(ep: int) -> dict:
 
     pretended.start()
     start_processes()
-    found = {}
+    actual = {}
     for stage in (1, 2, 3):
         for router in pm.ROUTERS if stage == 3 else ("routing_free",):
             training = {"precision": "bf16", "global_batch_size": 2}
@@ -246,8 +246,8 @@ def step_at_odd_widths(ep: int) -> dict:
                 loss, _ = engine(tokens, labels)
                 engine.backward(loss)
                 engine.step()
-            found[stage, router] = (loss.item(), watch.kernels["_grouped_mm"], float(engine.get_global_grad_norm()))
-    return found
+            actual[stage, router] = (loss.item(), watch.kernels["_grouped_mm"], float(engine.get_global_grad_norm()))
+    return actual
 
 
 @once

@@ -114,7 +114,7 @@ def whole_tensors(results: list[dict]) -> dict[str, torch.Tensor]:
         for key, value in owned.items():
             name, start = key.rsplit("|", 1)
             parts.setdefault(name, {})[int(start)] = value
-    return {name: torch.cat([found[start] for start in sorted(found)]) for name, found in parts.items()}
+    return {name: torch.cat([actual[start] for start in sorted(actual)]) for name, actual in parts.items()}
 
 
 def fresh_engine(config: RunConfig):
@@ -140,13 +140,13 @@ def joined(results: list[list[tuple]]) -> list[tuple[list[dict], dict[str, torch
     return [(case[0][0], whole_tensors([owned for _, owned in case])) for case in zip(*results, strict=True)]
 
 
-def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], kinds=("weight", "exp_avg")):
+def largest_difference(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], kinds=("weight", "exp_avg")):
     """Over all tensors of these kinds, which must be the same ones. Of moments in units of the largest one: they are as
     small as gradients."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     worst = 0.0
     for kind in kinds:
         names = [name for name in expected if name.startswith(f"{kind}|")]
         scale = 1.0 if kind == "weight" else max(expected[name].abs().max().item() for name in names)
-        worst = max(worst, *((found[name] - expected[name]).abs().max().item() / scale for name in names))
+        worst = max(worst, *((actual[name] - expected[name]).abs().max().item() / scale for name in names))
     return worst

@@ -39,26 +39,26 @@ def config_of(run_dir: Path, expert_parallel: int, stage: int, precision: str = 
 
 def save_on_the_way(cases: dict) -> dict:
     """For each case two steps, a save, two more: what the run became that was never stopped."""
-    found = {}
+    actual = {}
     for name, config in cases.items():
         torch.manual_seed(100 + dist.get_rank())  # a random state of each rank's own
         engine = fresh_engine(config)
         history = run_steps(engine, config, 0, 2)
         torch.rand(3)
         save_checkpoint(engine, config, 2, 2 * config.training.global_batch_size)
-        found[name] = history + run_steps(engine, config, 2, 4), owned_tensors(engine), torch.rand(3)
-    return found
+        actual[name] = history + run_steps(engine, config, 2, 4), owned_tensors(engine), torch.rand(3)
+    return actual
 
 
 def load_and_go_on(cases: dict) -> dict:
     """For each (config, folder) a fresh model, the checkpoint, two steps."""
-    found = {}
+    actual = {}
     for name, (config, folder) in cases.items():
         engine = fresh_engine(config)
         manifest = load_checkpoint(engine, config, Path(folder))
         assert (manifest.step, manifest.samples) == (2, 2 * config.training.global_batch_size)
-        found[name] = run_steps(engine, config, 2, 4), owned_tensors(engine), torch.rand(3)
-    return found
+        actual[name] = run_steps(engine, config, 2, 4), owned_tensors(engine), torch.rand(3)
+    return actual
 
 
 def checkpoint_of(config) -> str:
@@ -94,11 +94,11 @@ def _run(folder: Path, *case) -> Path:
 def test_going_on_is_never_having_stopped_bit_for_bit(folder, precision, stage):
     for uninterrupted, again in zip(never_stopped(folder), resumed(folder), strict=True):
         expected_history, expected, expected_random = uninterrupted[precision, stage]
-        history, found, random = again[precision, stage]
+        history, actual, random = again[precision, stage]
         assert as_numbers(history) == as_numbers(expected_history[2:])  # losses, norms, counts, lambda
-        assert found.keys() == expected.keys()
-        assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
-        assert {name.split("|")[0] for name in found} == {"weight", "exp_avg", "exp_avg_sq"}
+        assert actual.keys() == expected.keys()
+        assert [name for name, value in expected.items() if not torch.equal(value, actual[name])] == []
+        assert {name.split("|")[0] for name in actual} == {"weight", "exp_avg", "exp_avg_sq"}
         assert torch.equal(random, expected_random)
 
 
@@ -264,12 +264,12 @@ def save_until_killed(config) -> None:
 
 
 def resume_after_the_kill(config) -> str:
-    found = find_checkpoint("auto", Path(config.logging.run_dir))
+    actual = find_checkpoint("auto", Path(config.logging.run_dir))
     engine = fresh_engine(config)
-    load_checkpoint(engine, config, found)
+    load_checkpoint(engine, config, actual)
     run_steps(engine, config, 2, 4)
     save_checkpoint(engine, config, 4, 32)
-    return found.name
+    return actual.name
 
 
 def test_a_save_that_was_killed_is_passed_over_and_cleared_away(tmp_path):

@@ -104,8 +104,8 @@ def dispatched(name: str, nodes: str) -> list[list[tuple]]:
 def test_a_dispatcher_is_the_loop(name, nodes):
     for rank, results in enumerate(dispatched(name, nodes)):
         for case, (here, expected, *_) in zip(CASES, results, strict=True):
-            for found, value in zip(here, expected, strict=True):
-                torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
+            for actual, value in zip(here, expected, strict=True):
+                torch.testing.assert_close(actual, value, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
             unused_T = ~random_case(rank, *case)[3].any(1)
             assert not here[0][unused_T].any(), f"{case}: a token without experts must get exactly 0"
 

@@ -46,18 +46,18 @@ def config_of(run_dir: Path, layout: Layout, router: str = "relu"):
 
 def save_each(configs: dict) -> dict:
     """For each layout two steps, a save, two more: what became of the run that was never stopped."""
-    found = {}
+    actual = {}
     for layout, config in configs.items():
         engine = fresh_engine(config)
         run_steps(engine, config, 0, 2)
         save_checkpoint(engine, config, 2, 2 * config.training.global_batch_size)
-        found[layout] = run_steps(engine, config, 2, 4)
-    return found
+        actual[layout] = run_steps(engine, config, 2, 4)
+    return actual
 
 
 def load_each(configs: dict, folders: dict) -> dict:
     """For each layout one engine, which resumes from every folder: what it loaded wrong, and two steps."""
-    found = {}
+    actual = {}
     for layout, config in configs.items():
         engine = fresh_engine(config)
         for source, folder in folders.items():
@@ -65,8 +65,8 @@ def load_each(configs: dict, folders: dict) -> dict:
             # After the first run of this engine, what it still held of the one before would show here.
             wrong = differing(CheckpointReader(folder), owned_tensors(engine)) + adam_steps(engine, manifest.step)
             last = 4 if LONGER[source] == layout or len(folders) == 1 else 3
-            found[source, layout] = (manifest.step, manifest.samples), wrong, run_steps(engine, config, 2, last)
-    return found
+            actual[source, layout] = (manifest.step, manifest.samples), wrong, run_steps(engine, config, 2, last)
+    return actual
 
 
 def differing(reader: CheckpointReader, owned: dict[str, torch.Tensor]) -> list[str]:
@@ -103,11 +103,11 @@ def checkpoint_of(folder: Path, layout: Layout, router: str = "relu") -> Path:
 @once
 def saved(folder: Path) -> dict:
     """Layout -> the two steps after its save."""
-    found = {}
+    actual = {}
     for ranks in (1, 2, 4):
         configs = {layout: config_of(run_of(folder, layout), layout) for layout in LAYOUTS if layout[0] == ranks}
-        found |= run_ranks(ranks, save_each, configs)[0]
-    return found
+        actual |= run_ranks(ranks, save_each, configs)[0]
+    return actual
 
 
 @once
@@ -121,11 +121,11 @@ def loaded(folder: Path, ranks: int) -> list[dict]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_verifier_passes_what_every_layout_saves(folder, layout):
     saved(folder)
-    found = verify_checkpoint(checkpoint_of(folder, layout))
-    assert found.problems == []
-    assert found.states == ("exp_avg", "exp_avg_sq")
-    assert set(found.experts.values()) == {4}
-    assert found.state == {"lambda": ()}
+    actual = verify_checkpoint(checkpoint_of(folder, layout))
+    assert actual.problems == []
+    assert actual.states == ("exp_avg", "exp_avg_sq")
+    assert set(actual.experts.values()) == {4}
+    assert actual.state == {"lambda": ()}
 
 
 @pytest.mark.parametrize("target", LAYOUTS, ids=str)

@@ -100,7 +100,7 @@ def save_and_be_killed(config, moment: str) -> None:
 
 def resume_each(configs: dict) -> dict:
     """For each run folder the step of what `auto` takes, what the verifier says of it, and the steps left by a save."""
-    found = {}
+    actual = {}
     for case, config in configs.items():
         run_dir = Path(config.logging.run_dir)
         newest = find_checkpoint("auto", run_dir)
@@ -109,8 +109,8 @@ def resume_each(configs: dict) -> dict:
         step = load_checkpoint(engine, config, newest).step
         run_steps(engine, config, step, step + 1)
         save_checkpoint(engine, config, step + 1, 8 * (step + 1))
-        found[case] = step, problems, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    return found
+        actual[case] = step, problems, sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    return actual
 
 
 def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
@@ -124,9 +124,9 @@ def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path):
         configs[moment] = config_of(tmp_path / moment.replace(" ", "_"), background=background)
         with pytest.raises(AssertionError, match="rank 0 died with exit code -9"):
             run_ranks(1, save_and_be_killed, configs[moment], moment)
-    (found,) = run_ranks(1, resume_each, configs)
+    (actual,) = run_ranks(1, resume_each, configs)
     for moment, (_, newest) in MOMENTS.items():
-        step, problems, left = found[moment]
+        step, problems, left = actual[moment]
         assert (step, problems) == (newest, []), moment
         kept = [f"step_{newest:08d}", f"step_{newest + 1:08d}"]
         assert left == ["latest", *kept], moment  # nothing half-written, and no leftovers
@@ -137,20 +137,20 @@ def fill_up_and_save(config, kinds_of_room: list[int]) -> list:
     engine = fresh_engine(config)
     run_steps(engine, config, 0, 1)
     save_checkpoint(engine, config, 1, 8)
-    run_dir, found = Path(config.logging.run_dir), []
+    run_dir, actual = Path(config.logging.run_dir), []
     for room in kinds_of_room:
         filler = run_dir / "filler"
         if dist.get_rank() == 0:
             free = shutil.disk_usage(run_dir).free
             filler.write_bytes(bytes(max(0, free - room)))
         dist.barrier()
-        found.append((_refused(engine, config), _left(run_dir)))
+        actual.append((_refused(engine, config), _left(run_dir)))
         if dist.get_rank() == 0:
             filler.unlink()
         dist.barrier()
     save_checkpoint(engine, config, 3, 24)
-    found.append(("", _left(run_dir)))
-    return found
+    actual.append(("", _left(run_dir)))
+    return actual
 
 
 def _refused(engine, config) -> str:
@@ -219,8 +219,8 @@ def test_a_shard_that_may_not_grow_leaves_the_last_good_checkpoint(tmp_path, bac
     for told, left in run_ranks(2, save_with_a_limit, config):
         assert "rank 0" in told and "rank 1" in told and "File too large" in told
         assert left == ["latest", "step_00000001"]
-    found = [verify_checkpoint(folder).problems for folder in complete_checkpoints(tmp_path)]
-    assert found == [[], []]
+    actual = [verify_checkpoint(folder).problems for folder in complete_checkpoints(tmp_path)]
+    assert actual == [[], []]
 
 
 def save_beside_training(config) -> dict:
@@ -257,9 +257,9 @@ def save_beside_training(config) -> dict:
 def test_a_save_beside_training_holds_the_step_it_was_begun_at(tmp_path, stage):
     config = config_of(tmp_path, 2, background=True)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": stage})})
-    for found in run_ranks(2, save_beside_training, config):
-        assert found["under way"] == (True, [], None)
-        assert found["first"] == (["step_00000001"], 1)
-        assert found["second"] == (["step_00000001", "step_00000002"], 2)
-        assert found["same"]
-        assert not found["done"]
+    for actual in run_ranks(2, save_beside_training, config):
+        assert actual["under way"] == (True, [], None)
+        assert actual["first"] == (["step_00000001"], 1)
+        assert actual["second"] == (["step_00000001", "step_00000002"], 2)
+        assert actual["same"]
+        assert not actual["done"]

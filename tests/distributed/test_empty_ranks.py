@@ -50,27 +50,27 @@ def _check_tokens_without_experts(layer, inputs, output) -> None:
 
 @once
 def results(world: int, expert_parallel: int, stage: int) -> dict[str, tuple]:
-    found = run_ranks(world, train_all_routes, expert_parallel, stage, deadline=60)
-    return dict(zip(ROUTES, joined(found), strict=True))
+    actual = run_ranks(world, train_all_routes, expert_parallel, stage, deadline=60)
+    return dict(zip(ROUTES, joined(actual), strict=True))
 
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("world", "expert_parallel", "stage"), LAYOUTS)
 def test_ranks_without_work_change_nothing(world, expert_parallel, stage, route):
     expected_history, expected = results(1, 1, 1)[route]
-    history, found = results(world, expert_parallel, stage)[route]
+    history, actual = results(world, expert_parallel, stage)[route]
     for before, after in zip(expected_history, history, strict=True):
         assert torch.equal(after["counts"], before["counts"])
         # fp32 sums over 8 x 16 tokens in another order
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
         assert after["grad_norm"] == pytest.approx(before["grad_norm"], rel=1e-4)
-    assert largest_difference(found, expected) <= 1e-5
+    assert largest_difference(actual, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_expert_without_tokens_gets_no_gradient(stage):
-    _, found = results(2, 2, stage)["last_experts_receive_nothing"]
-    experts = {name: tensor for name, tensor in found.items() if name.startswith("exp_avg|") and ".experts." in name}
+    _, actual = results(2, 2, stage)["last_experts_receive_nothing"]
+    experts = {name: tensor for name, tensor in actual.items() if name.startswith("exp_avg|") and ".experts." in name}
     unused = [name for name in experts if ".experts.2." in name or ".experts.3." in name]
     assert len(unused) == len(experts) / 2
     for name, tensor in experts.items():
@@ -79,9 +79,9 @@ def test_an_expert_without_tokens_gets_no_gradient(stage):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_where_no_token_is_routed_the_rest_of_the_model_still_learns(stage):
-    history, found = results(2, 2, stage)["none"]
+    history, actual = results(2, 2, stage)["none"]
     assert all(step["density"] == 0 for step in history)
-    for name, tensor in found.items():
+    for name, tensor in actual.items():
         if name.startswith("exp_avg|"):
             routed = ".experts." in name or ".router." in name or "mlp_layernorm" in name
             assert tensor.any() != routed, name

@@ -34,8 +34,8 @@ def test_layout_and_zero_stage_change_nothing():
     """EP 1 and 2, ZeRO 1 and 3; one of the two ranks has experts without any row."""
     expected = joined(run_ranks(1, train_all, configs(1, 1)))
     for expert_parallel, stage in ((2, 1), (2, 3), (1, 3)):
-        found = joined(run_ranks(2, train_all, configs(expert_parallel, stage)))
-        for (history, tensors), (wanted_history, wanted) in zip(found, expected, strict=True):
+        actual = joined(run_ranks(2, train_all, configs(expert_parallel, stage)))
+        for (history, tensors), (wanted_history, wanted) in zip(actual, expected, strict=True):
             for before, after in zip(wanted_history, history, strict=True):
                 for quantity in ("loss", "grad_norm"):
                     assert after[quantity] == pytest.approx(before[quantity], abs=1e-5), quantity

@@ -34,12 +34,12 @@ def both_ways(expert_parallel: int):
 @pytest.mark.parametrize("case", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 @pytest.mark.parametrize("expert_parallel", [1, 2])
 def test_a_run_that_spares_copies_is_deepspeeds(expert_parallel, case):
-    (history, found), (expected_history, expected) = (way[case] for way in both_ways(expert_parallel))
+    (history, actual), (expected_history, expected) = (way[case] for way in both_ways(expert_parallel))
     for step, wanted in zip(history, expected_history, strict=True):
         assert step["loss"] == pytest.approx(wanted["loss"], abs=1e-6)
         assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-6)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 

@@ -50,7 +50,7 @@ def train_and_count(configs) -> list[tuple[list[dict], int]]:
     """For each configuration its history, and the bytes of matrices given to all-to-all."""
     from dsmoe.moe import exchange
 
-    found, start = [], exchange.start_all_to_all
+    actual, start = [], exchange.start_all_to_all
     for config in configs:
         matrices = []
 
@@ -60,9 +60,9 @@ def train_and_count(configs) -> list[tuple[list[dict], int]]:
             return start(rows, send, receive, group)
 
         exchange.start_all_to_all = counted
-        found.append((train(config, 2)[0], sum(matrices)))
+        actual.append((train(config, 2)[0], sum(matrices)))
     exchange.start_all_to_all = start
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -70,13 +70,13 @@ def train_and_count(configs) -> list[tuple[list[dict], int]]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_layout_and_zero_stage_change_nothing(router, world, expert_parallel, stage):
     expected_history, expected, _ = one_rank(router)
-    history, found, results = run(router, world, expert_parallel, stage)
+    history, actual, results = run(router, world, expert_parallel, stage)
     for before, after in zip(expected_history, history, strict=True):
         for quantity in ("loss", "router_loss", "grad_norm", "density"):
             assert after[quantity] == pytest.approx(before[quantity], abs=1e-5), quantity
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= 1e-5, name
+        assert (actual[name] - tensor).abs().max() <= 1e-5, name
     for other, _ in results[1:]:
         for here, there in zip(history, other, strict=True):
             assert here["state"] == there["state"]  # bit-identical lambda

@@ -68,10 +68,10 @@ def saved(folder: Path) -> list:
 def test_lion_goes_on_bit_for_bit_on_the_same_ranks(folder):
     configs = [config_of(folder, 2, stage) for stage in STAGES]
     expected = saved(folder)
-    for found, wanted in zip(
+    for actual, wanted in zip(
         run_ranks(2, load_and_go_on, configs, [checkpoint_of(c) for c in configs]), expected, strict=True
     ):
-        for (history, tensors), (expected_history, expected_tensors) in zip(found, wanted, strict=True):
+        for (history, tensors), (expected_history, expected_tensors) in zip(actual, wanted, strict=True):
             assert as_numbers(history) == as_numbers(expected_history)
             assert tensors.keys() == expected_tensors.keys()
             assert {key.split("|")[0] for key in tensors} == {"weight", "exp_avg"}
@@ -91,9 +91,9 @@ def test_lion_goes_on_on_another_number_of_ranks_and_stage(folder):
 def test_a_checkpoint_of_lion_is_whole_and_says_whose_it_is(folder):
     saved(folder)
     for stage in STAGES:
-        found = verify_checkpoint(checkpoint_of(config_of(folder, 2, stage)))
-        assert found.problems == []
-        assert (found.optimizer, found.states) == ("lion", ("exp_avg",))
+        actual = verify_checkpoint(checkpoint_of(config_of(folder, 2, stage)))
+        assert actual.problems == []
+        assert (actual.optimizer, actual.states) == ("lion", ("exp_avg",))
 
 
 def load_with_adamw(config, folder) -> str:
@@ -152,9 +152,9 @@ def go_on_from_the_old_run(config) -> list[float]:
 @pytest.mark.parametrize(("ranks", "parallel", "stage"), [(1, 1, 1), (2, 2, 3)])
 def test_a_checkpoint_of_before_there_was_a_choice_of_optimizer_loads(ranks, parallel, stage):
     """Written by commit 0031a16 on 2 ranks (EP 2, ZeRO 2), with the losses of the steps before and after it."""
-    found = verify_checkpoint(OLD_RUN / "checkpoints" / "step_00000002")
-    assert found.problems == [] and found.optimizer == "adamw"
-    saved_config = CheckpointReader(found.folder).manifest.config
+    actual = verify_checkpoint(OLD_RUN / "checkpoints" / "step_00000002")
+    assert actual.problems == [] and actual.optimizer == "adamw"
+    saved_config = CheckpointReader(actual.folder).manifest.config
     config = tiny_config(
         model={key: value for key, value in saved_config["model"].items() if value is not None},
         router={"name": "relu", "k": 1.0, "lambda_initial": 1e-2},

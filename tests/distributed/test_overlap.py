@@ -106,7 +106,7 @@ def each_case() -> list[tuple]:
 @functools.cache
 def results() -> list[dict[str, tuple]]:
     """By rank and case."""
-    return [dict(zip(CASES, found, strict=True)) for found in run_ranks(2, each_case, deadline=60)]
+    return [dict(zip(CASES, actual, strict=True)) for actual in run_ranks(2, each_case, deadline=60)]
 
 
 def at(work: str, happened: list[tuple[str, int]]) -> list[int]:

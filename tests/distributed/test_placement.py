@@ -49,8 +49,8 @@ def make_groups(nodes: str, expert_parallel: int, placement: str) -> dict:
             total = torch.tensor([dist.get_rank()])
             dist.all_reduce(total, group=group)
             assert total.item() == sum(members(group))
-    found = {name: members(getattr(first, name)) for name in ("ep", "edp", "dp", "solo", "node", "lane")}
-    return found | {"made": len(made)}
+    actual = {name: members(getattr(first, name)) for name in ("ep", "edp", "dp", "solo", "node", "lane")}
+    return actual | {"made": len(made)}
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def make_groups(nodes: str, expert_parallel: int, placement: str) -> dict:
     ],
 )
 def test_groups_are_made_once_and_shared(nodes, expert_parallel, placement, expected):
-    for rank, found in enumerate(run_ranks(4, make_groups, nodes, expert_parallel, placement, deadline=60)):
-        assert found["solo"] == [rank] and found["dp"] == [0, 1, 2, 3]
-        assert found.pop("made") <= 6, "a rank makes its own groups only, however many ranks there are"
+    for rank, actual in enumerate(run_ranks(4, make_groups, nodes, expert_parallel, placement, deadline=60)):
+        assert actual["solo"] == [rank] and actual["dp"] == [0, 1, 2, 3]
+        assert actual.pop("made") <= 6, "a rank makes its own groups only, however many ranks there are"
         for name, groups in expected.items():
-            assert found[name] == (None if groups is None else next(ranks for ranks in groups if rank in ranks)), name
+            assert actual[name] == (None if groups is None else next(ranks for ranks in groups if rank in ranks)), name
 
 
 def save_and_resume(nodes: str, folder: str, stage: int) -> list[tuple]:
@@ -93,8 +93,8 @@ def save_and_resume(nodes: str, folder: str, stage: int) -> list[tuple]:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_resumes_with_experts_placed_on_other_ranks(tmp_path, stage):
     """Experts are saved by their number, so it does not matter which ranks held one."""
-    (expected, tensors), (found, loaded) = joined(run_ranks(4, save_and_resume, "abba", str(tmp_path), stage))
-    for after, before in zip(found, expected, strict=True):
+    (expected, tensors), (actual, loaded) = joined(run_ranks(4, save_and_resume, "abba", str(tmp_path), stage))
+    for after, before in zip(actual, expected, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
         assert torch.equal(after["counts"], before["counts"])
     assert largest_difference(loaded, tensors) <= 1e-5

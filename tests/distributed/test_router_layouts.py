@@ -64,8 +64,8 @@ def one_rank() -> dict[str, tuple]:
     return dict(zip(names, joined(run_ranks(1, train_each, configs, STEPS, deadline=60)), strict=True))
 
 
-def assert_same(found: tuple, expected: tuple) -> None:
-    for after, before in zip(found[0], expected[0], strict=True):
+def assert_same(actual: tuple, expected: tuple) -> None:
+    for after, before in zip(actual[0], expected[0], strict=True):
         assert torch.equal(*(torch.as_tensor(step["counts"]) for step in (after, before)))
         for quantity in ("loss", "router_loss", "grad_norm"):
             assert after[quantity] == pytest.approx(before[quantity], abs=1e-5), quantity
@@ -73,7 +73,7 @@ def assert_same(found: tuple, expected: tuple) -> None:
         for name, value in before["state"].items():
             found_state, expected_state = torch.as_tensor(after["state"][name]), torch.as_tensor(value)
             torch.testing.assert_close(found_state, expected_state, rtol=1e-5, atol=1e-5)
-    assert largest_difference(found[1], expected[1]) <= 2e-5
+    assert largest_difference(actual[1], expected[1]) <= 2e-5
 
 
 def same_state(one: dict, other: dict) -> bool:

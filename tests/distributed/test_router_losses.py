@@ -56,11 +56,11 @@ def one_step_by_coefficient(stage: int) -> dict:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("router", COEFFICIENT)
 def test_the_router_loss_reaches_the_router_and_is_linear_in_its_coefficient(router, stage):
-    found = one_step_by_coefficient(stage)
-    names = [name for name in found[router, 1][1] if name.startswith("exp_avg|") and "router.weight" in name]
+    actual = one_step_by_coefficient(stage)
+    names = [name for name in actual[router, 1][1] if name.startswith("exp_avg|") and "router.weight" in name]
     assert len(names) == 2
     for name in names:
-        once_, twice, four = (found[router, factor][1][name] for factor in (1, 2, 4))
+        once_, twice, four = (actual[router, factor][1][name] for factor in (1, 2, 4))
         change = twice - once_
         assert change.abs().max() > 0.01 * once_.abs().max(), f"{name} hardly feels its loss"
         # fp32: each difference is exact to the rounding of the gradients it comes from
@@ -105,8 +105,8 @@ def _repeat(configs: list) -> list[tuple]:
 @pytest.mark.parametrize("router", ["relu", "topk"])
 def test_the_same_micro_batch_again_changes_no_gradient(router):
     """A balance loss is no linear function of the tokens; of micro-batches that are alike it is still the mean."""
-    found = one_step_of_repeated_sequences()
-    (expected, expected_tensors), (history, tensors) = found[:2] if router == "relu" else found[2:]
+    actual = one_step_of_repeated_sequences()
+    (expected, expected_tensors), (history, tensors) = actual[:2] if router == "relu" else actual[2:]
     assert history[0]["router_loss"] == pytest.approx(expected[0]["router_loss"], rel=1e-5)
     assert torch.equal(history[0]["counts"], 3 * expected[0]["counts"])
     assert largest_difference(tensors, expected_tensors, ("exp_avg",)) <= 1e-5
@@ -130,9 +130,9 @@ def steps_by_recompute(stage: int, precision: str) -> dict:
 @pytest.mark.parametrize("recompute", ["moe", "full"])
 def test_recompute_changes_no_bit_and_counts_nothing_twice(recompute, router, stage, precision):
     expected_history, expected = steps_by_recompute(stage, precision)[router, "none"]
-    history, found = steps_by_recompute(stage, precision)[router, recompute]
+    history, actual = steps_by_recompute(stage, precision)[router, recompute]
     assert as_numbers(history) == as_numbers(expected_history)
-    assert {name for name, value in expected.items() if not torch.equal(value, found[name])} == set()
+    assert {name for name, value in expected.items() if not torch.equal(value, actual[name])} == set()
 
 
 def controllers_of_all_ranks(stage: int):
@@ -176,14 +176,14 @@ def train_and_evaluate(router: str, stage: int, expert_parallel: int):
     history = run_steps(engine, config, 0, 2)
     controller = engine.module.controller
     before, state = owned_tensors(engine), {} if controller is None else dict(controller.state)
-    found = {size: evaluate(engine, Held(config), size, groups, bytes_per_token=3.0) for size in (1, 2, 3, 7, 8)}
+    actual = {size: evaluate(engine, Held(config), size, groups, bytes_per_token=3.0) for size in (1, 2, 3, 7, 8)}
     changed = [name for name, value in owned_tensors(engine).items() if not torch.equal(before[name], value)]
     changed += [] if controller is None else [n for n, v in controller.state.items() if not torch.equal(state[n], v)]
     changed += ["totals"] if engine.module.recorder.take() is not None else []
     changed += [] if engine.module.training else ["training mode"]
     history += run_steps(engine, config, 2, 4)
     changed += [f"step {n}" for n, (a, b) in enumerate(zip(expected, history, strict=True)) if a["loss"] != b["loss"]]
-    return found, changed
+    return actual, changed
 
 
 @once
@@ -207,10 +207,10 @@ def test_evaluation_changes_nothing(router, world, expert_parallel, stage):
 def test_held_out_loss_depends_on_neither_ranks_nor_batch_size(router, world, expert_parallel, stage):
     expected = evaluations(router, 1, 1, 1)[0][0][7]  # all seven at once
     for by_size, _ in evaluations(router, world, expert_parallel, stage):
-        for size, found in by_size.items():
-            assert found.keys() == expected.keys()
+        for size, actual in by_size.items():
+            assert actual.keys() == expected.keys()
             for name, value in expected.items():
-                assert found[name] == pytest.approx(value, rel=1e-5), f"{name} in batches of {size}"
+                assert actual[name] == pytest.approx(value, rel=1e-5), f"{name} in batches of {size}"
 
 
 def test_whole_tensors_joins_fragments_in_their_order():

@@ -31,10 +31,10 @@ def one_rank(router: str):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_placement_and_latent_change_nothing(router, options, stage):
     expected_history, expected = one_rank(router)
-    history, found = run(router, world=2, stage=stage, **options)
+    history, actual = run(router, world=2, stage=stage, **options)
     for before, after in zip(expected_history, history, strict=True):
         for quantity in ("loss", "router_loss", "grad_norm", "density"):
             assert after[quantity] == pytest.approx(before[quantity], abs=1e-5), quantity
-    assert found.keys() == expected.keys()  # canonical names: a checkpoint does not know the placement
+    assert actual.keys() == expected.keys()  # canonical names: a checkpoint does not know the placement
     for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= 1e-5, name
+        assert (actual[name] - tensor).abs().max() <= 1e-5, name

@@ -57,8 +57,8 @@ def plain_gradient_norms(config) -> list:
 
 @once
 def expected_norms() -> list:
-    (found,) = run_ranks(1, plain_gradient_norms, config_of(1, 1))
-    return found
+    (actual,) = run_ranks(1, plain_gradient_norms, config_of(1, 1))
+    return actual
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS)
@@ -72,7 +72,7 @@ def test_gradient_norms_of_experts_are_those_of_autograd(ranks, parallel):
 
 def scaled(configs) -> list:
     """Weights before, after a plain step, and after a scaled one; and the counts."""
-    found = []
+    actual = []
     for config in configs:
         engine = fresh_engine(config)
         before = owned_tensors(engine)
@@ -81,8 +81,8 @@ def scaled(configs) -> list:
         engine = fresh_engine(config)
         updates = LoadScaledUpdates(engine)
         history = run_steps(engine, config, 0, 1, before_update=updates.follow)
-        found.append((before, plain, owned_tensors(engine), history[0]["counts"]))
-    return found
+        actual.append((before, plain, owned_tensors(engine), history[0]["counts"]))
+    return actual
 
 
 @pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS)
@@ -90,7 +90,7 @@ def test_an_experts_update_follows_its_load(ranks, parallel):
     router = {"name": "fixed", "routes": "last_experts_receive_nothing"}
     every_rank = run_ranks(ranks, scaled, [config_of(parallel, stage, router) for stage in (1, 2, 3)])
     for by_rank in zip(*every_rank, strict=True):
-        before, plain, found = (whole_tensors([rank[i] for rank in by_rank]) for i in range(3))
+        before, plain, actual = (whole_tensors([rank[i] for rank in by_rank]) for i in range(3))
         scale_LE = load_scale(by_rank[0][3])
         assert scale_LE[:, 2:].eq(0).all() and scale_LE[:, :2].gt(0).all()
         assert (scale_LE - 1).abs()[:, 0].min() > 0.5  # or this would show nothing
@@ -99,14 +99,14 @@ def test_an_experts_update_follows_its_load(ranks, parallel):
             expert = int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else None
             share = 1.0 if expert is None else scale_LE[layer, expert]
             expected = before[name] + share * (plain[name] - before[name])
-            assert (found[name] - expected).abs().max() <= 1e-7, name
+            assert (actual[name] - expected).abs().max() <= 1e-7, name
             if expert is not None and expert >= 2:
-                assert torch.equal(found[name], before[name]), name
+                assert torch.equal(actual[name], before[name]), name
 
 
 def revived(configs, folders) -> list:
     """Four steps with revival, and four with a stop after three; what was revived, all tensors, idle counts."""
-    found = []
+    actual = []
     for config, folder in zip(configs, folders, strict=True):
         engine = fresh_engine(config)
         history = run_steps(engine, config, 0, 4)
@@ -118,8 +118,8 @@ def revived(configs, folders) -> list:
         engine = fresh_engine(config)
         load_checkpoint(engine, config, Path(folder) / "checkpoints" / "step_00000003")
         again = run_steps(engine, config, 3, 4)
-        found.append((*whole, again, owned_tensors(engine), engine.module.revival.idle_LE))
-    return found
+        actual.append((*whole, again, owned_tensors(engine), engine.module.revival.idle_LE))
+    return actual
 
 
 def _seen_by_the_model(engine) -> float:

@@ -24,18 +24,18 @@ def layer(tmp_path_factory):
 
 
 def test_layer_on_two_ranks_has_every_row(layer):
-    output, found = layer
+    output, actual = layer
     routers = {"topk", "topk_bias", "relu", "top_p", "dtop_p", "expert_threshold", "quantile", "aoe", "routing_free"}
     products = {"torch.mm fp32"} | (set() if native.unavailable() else {"micro-kernel fp32"})
     names = {"dense SwiGLU", "copy", "experts' products alone", "DeepSpeed AutoEP", "DeepSpeed MoE"} | products
     names |= {f"dsmoe {name}" for name in routers}
     names |= {"route", "plan + dispatch", "experts", "combine"}
     names |= {"dsmoe aoe, latents sent", "dsmoe routing_free, latents sent", "dsmoe topk, 4 parts"}
-    assert [row for row in found["layer"] if "error" in row] == []
-    assert {row["name"] for row in found["layer"]} == names
+    assert [row for row in actual["layer"] if "error" in row] == []
+    assert {row["name"] for row in actual["layer"]} == names
     assert all(name in output for name in names - products - {"copy"}) and any(name in output for name in products)
-    assert f"cores of {found['machine']['cpu']}" in output and "chosen for experts, float32, H=32, F=16" in output
-    assert found["commit"] and found["date"] and found["machine"]["cpu"] and found["versions"]["torch"]
+    assert f"cores of {actual['machine']['cpu']}" in output and "chosen for experts, float32, H=32, F=16" in output
+    assert actual["commit"] and actual["date"] and actual["machine"]["cpu"] and actual["versions"]["torch"]
 
 
 def test_layers_agree_and_their_traffic_is_counted_over_two_ranks(layer):
@@ -63,8 +63,8 @@ def test_steps_of_all_models(tmp_path):
     expected = set() if native.unavailable() else {"attention with rotary embedding", "RMSNorm of tokens"}
     assert expected <= set(parts) and all(part in result.output for part in parts)
     assert all(row["native"] > 0 < row["torch"] for row in tree["parts"])
-    found = tree["step"]
-    rows = {row["name"]: row for rows in found.values() for row in rows}
+    actual = tree["step"]
+    rows = {row["name"]: row for rows in actual.values() for row in rows}
     assert [row for row in rows.values() if "error" in row] == []
     assert set(rows) == {
         "matmuls and attention", "dsmoe EP=2", "dsmoe relu", "transformers grouped_mm, huge pages",

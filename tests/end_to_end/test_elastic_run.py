@@ -40,9 +40,9 @@ def test_a_run_that_is_killed_goes_on(place, config):
     finish(process)
     before = metrics(run_dir)
     (newest,) = checkpoints_of(run_dir)
-    found = verify_checkpoint(newest)
-    assert found.problems == []
-    step = found.manifest.step
+    actual = verify_checkpoint(newest)
+    assert actual.problems == []
+    step = actual.manifest.step
     assert step >= 5  # one save may be under way, and a step or two may follow before it is complete
     again = forked(TRAIN, *options, f"training.stop_at={step + 3}")
     assert again.code == 0, again.output

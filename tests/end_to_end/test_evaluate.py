@@ -21,11 +21,11 @@ def check(target: Path, expected: dict, *arguments: str, processes: int = 1) -> 
     result = forked(EVALUATE, *arguments, "--json", str(target), processes=processes)
     assert result.code == 0, result.output
     assert "val_bpb" in result.output and "WARNING" not in result.output
-    found = json.loads(target.read_text())
-    assert {"val_loss", "val_ppl", "val_bpb", "val_experts_per_token_by_layer"} <= expected.keys() <= found.keys()
+    actual = json.loads(target.read_text())
+    assert {"val_loss", "val_ppl", "val_bpb", "val_experts_per_token_by_layer"} <= expected.keys() <= actual.keys()
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=2e-6), name
-    assert found["sequences"] == 6 and found["sequence_length"] == 32
+        assert actual[name] == pytest.approx(value, rel=2e-6), name
+    assert actual["sequences"] == 6 and actual["sequence_length"] == 32
 
 
 def test_a_run_in_one_process(of_two, expected, tmp_path):

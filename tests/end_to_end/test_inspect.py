@@ -102,10 +102,10 @@ def test_two_runs(two):
     """A comparison beside its models. Three model loads, and perhaps two trainings first."""
     report = two.report()
     first, second = report["models"]
-    found = report["comparison"]
-    assert found["same_tokens"] and (first["step"], second["step"]) == (6, 3)
-    assert found["loss_difference"]["mean"] == pytest.approx(second["loss"] - first["loss"], abs=1e-4)
-    assert found["experts_difference"]["mean"] == pytest.approx(
+    actual = report["comparison"]
+    assert actual["same_tokens"] and (first["step"], second["step"]) == (6, 3)
+    assert actual["loss_difference"]["mean"] == pytest.approx(second["loss"] - first["loss"], abs=1e-4)
+    assert actual["experts_difference"]["mean"] == pytest.approx(
         second["experts_per_token"] - first["experts_per_token"], abs=1e-4
     )
     assert "minus" in two.output
@@ -238,9 +238,9 @@ def test_two_models_side_by_side_in_a_browser(browser, two, size):
 def test_a_text_with_markup_stays_text(browser, alone, tmp_path):
     """Nothing in a text ends the page's script or becomes an element. Reads a model once more."""
     evil = "</script><img src=x onerror=alert(1)> @title@ <!-- expert"
-    found = inspect(tmp_path / "evil", str(alone[0]), "--text", evil, "--windows", "9", "--checkpoints", "0")
-    seen = visit(browser, found.page, "desktop", "light")
+    actual = inspect(tmp_path / "evil", str(alone[0]), "--text", evil, "--windows", "9", "--checkpoints", "0")
+    seen = visit(browser, actual.page, "desktop", "light")
     shown = "".join(seen.page.locator("#text-0 span").all_text_contents())
     assert shown == evil and seen.page.locator("img").count() == 0
-    assert seen.complaints == [] and seen.requests == [found.page.as_uri()]
+    assert seen.complaints == [] and seen.requests == [actual.page.as_uri()]
     seen.page.context.close()

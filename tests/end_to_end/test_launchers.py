@@ -101,9 +101,9 @@ def test_a_steps_time_is_taken_apart_and_each_expert_has_its_line(of_two, alone)
 
 
 def check_three_steps(run_dir, reference_dir) -> None:
-    expected, found = metrics(reference_dir)[:3], metrics(run_dir)
-    assert [line["step"] for line in found] == [1, 2, 3]
-    for line, reference in zip(found, expected, strict=True):
+    expected, actual = metrics(reference_dir)[:3], metrics(run_dir)
+    assert [line["step"] for line in actual] == [1, 2, 3]
+    for line, reference in zip(actual, expected, strict=True):
         assert line["loss"] == pytest.approx(reference["loss"], abs=2e-5)
         assert line["density"] == pytest.approx(reference["density"], abs=2e-3)
-    assert found[-1]["val_bpb"] == pytest.approx(expected[-1]["val_bpb"], abs=2e-5)
+    assert actual[-1]["val_bpb"] == pytest.approx(expected[-1]["val_bpb"], abs=2e-5)

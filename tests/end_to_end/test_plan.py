@@ -22,9 +22,9 @@ def test_a_trillion_parameters_on_several_sizes(place):
     result = forked(TOOL, *TRILLION, *sizes, "router.name=topk", "router.k=8")  # `plan` may be left out
     assert result.code == 0, result.output
     assert "nothing fits" in result.output and "cheapest" in result.output
-    found = json.loads((place / "plans.json").read_text())
-    assert {one["ranks"] for one in found} == {32, 512, 1024} and all(one["parameters"] > 1e12 for one in found)
-    assert any(one["fits"] for one in found)
+    actual = json.loads((place / "plans.json").read_text())
+    assert {one["ranks"] for one in actual} == {32, 512, 1024} and all(one["parameters"] > 1e12 for one in actual)
+    assert any(one["fits"] for one in actual)
 
 
 def test_a_bad_plan_is_refused_with_all_its_mistakes(place):

@@ -90,6 +90,6 @@ def of_one_host(hosts, train, tmp_path_factory) -> list[float]:
             ended = on_one_host(hosts, 2, arguments).finish()
             assert ended.code == 0, ended.output
             record.write_text(json.dumps(losses(run_dir)))
-    found = json.loads(record.read_text())
-    assert len(found) == 12
-    return found
+    actual = json.loads(record.read_text())
+    assert len(actual) == 12
+    return actual

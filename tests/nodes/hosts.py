@@ -149,14 +149,14 @@ class Hosts:
     def processes(self, name: str, text: str) -> list[int]:
         """Process ids, as the machine counts them, of a host's processes with `text` in the command line."""
         space = os.stat(f"/run/netns/{self._space(name)}").st_ino
-        found = []
+        actual = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if os.stat(folder / "ns" / "net").st_ino == space and text in (folder / "cmdline").read_text():
-                    found.append(int(folder.name))
+                    actual.append(int(folder.name))
             except OSError:  # gone
                 continue
-        return sorted(found)
+        return sorted(actual)
 
     def kill(self, name: str, text: str, number: int = signal.SIGKILL, but: str | None = None) -> None:
         """Send a signal to all of a host's processes with `text` in the command line, and not `but`."""

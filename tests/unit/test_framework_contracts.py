@@ -337,11 +337,11 @@ def test_zero_moves_a_large_gradient_nowhere(stage, groups, monkeypatch):
     where = "dsmoe/optim/deepspeed.py"
 
     def copied(parameter, group_idx=None):
-        found = optimizer.get_gradient_for_reduction(parameter).data_ptr()
+        actual = optimizer.get_gradient_for_reduction(parameter).data_ptr()
         copy(parameter, group_idx)
         now = optimizer.get_gradient_for_reduction(parameter).data_ptr()
         if id(parameter) in experts:
-            assert now == found, f"ZeRO collects a gradient elsewhere than where experts wrote it; {where}"
+            assert now == actual, f"ZeRO collects a gradient elsewhere than where experts wrote it; {where}"
 
     def stepped():
         stepped_on.extend(p.grad.data_ptr() for group in optimizer.optimizer.param_groups for p in group["params"])
@@ -392,10 +392,10 @@ def test_parameter_groups_are_split_into_dense_and_expert_ones():
     split = split_params_into_different_moe_groups_for_optimizer(
         [{"name": "all", "params": [dense, expert], "weight_decay": 0.3}]
     )
-    found = {(group["name"], group.get("moe", False), len(group["params"]), group["weight_decay"]) for group in split}
-    assert found == {("all", False, 1, 0.3), ("ep_size_2", True, 1, 0.3)}, (
+    actual = {(group["name"], group.get("moe", False), len(group["params"]), group["weight_decay"]) for group in split}
+    assert actual == {("all", False, 1, 0.3), ("ep_size_2", True, 1, 0.3)}, (
         "DeepSpeed splits parameter groups in another way; dsmoe/optim/groups.py:parameter_groups hands ZeRO groups "
-        f"named after their expert-parallel group and marked moe, and gets {found}"
+        f"named after their expert-parallel group and marked moe, and gets {actual}"
     )
 
 
@@ -467,17 +467,17 @@ def private_names() -> set[str]:
 
 def trespasses(source: str) -> list[str]:
     """Where a module's source reaches for what DeepSpeed keeps to itself."""
-    found = []
+    actual = []
 
     def check(name: str) -> None:
         if name in private_names() or re.match(r"ds_(id|tensor|numel|shape|status|zero)|_hp_|_z3_", name):
-            found.append(name)
+            actual.append(name)
 
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             named = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             inside = [name for name in named if name and name.split(".")[0] == "deepspeed"]
-            found += [f"import {n}" for n in inside if n not in PUBLIC_MODULES and not n.startswith(MEASURED)]
+            actual += [f"import {n}" for n in inside if n not in PUBLIC_MODULES and not n.startswith(MEASURED)]
         elif isinstance(node, ast.Call):
             for name in strings_of(node):
                 check(name)
@@ -485,21 +485,21 @@ def trespasses(source: str) -> list[str]:
             check(node.attr)
             owner = ast.unparse(node.value).removeprefix("self.")
             if owner == "engine" and node.attr not in PUBLIC_OF_THE_ENGINE:
-                found.append(f"engine.{node.attr}")
+                actual.append(f"engine.{node.attr}")
             if owner == "engine.optimizer" and node.attr != "param_groups":
-                found.append(f"engine.optimizer.{node.attr}")
-    return found
+                actual.append(f"engine.optimizer.{node.attr}")
+    return actual
 
 
 def test_one_module_knows_deepspeeds_private_names():
     assert {"_hp_mapping", "grad_position", "grads_in_partition", "_EXPERT_PARALLEL_GROUP"} <= private_names()
-    found = {
+    actual = {
         str(path.relative_to(ROOT)): trespasses(path.read_text())
         for folder in ("dsmoe", "launch", "tools")
         for path in (ROOT / folder).rglob("*.py")
         if path != ONE_MODULE
     }
-    assert {path: names for path, names in found.items() if names} == {}
+    assert {path: names for path, names in actual.items() if names} == {}
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def module_of(name: str) -> str:
 @cache
 def arrows() -> dict[str, set[str]]:
     """Module -> modules of dsmoe that it imports."""
-    found = {module: {module_of(name) for name in imported_names(module)} for module in MODULES}
-    return {module: targets - {"", module} for module, targets in found.items()}
+    actual = {module: {module_of(name) for name in imported_names(module)} for module in MODULES}
+    return {module: targets - {"", module} for module, targets in actual.items()}
 
 
 def room(module: str) -> str:

@@ -75,11 +75,11 @@ def read_everything(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def paths_of(tree, prefix=()) -> list[tuple]:
     """Where each value of a JSON tree is."""
-    found = [prefix] if prefix else []
+    actual = [prefix] if prefix else []
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:
-        found += paths_of(value, (*prefix, key))
-    return found
+        actual += paths_of(value, (*prefix, key))
+    return actual
 
 
 @given(data=st.data())

@@ -110,20 +110,20 @@ def problems(folder: Path) -> list[str]:
 
 
 def test_a_whole_checkpoint_is_whole(written):
-    found = verify_checkpoint(written.write())
-    assert found.problems == []
-    assert found.states == ("exp_avg", "exp_avg_sq")
-    assert found.elements == sum(value.numel() for (kind, _), value in written.values.items() if kind == "weight")
-    assert found.experts == {f"gpt.decoder.layers.{layer}.mlp.experts": 4 for layer in (0, 1)}
-    assert found.state == {"lambda": ()}
+    actual = verify_checkpoint(written.write())
+    assert actual.problems == []
+    assert actual.states == ("exp_avg", "exp_avg_sq")
+    assert actual.elements == sum(value.numel() for (kind, _), value in written.values.items() if kind == "weight")
+    assert actual.experts == {f"gpt.decoder.layers.{layer}.mlp.experts": 4 for layer in (0, 1)}
+    assert actual.state == {"lambda": ()}
 
 
 NORM = "gpt.decoder.final_layernorm.weight"
 
 
 def _drop(written, key):
-    found = [held.pop(key) for held in written.ranks if key in held]
-    assert len(found) == 1
+    actual = [held.pop(key) for held in written.ranks if key in held]
+    assert len(actual) == 1
 
 
 def _double(written):
@@ -185,10 +185,10 @@ WRONG = {  # what a save did wrong, with checksums that are right; what must be 
 def test_a_wrong_save_is_named(written, case):
     damage, named = WRONG[case]
     damage(written)
-    found = problems(written.write())
-    assert found
+    actual = problems(written.write())
+    assert actual
     for words in named:
-        assert any(words in problem for problem in found), (words, found)
+        assert any(words in problem for problem in actual), (words, actual)
 
 
 def _flip(path: Path) -> None:
@@ -228,9 +228,9 @@ def test_damage_on_disk_is_named(written, case):
     damage, named = DAMAGES[case]
     folder = written.write()
     damage(folder)
-    found = problems(folder)
+    actual = problems(folder)
     for words in named:
-        assert any(words in problem for problem in found), (words, found)
+        assert any(words in problem for problem in actual), (words, actual)
 
 
 def test_every_problem_is_named_at_once(written):
@@ -238,9 +238,9 @@ def test_every_problem_is_named_at_once(written):
     _spoil(written, "exp_avg", math.inf)
     folder = written.write()
     _flip(folder / "state.safetensors")
-    found = "\n".join(problems(folder))
+    actual = "\n".join(problems(folder))
     for words in ("state.safetensors does not have the content", f"weight of {NORM} [0, 8)", f"exp_avg of {NORM}"):
-        assert words in found
+        assert words in actual
 
 
 def test_copies_may_be_equal_until_they_get_a_gradient(written):
@@ -248,8 +248,8 @@ def test_copies_may_be_equal_until_they_get_a_gradient(written):
     copy_expert(written, 0, 2)
     clear_moments(written, 0, 2)
     written.copied_experts = True
-    found = verify_checkpoint(written.write())
-    assert (found.problems, found.untrained_copies) == ([], 2)
+    actual = verify_checkpoint(written.write())
+    assert (actual.problems, actual.untrained_copies) == ([], 2)
 
 
 def test_copies_that_were_trained_are_not_equal(written):
@@ -314,10 +314,10 @@ def test_memory_stays_far_below_the_model(tmp_path, monkeypatch):
     read = torch.Tensor.aminmax
     monkeypatch.setattr(torch.Tensor, "aminmax", lambda part: (sizes.append(part.numel()), read(part))[1])
     tracemalloc.start()
-    found = verify_checkpoint(folder)
+    actual = verify_checkpoint(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found.problems == []
+    assert actual.problems == []
     assert max(sizes) == 1024
     assert peak < 5e5 < 4 * 16384 * 16
 

@@ -46,12 +46,12 @@ def dataset_of(sample) -> int:
 def test_every_dataset_gives_its_share(weights):
     order = BlendOrder(weights, seed=3)
     count, shares = 3 * order.block_size + 17, numpy.array(weights) / sum(weights)
-    found = numpy.array([order(n) for n in range(count)])
+    actual = numpy.array([order(n) for n in range(count)])
     for dataset in range(len(weights)):
-        mine = found[found[:, 0] == dataset, 1]
+        mine = actual[actual[:, 0] == dataset, 1]
         assert mine.tolist() == list(range(len(mine)))  # all of its samples, in order, none twice
     for n in (1, 100, order.block_size, 2 * order.block_size, count):
-        assert order.counts(n) == numpy.bincount(found[:n, 0], minlength=len(weights)).tolist()
+        assert order.counts(n) == numpy.bincount(actual[:n, 0], minlength=len(weights)).tolist()
     for block in (1, 2, 3):
         n = block * order.block_size
         assert numpy.abs(numpy.array(order.counts(n)) - shares * n).max() <= 1

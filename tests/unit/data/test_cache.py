@@ -47,8 +47,8 @@ def test_the_next_folder_is_taken_where_the_first_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()  # root may write into any folder, but not into a file
     calls = []
     for _ in range(2):
-        found = provide_folder([tmp_path / "file", tmp_path / "spare"], "thing", calls.append)
-        assert found == tmp_path / "spare" / "thing"
+        actual = provide_folder([tmp_path / "file", tmp_path / "spare"], "thing", calls.append)
+        assert actual == tmp_path / "spare" / "thing"
     assert len(calls) == 1
     with pytest.raises(DataError, match=r"no place to keep .*file: .*set data\.cache_dir"):
         provide_folder([tmp_path / "file"], "thing", calls.append)

@@ -192,9 +192,9 @@ def test_sources_that_change_between_the_passes_are_noticed(dataset, tmp_path, m
     survey = module._survey
 
     def survey_and_change(*arguments):
-        found = survey(*arguments)
+        actual = survey(*arguments)
         (source / "0001.txt").write_text("something else")
-        return found
+        return actual
 
     monkeypatch.setattr(module, "_survey", survey_and_change)
     with pytest.raises(DataError, match="the sources changed while they were read"):

@@ -73,11 +73,11 @@ def test_order_is_shuffled_and_depends_on_names_only(tmp_path):
         (tmp_path / "one" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "one" / name).write_text(name)
     shutil.copytree(tmp_path / "one", tmp_path / "elsewhere" / "two")
-    found = read(tmp_path / "one")
-    assert found == read(tmp_path / "elsewhere" / "two")
-    assert sorted(found) == names
-    assert found != names
-    assert 20 < sum(int(name[:3]) < 50 for name in found[:60]) < 40  # a prefix looks like the whole
+    actual = read(tmp_path / "one")
+    assert actual == read(tmp_path / "elsewhere" / "two")
+    assert sorted(actual) == names
+    assert actual != names
+    assert 20 < sum(int(name[:3]) < 50 for name in actual[:60]) < 40  # a prefix looks like the whole
 
 
 def test_stdlib_is_this_interpreters_library_without_packages_and_tests():

@@ -44,20 +44,20 @@ OTHERS = {
 
 
 def blocks(page: Path, *kinds: str) -> list[str]:
-    found = BLOCK.findall(page.read_text(encoding="utf-8"))
-    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, kind, text in found if kind in kinds]
+    actual = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, kind, text in actual if kind in kinds]
 
 
 @cache
 def scripts() -> dict[str, list[str]]:
     """tools/plan.py and its like -> the words of the `dsmoe` command that they are."""
     names = {module: [name] for group in COMMANDS.values() for name, (module, first, _) in group.items() if not first}
-    found = {}
+    actual = {}
     for path in (*ROOT.glob("launch/*.py"), *ROOT.glob("tools/*.py")):
         module = re.search(r"^from dsmoe\.cli\.(\w+) import main", path.read_text(), re.MULTILINE)
         if module:
-            found[str(path.relative_to(ROOT))] = names.get(module[1], [])  # convert: the command is its first argument
-    return found
+            actual[str(path.relative_to(ROOT))] = names.get(module[1], [])  # convert: the command is its first argument
+    return actual
 
 
 @cache
@@ -71,13 +71,13 @@ def help_of(words: tuple[str, ...]) -> str:
 @cache
 def options_of(words: tuple[str, ...]) -> set[str]:
     """Of a command, with those of the subcommand that its words name."""
-    found = set(OPTION.findall(help_of(words[:1])))
+    actual = set(OPTION.findall(help_of(words[:1])))
     subcommands = re.search(r"^usage: .*? \{([\w,-]+)\} \.\.\.", help_of(words[:1]), re.MULTILINE)
     if subcommands:
         named = [word for word in words[1:2] if word in subcommands[1].split(",")]
         for name in named or subcommands[1].split(","):
-            found |= set(OPTION.findall(help_of((words[0], name))))
-    return found
+            actual |= set(OPTION.findall(help_of((words[0], name))))
+    return actual
 
 
 def started(words: list[str]) -> tuple[str, list[str]] | None:
@@ -96,12 +96,12 @@ def started(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def command_lines(text: str) -> list[tuple[str, list[str]]]:
-    found = []
+    actual = []
     for line in re.sub(r" \\\n\s*", " ", text).splitlines():
         with contextlib.suppress(ValueError):  # an output with an apostrophe
             words = shlex.split(line.strip().removeprefix("$ "), comments=True)
-            found.append(started([word for word in words if word != "..."]))
-    return [line for line in found if line is not None]
+            actual.append(started([word for word in words if word != "..."]))
+    return [line for line in actual if line is not None]
 
 
 def commands(text: str) -> list[list[str]]:

@@ -37,17 +37,17 @@ def test_links_lead_somewhere(page):
 
 
 def keys(name: str, section) -> set[str]:
-    found = set()
+    actual = set()
     for key, field in section.model_fields.items():
-        found.add(f"{name}.{key}")
+        actual.add(f"{name}.{key}")
         if hasattr(field.annotation, "model_fields"):
-            found |= keys(f"{name}.{key}", field.annotation)
-    return found
+            actual |= keys(f"{name}.{key}", field.annotation)
+    return actual
 
 
 def known_keys() -> set[str]:
-    found = {key for name, section in SECTIONS.items() for key in keys(name, section)}
-    return found | {f"router.{key}" for options in option_classes().values() for key in options.model_fields}
+    actual = {key for name, section in SECTIONS.items() for key in keys(name, section)}
+    return actual | {f"router.{key}" for options in option_classes().values() for key in options.model_fields}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
@@ -87,8 +87,8 @@ def test_commands_are_those_of_dsmoe():
     tools = "tools/(?:plan|prepare_data|convert_checkpoint|scaling_study|benchmark_moe)"
     files = rf"python (?:{tools}|launch/(?:train|generate|evaluate))\.py"
     places = [*PAGES, *(ROOT / "configs").glob("**/*.yaml"), *(ROOT / "dsmoe").glob("**/*.py")]
-    found = {str(place.relative_to(ROOT)) for place in places if re.search(files, place.read_text(encoding="utf-8"))}
-    assert found <= {"README.md"}, found  # which shows both
+    actual = {str(place.relative_to(ROOT)) for place in places if re.search(files, place.read_text(encoding="utf-8"))}
+    assert actual <= {"README.md"}, actual  # which shows both
 
 
 ABSENT = {"dsmoe/routers/sigmoid.py", "tools/compare_routers.py"}  # a reader writes the one; the other is gone

@@ -41,14 +41,14 @@ def literals(node: ast.expr) -> list[str]:
 
 def raised() -> dict[str, str]:
     """Longest literal piece of every message -> where it is made."""
-    found = {}
+    actual = {}
     for path in (path for room in ROOMS for path in room.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in TYPES and node.args:
                 piece = max((piece.strip(" :;,.()'\n") for piece in literals(node.args[0])), key=len, default="")
                 if len(piece) >= SHORTEST:
-                    found[piece] = f"{path.relative_to(ROOT)}:{node.lineno}"
-    return found
+                    actual[piece] = f"{path.relative_to(ROOT)}:{node.lineno}"
+    return actual
 
 
 def normalised(text: str) -> str:

@@ -45,10 +45,10 @@ def pass_of(groups, router: str, fused_kernels: bool, dtype: torch.dtype, **mode
 @pytest.mark.parametrize("router", ["relu", "topk", "routing_free"])
 def test_losses_and_gradients(groups, router, model):
     expected_loss, expected = pass_of(groups, router, False, torch.float32, **model)
-    loss, found = pass_of(groups, router, True, torch.float32, **model)
-    assert loss == pytest.approx(expected_loss, abs=1e-6) and found.keys() == expected.keys()
+    loss, actual = pass_of(groups, router, True, torch.float32, **model)
+    assert loss == pytest.approx(expected_loss, abs=1e-6) and actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 # What a pass of one layer asks of the kernels. Sums by token: of the experts' outputs, and of the rows' gradients, once

@@ -44,8 +44,8 @@ def gradients(function, *leaves):
     return [value.detach(), *torch.autograd.grad(value, leaves, grad)]
 
 
-def assert_same(found, expected, dtype):
-    for one, other in zip(found, expected, strict=True):
+def assert_same(actual, expected, dtype):
+    for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, **TOLERANCE[dtype])
 
@@ -68,16 +68,16 @@ def test_rows_are_summed_by_token_and_spread_again(dtype, kind):
     token_R = routes(kind, tokens, experts).t().nonzero()[:, 1]
     order = rows.TokenOrder.of(token_R, tokens)
     values_RH, tokens_TH = torch.randn(len(token_R), hidden).to(dtype), torch.randn(tokens, hidden).to(dtype)
-    found = gradients(lambda x: order.sum_rows(x), values_RH)
-    assert_same(found, gradients(lambda x: rows.sum_rows_reference(x, token_R, tokens), values_RH), dtype)
-    assert not found[0][tokens // 2].any(), "a token without experts gets exactly 0"
-    assert torch.equal(found[0], order.sum_rows(values_RH))  # in a fixed order
-    found = gradients(lambda x: order.take_rows(x), tokens_TH)
-    assert torch.equal(found[0], tokens_TH[token_R])
+    actual = gradients(lambda x: order.sum_rows(x), values_RH)
+    assert_same(actual, gradients(lambda x: rows.sum_rows_reference(x, token_R, tokens), values_RH), dtype)
+    assert not actual[0][tokens // 2].any(), "a token without experts gets exactly 0"
+    assert torch.equal(actual[0], order.sum_rows(values_RH))  # in a fixed order
+    actual = gradients(lambda x: order.take_rows(x), tokens_TH)
+    assert torch.equal(actual[0], tokens_TH[token_R])
     expected = rows.sum_rows_reference(
         torch.randn(len(token_R), hidden, generator=torch.Generator().manual_seed(1)).to(dtype), token_R, tokens
     )
-    torch.testing.assert_close(found[1], expected, **TOLERANCE[dtype])
+    torch.testing.assert_close(actual[1], expected, **TOLERANCE[dtype])
 
 
 def test_sums_are_rounded_once():
@@ -91,10 +91,12 @@ def test_sums_are_rounded_once():
 @pytest.mark.parametrize(("tokens", "experts"), [(1, 1), (64, 8), (150, 6), (70, 33), (9, 300)])
 def test_the_order_of_routes(kind, tokens, experts):
     map_TE = routes(kind, tokens, experts)
-    found, expected = plan.route_order(map_TE, int(map_TE.sum())), plan.route_order_reference(map_TE)
-    assert torch.equal(plan.PendingOrder(map_TE).counts_X, map_TE.sum(0)) and torch.equal(found.flat_N, expected.flat_N)
+    actual, expected = plan.route_order(map_TE, int(map_TE.sum())), plan.route_order_reference(map_TE)
+    assert torch.equal(plan.PendingOrder(map_TE).counts_X, map_TE.sum(0)) and torch.equal(
+        actual.flat_N, expected.flat_N
+    )
     for name in ("token_R", "place_R", "start_T"):
-        assert torch.equal(getattr(found.by_token, name), getattr(expected.by_token, name)), name
+        assert torch.equal(getattr(actual.by_token, name), getattr(expected.by_token, name)), name
 
 
 @DTYPES
@@ -102,15 +104,15 @@ def test_the_order_of_routes(kind, tokens, experts):
 def test_norms_of_latents(dtype, experts, rank):
     hidden_TH, reduce_ErH = torch.randn(70, 72).to(dtype), torch.randn(experts, rank, 72).to(dtype)
     reduce_ErH[0] = 0
-    found = scores.latent_norms(hidden_TH, reduce_ErH)
-    torch.testing.assert_close(found, scores.latent_norms_reference(hidden_TH, reduce_ErH), rtol=1e-4, atol=1e-4)
-    assert not found[:, 0].any()
+    actual = scores.latent_norms(hidden_TH, reduce_ErH)
+    torch.testing.assert_close(actual, scores.latent_norms_reference(hidden_TH, reduce_ErH), rtol=1e-4, atol=1e-4)
+    assert not actual[:, 0].any()
     factor_TE = torch.randn(70, experts)
-    found, expected = (
+    actual, expected = (
         function(hidden_TH, reduce_ErH, factor_TE)
         for function in (scores.scaled_latents, scores.scaled_latents_reference)
     )
-    torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+    torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
 
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 7], [40, 0, 1, 2], [0, 0], [9]]
@@ -126,9 +128,9 @@ def test_grouped_products(dtype, counts):
     rows_RK = (0.3 * torch.randn(sum(counts), 72)).to(dtype)
     weight_eNK = (0.3 * torch.randn(len(counts), 40, 72)).to(dtype)
     ends = ends_of(counts)
-    found = gradients(lambda r, w: grouped.grouped_linear(r, w, ends), rows_RK, weight_eNK)
-    assert_same(found, gradients(lambda r, w: grouped.grouped_reference(r, w, ends), rows_RK, weight_eNK), dtype)
-    for count, gradient in zip(counts, found[2], strict=True):
+    actual = gradients(lambda r, w: grouped.grouped_linear(r, w, ends), rows_RK, weight_eNK)
+    assert_same(actual, gradients(lambda r, w: grouped.grouped_reference(r, w, ends), rows_RK, weight_eNK), dtype)
+    for count, gradient in zip(counts, actual[2], strict=True):
         assert gradient.any() == (count > 0)
 
 
@@ -139,7 +141,7 @@ def test_parts_of_a_pass_add_to_one_gradient_of_each_weight():
     sums: dict[int, torch.Tensor] = {}
     outputs = [grouped.grouped_linear(x, weight, ends_of(c), sums) for x, c in zip(inputs, parts, strict=True)]
     sum(out.square().sum() for out in outputs).backward()
-    found, weight.grad = weight.grad, None
+    actual, weight.grad = weight.grad, None
     sum(grouped.grouped_reference(x, weight, ends_of(c)).square().sum() for x, c in zip(inputs, parts)).backward()
-    torch.testing.assert_close(found, weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, weight.grad, rtol=1e-4, atol=1e-4)
     assert len(sums) == 1

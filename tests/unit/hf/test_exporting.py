@@ -289,11 +289,11 @@ def test_compare_measures_what_it_says():
     changed[0, 0, 0] = 2.5  # the likeliest now
     other_routes = routes.clone()
     other_routes[0, 0] = torch.tensor([False, True])  # one route for another: 2 of 6
-    found = compare(one, Observation(changed, other_routes, written.flip(0)))
+    actual = compare(one, Observation(changed, other_routes, written.flip(0)))
     divergence = nn.functional.kl_div(changed.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="sum")
-    assert found.max_logit_difference == 2.5 and found.top1_agreement == 0.5 and not found.greedy_equal
-    assert found.kl_divergence == pytest.approx(divergence.item() / 2, rel=1e-5)
-    assert found.flipped_routes == pytest.approx(2 / 6)
+    assert actual.max_logit_difference == 2.5 and actual.top1_agreement == 0.5 and not actual.greedy_equal
+    assert actual.kl_divergence == pytest.approx(divergence.item() / 2, rel=1e-5)
+    assert actual.flipped_routes == pytest.approx(2 / 6)
     broken = logits.clone()
     broken[0, 1, 1] = torch.nan
     assert compare(one, Observation(broken, None, written)).max_logit_difference == torch.inf

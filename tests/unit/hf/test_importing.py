@@ -288,9 +288,11 @@ def assert_same_run(run, model) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(reader.read("weight", name, 0, tensor.numel()), tensor.flatten()), name
     expected = {} if model.controller is None else model.controller.state
-    found = reader.controller_state()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in expected.items())
+    actual = reader.controller_state()
+    assert actual.keys() == expected.keys()
+    assert all(
+        torch.equal(actual[name], value) and actual[name].dtype == value.dtype for name, value in expected.items()
+    )
     with torch.no_grad():
         assert torch.equal(logits_of(run), model(TOKENS))
 

@@ -97,8 +97,8 @@ def test_a_few_units_in_the_last_place_need_no_fp64():
 )
 def test_more_is_held_to_what_rounding_does_to_our_own_model(ours_off, theirs_off, fits):
     exact = observation()
-    found = judge(with_error(exact, ours_off), with_error(exact, -theirs_off), lambda: exact)
-    assert found.rounding == pytest.approx(ours_off, rel=0.1) and (found.problems == []) == fits
+    actual = judge(with_error(exact, ours_off), with_error(exact, -theirs_off), lambda: exact)
+    assert actual.rounding == pytest.approx(ours_off, rel=0.1) and (actual.problems == []) == fits
 
 
 def flip(one: Observation, position: int) -> Observation:
@@ -112,8 +112,8 @@ def flip(one: Observation, position: int) -> Observation:
 def test_a_tie_of_two_experts_is_no_difference():
     ours = observation()
     few = dataclasses.replace(ours, routes=torch.ones(L, B * S, E, dtype=torch.bool))
-    found = judge(few, flip(few, 60), never)
-    assert found.problems == [] and found.compared == 1 - 4 / (B * S)
+    actual = judge(few, flip(few, 60), never)
+    assert actual.problems == [] and actual.compared == 1 - 4 / (B * S)
     assert parity._flipped(few, flip(few, 60)) < MAX_FLIPPED * 2
 
 
@@ -121,8 +121,8 @@ def test_many_flipped_routes_are_a_difference():
     ours = observation()
     routes: Tensor = ours.routes.clone()
     routes[:, 5::16] = ~routes[:, 5::16]
-    found = judge(ours, dataclasses.replace(ours, routes=routes), lambda: ours)
-    assert any("of the routes differ" in problem for problem in found.problems)
+    actual = judge(ours, dataclasses.replace(ours, routes=routes), lambda: ours)
+    assert any("of the routes differ" in problem for problem in actual.problems)
     nothing = judge(ours, dataclasses.replace(ours, routes=~ours.routes), lambda: ours)
     assert nothing.compared == 0 and nothing.difference == torch.inf and len(nothing.problems) == 2
 
@@ -134,8 +134,8 @@ def test_tokens_that_tie_may_differ(gap, fits):
     ours.written_from[3, second] = ours.written_from[3].max() - gap
     written = ours.written.clone()
     written[3] = second
-    found = judge(ours, dataclasses.replace(ours, written=written), lambda: ours)
-    assert (found.problems == []) == fits
+    actual = judge(ours, dataclasses.replace(ours, written=written), lambda: ours)
+    assert (actual.problems == []) == fits
 
 
 @pytest.mark.parametrize(("flips", "fits"), [(0, False), (1, True), (30, False)])

@@ -89,9 +89,9 @@ def text(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def logits_of(ours: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
-    found = ours(tokens)
+    actual = ours(tokens)
     ours.recorder.take()
-    return found
+    return actual
 
 
 @pytest.fixture(scope="module", params=ROUTERS)
@@ -208,9 +208,9 @@ def test_logits_to_keep(relu):
     tokens = text(2, 10)
     whole = relu(tokens).logits
     for kept, expected in ((1, whole[:, -1:]), (torch.tensor([2, 5]), whole[:, [2, 5]])):
-        found = relu(tokens, logits_to_keep=kept).logits
-        assert found.shape == expected.shape
-        assert torch.allclose(found, expected, atol=1e-6)
+        actual = relu(tokens, logits_to_keep=kept).logits
+        assert actual.shape == expected.shape
+        assert torch.allclose(actual, expected, atol=1e-6)
 
 
 @torch.no_grad()
@@ -229,26 +229,26 @@ def test_plain_attention_is_the_same(relu):
     mask[0, :3] = 0
     expected = relu(tokens, attention_mask=mask).logits
     relu.set_attn_implementation("eager")
-    found = relu(tokens, attention_mask=mask, output_attentions=True)
+    actual = relu(tokens, attention_mask=mask, output_attentions=True)
     relu.set_attn_implementation("sdpa")
     real = mask.bool()
-    assert (found.logits[real] - expected[real]).abs().max() < 1e-5
-    assert found.attentions[0].shape == (2, 4, 10, 10)
+    assert (actual.logits[real] - expected[real]).abs().max() < 1e-5
+    assert actual.attentions[0].shape == (2, 4, 10, 10)
 
 
 def test_gradients_are_the_same_with_checkpointing(models):
     _, theirs = models
-    tokens, found = text(2, 12), []
+    tokens, actual = text(2, 12), []
     for checkpointing in (False, True):
         theirs.train()
         if checkpointing:
             theirs.gradient_checkpointing_enable()
         theirs(tokens, labels=tokens).loss.backward()
-        found.append({name: p.grad.clone() for name, p in theirs.named_parameters() if p.grad is not None})
+        actual.append({name: p.grad.clone() for name, p in theirs.named_parameters() if p.grad is not None})
         theirs.gradient_checkpointing_disable()
         theirs.zero_grad()
         theirs.eval()
-    plain, again = found
+    plain, again = actual
     assert plain.keys() == again.keys() and any("experts" in name for name in plain)
     assert any(".routing." in name for name in plain)
     for name, gradient in plain.items():

@@ -149,8 +149,8 @@ def test_a_classifier_leaves_its_head(groups, exported, tmp_path):
     report = import_model(tmp_path / "hf", tmp_path / "back", ImportOptions(check=False))
     assert report["left_out"] == ["score.weight"] and any("head of a classifier" in what for what in report["lost"])
     with torch.no_grad():
-        found = TrainedModel.load(tmp_path / "back").model(TOKENS)
-        torch.testing.assert_close(found, load(hf)(TOKENS).logits, rtol=1e-4, atol=1e-4)
+        actual = TrainedModel.load(tmp_path / "back").model(TOKENS)
+        torch.testing.assert_close(actual, load(hf)(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_alone_says_how_to_merge_it(exported, tmp_path):

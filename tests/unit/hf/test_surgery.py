@@ -96,8 +96,8 @@ def test_the_run_computes_what_the_report_says(groups, folder, tmp_path, router)
         operated(folder, tmp_path / "run", router)
     sample, after = seen[-1]
     with torch.no_grad():
-        found = TrainedModel.load(tmp_path / "run").model(sample.tokens)
-    torch.testing.assert_close(found, after.logits, rtol=1e-4, atol=1e-4)
+        actual = TrainedModel.load(tmp_path / "run").model(sample.tokens)
+    torch.testing.assert_close(actual, after.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_user_sets_stays(groups, folder, tmp_path):

@@ -47,9 +47,9 @@ def filled(shapes) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def exported(found, ours) -> dict[str, torch.Tensor]:
+def exported(actual, ours) -> dict[str, torch.Tensor]:
     theirs: dict[str, torch.Tensor] = {}
-    for link in found:
+    for link in actual:
         theirs |= link.to_theirs([ours[name] for name in link.ours])
     return theirs
 
@@ -65,11 +65,11 @@ def test_there_and_back_is_the_identity(architecture, form, router):
     config = model_config({"name": router}, **FITTING[architecture])
     ours = filled(logical_shapes(config.model, config.router))
     rows = (TABLES if form == "hub" else PACKED)[architecture]
-    found = links(rows, config.model, {name: tensor.shape for name, tensor in ours.items()})
-    theirs = exported(found, ours)
+    actual = links(rows, config.model, {name: tensor.shape for name, tensor in ours.items()})
+    theirs = exported(actual, ours)
     assert sum(tensor.numel() for tensor in theirs.values()) == sum(tensor.numel() for tensor in ours.values())
     back: dict[str, torch.Tensor] = {}
-    for link in found:
+    for link in actual:
         assert {name: tuple(theirs[name].shape) for name in link.theirs} == link.theirs
         back |= link.to_ours([theirs[name] for name in link.theirs])
     assert back.keys() == ours.keys()
@@ -112,12 +112,12 @@ def test_names_and_shapes_are_those_of_transformers(architecture):
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     config = model_config(**FITTING[architecture])
     shapes = logical_shapes(config.model, config.router)
-    found = {}
+    actual = {}
     for link in links(PACKED[architecture], config.model, shapes):
-        found |= link.theirs
+        actual |= link.theirs
     for name in CONTROLLERS.get(architecture, ()):  # of the router, beside the run's tensors
-        found[routing_name(1, name, architecture)] = (4,)
-    assert found == expected
+        actual[routing_name(1, name, architecture)] = (4,)
+    assert actual == expected
 
 
 def test_expert_rows_are_those_of_the_expert():

@@ -62,18 +62,18 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", ["mixtral", "llama"])
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_the_loss_of_a_hosted_model_is_its_own(name, batch_size, folders, data, groups):
-    found = evaluate(folders[name], EvaluationOptions(data=str(data), sequences=7, batch_size=batch_size))
+    actual = evaluate(folders[name], EvaluationOptions(data=str(data), sequences=7, batch_size=batch_size))
     kind = MixtralForCausalLM if name == "mixtral" else LlamaForCausalLM
     model = kind.from_pretrained(folders[name])
     batch = heldout(open_corpus(DataConfig(path=str(data))), LENGTH, 7).batch(0, 7)
     with torch.no_grad():
         logits = model(batch["tokens"]).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).item()
-    assert found["val_loss"] == pytest.approx(expected, abs=1e-6)
-    assert (found["sequences"], found["sequence_length"], found["dtype"]) == (7, LENGTH, "fp32")
-    assert (found.keys() >= ROUTED) == (name == "mixtral")
+    assert actual["val_loss"] == pytest.approx(expected, abs=1e-6)
+    assert (actual["sequences"], actual["sequence_length"], actual["dtype"]) == (7, LENGTH, "fp32")
+    assert (actual.keys() >= ROUTED) == (name == "mixtral")
     if name == "mixtral":
-        assert found["val_experts_per_token_by_layer"] == [3.0, 3.0] and found["val_experts_per_token"] == 3.0
+        assert actual["val_experts_per_token_by_layer"] == [3.0, 3.0] and actual["val_experts_per_token"] == 3.0
 
 
 def test_padding_counts_nowhere(folders, groups):
@@ -167,11 +167,11 @@ def test_a_task_of_ones_own_runs_without_a_network(folders, data, tmp_path, grou
         "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list: [{metric: bits_per_byte}]\n"
     )
-    found = evaluate(folder, EvaluationOptions(tasks=("lines",), task_dir=str(tasks)))
+    actual = evaluate(folder, EvaluationOptions(tasks=("lines",), task_dir=str(tasks)))
     ids = tokenizer("ten words", add_special_tokens=False).input_ids
     with torch.no_grad():
         logits = LlamaForCausalLM.from_pretrained(folder)(torch.tensor([[0, *ids[:-1]]])).logits[0]
     bits = F.cross_entropy(logits, torch.tensor(ids), reduction="sum") / torch.log(torch.tensor(2.0))
-    assert found["tasks"]["lines"]["bits_per_byte,none"] == pytest.approx(bits.item() / len("ten words"), rel=1e-5)
+    assert actual["tasks"]["lines"]["bits_per_byte,none"] == pytest.approx(bits.item() / len("ten words"), rel=1e-5)
     with pytest.raises(ConfigError, match="there is no task 'absent'"):
         evaluate(folder, EvaluationOptions(tasks=("absent",), task_dir=str(tasks)))

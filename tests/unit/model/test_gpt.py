@@ -181,8 +181,8 @@ def plain_attention(query, key, value, scale):
 def test_attention_is_a_softmax_over_the_past(heads, key_heads, scale):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(7, 2, n, 6, generator=generator) for n in (heads, key_heads, key_heads))
-    found = CausalAttention(None, 1, None, "self", softmax_scale=scale)(query, key, value)
-    torch.testing.assert_close(found, plain_attention(query, key, value, scale or 6**-0.5), rtol=1e-5, atol=1e-5)
+    actual = CausalAttention(None, 1, None, "self", softmax_scale=scale)(query, key, value)
+    torch.testing.assert_close(actual, plain_attention(query, key, value, scale or 6**-0.5), rtol=1e-5, atol=1e-5)
 
 
 def test_an_attention_mask_is_added_to_causality():
@@ -193,8 +193,8 @@ def test_an_attention_mask_is_added_to_causality():
     torch.testing.assert_close(attend(query, key, value, nothing_hidden), attend(query, key, value))
     first_hidden = nothing_hidden.clone()
     first_hidden[..., 1:, 0] = True  # from all but itself
-    found = attend(query, key, value, first_hidden)[1:]
-    torch.testing.assert_close(found, attend(query[1:], key[1:], value[1:]))
+    actual = attend(query, key, value, first_hidden)[1:]
+    torch.testing.assert_close(actual, attend(query[1:], key[1:], value[1:]))
 
 
 @pytest.mark.parametrize("start", [0, 7])
@@ -202,12 +202,12 @@ def test_rotary_turns_pairs_by_the_angle_of_their_place(start):
     """As complex numbers: elements i and i + d / 2 are one, times e^(i place base^(-2 i / d))."""
     x = torch.randn(5, 2, 3, 16, generator=torch.Generator().manual_seed(0))
     places = torch.arange(start, start + 5)
-    found = rotary.turn(x, rotary.angles(places, 16, 50.0))
+    actual = rotary.turn(x, rotary.angles(places, 16, 50.0))
     angle = places.double().unsqueeze(1) * 50.0 ** (-torch.arange(8).double() / 8)
     expected = (
         torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones(5, 8).double(), angle)[:, None, None]
     )
-    torch.testing.assert_close(found.double(), torch.cat((expected.real, expected.imag), dim=-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.double(), torch.cat((expected.real, expected.imag), dim=-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])
@@ -215,11 +215,11 @@ def test_attention_with_rotary_depends_on_distances_alone(key_heads):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(9, 2, n, 8, generator=generator) for n in (4, key_heads, key_heads))
     attend = CausalAttention(None, 1, None, "self", rotary_base=100.0)
-    found = attend(query, key, value)
+    actual = attend(query, key, value)
     with_mask = attend(query, key, value, torch.zeros(2, 1, 9, 9, dtype=torch.bool))  # hides nothing; torch's way
     turned = [rotary.turn(x, rotary.angles(torch.arange(40, 49), 8, 100.0)) for x in (query, key)]
     expected = plain_attention(*turned, value, 8**-0.5)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(with_mask, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -290,8 +290,8 @@ def test_logits_are_those_of_the_equations_written_out(groups):
     model = build(config, groups)
     tokens = text(config, sequences=2)
     with torch.no_grad():
-        found = model(tokens)
-        for sequence, logits in zip(tokens, found, strict=True):
+        actual = model(tokens)
+        for sequence, logits in zip(tokens, actual, strict=True):
             torch.testing.assert_close(logits, Plain(model).logits(sequence), rtol=1e-4, atol=1e-4)
 
 
@@ -333,8 +333,8 @@ def test_tokens_in_parts_give_the_same_loss_and_gradients(groups, chunks):
         loss, _ = model(text(config), text(config, seed=1))
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for found in results[1:]:
-        for one, other in zip(found, results[0], strict=True):
+    for actual in results[1:]:
+        for one, other in zip(actual, results[0], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 

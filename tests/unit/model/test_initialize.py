@@ -53,10 +53,10 @@ def test_routing_free_starts_from_the_weights_of_its_released_code(groups):
 
 def test_an_exception_changes_the_tensors_it_matches_and_the_first_of_several_applies(groups):
     default = tensors_of(small(), groups)
-    found = tensors_of(
+    actual = tensors_of(
         small({"tensors": "*.1.mlp.experts.*", "std": 0.5}, {"tensors": "*.experts.*", "std": 0.1}), groups
     )
-    for name, tensor in found.items():
+    for name, tensor in actual.items():
         if ".experts." not in name:
             assert torch.equal(tensor, default[name])
         else:

@@ -42,11 +42,11 @@ def test_chunks_give_the_plain_loss_and_its_gradients(rows, dtype, kernel, monke
     hidden, weight, labels, weights = inputs(dtype)
     exact = kernel == "C++"
     leaves = [t.detach().to(torch.float64 if exact else dtype).requires_grad_() for t in (hidden, weight)]
-    found = linear_cross_entropy(hidden, weight, labels, weights)
+    actual = linear_cross_entropy(hidden, weight, labels, weights)
     expected = (plain_cross_entropy_in_fp64 if exact else plain_cross_entropy)(*leaves, labels, weights)
-    assert found.dtype == torch.float32 and found.dim() == 0
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
-    here, there = torch.autograd.grad(3 * found, (hidden, weight)), torch.autograd.grad(3 * expected, leaves)
+    assert actual.dtype == torch.float32 and actual.dim() == 0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    here, there = torch.autograd.grad(3 * actual, (hidden, weight)), torch.autograd.grad(3 * expected, leaves)
     for ours, theirs in zip(here, there, strict=True):
         assert ours.dtype == dtype
         torch.testing.assert_close(ours.double(), theirs.double(), **TOLERANCE[dtype])
@@ -54,9 +54,9 @@ def test_chunks_give_the_plain_loss_and_its_gradients(rows, dtype, kernel, monke
 
 def test_a_label_whose_probability_underflows_has_a_finite_loss():
     hidden, weight, labels, weights = inputs(scale=300.0)
-    found = linear_cross_entropy(hidden, weight, labels, weights)
-    assert torch.isfinite(found) and found > 1000
-    torch.testing.assert_close(found, plain_cross_entropy(hidden, weight, labels, weights), rtol=1e-5, atol=0)
+    actual = linear_cross_entropy(hidden, weight, labels, weights)
+    assert torch.isfinite(actual) and actual > 1000
+    torch.testing.assert_close(actual, plain_cross_entropy(hidden, weight, labels, weights), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(0, 8), (1, 1), (300, 1200)])

@@ -40,11 +40,14 @@ def test_the_kernel_is_torchs_attention(shape, scale, turned, threads):
     tensors = inputs(*shape)
     assert native_attention.supports(*tensors)
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    found = native_attention.causal_attention(*tensors, scale, angles)
+    actual = native_attention.causal_attention(*tensors, scale, angles)
     expected = reference(*exact, scale, angles)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    gradient = torch.linspace(-1, 1, found.numel()).view(found.transpose(0, 1).shape).transpose(0, 1)
-    here, there = torch.autograd.grad(found, tensors, gradient), torch.autograd.grad(expected, exact, gradient.double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    gradient = torch.linspace(-1, 1, actual.numel()).view(actual.transpose(0, 1).shape).transpose(0, 1)
+    here, there = (
+        torch.autograd.grad(actual, tensors, gradient),
+        torch.autograd.grad(expected, exact, gradient.double()),
+    )
     for one, other in zip(here, there, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
 
@@ -79,10 +82,10 @@ def test_the_faster_way_is_taken(way, monkeypatch):
         attention.native_attention, "causal_attention", lambda *x, kernel=KERNEL: called.append(1) or kernel(*x)
     )
     tensors = inputs(8, 2, 4, 2, 8)
-    found = attention.CausalAttention(None, 1, None, "self", rotary_base=100.0)(*tensors)
+    actual = attention.CausalAttention(None, 1, None, "self", rotary_base=100.0)(*tensors)
     assert bool(called) == (way == "native")
     expected = reference(*tensors, None, rotary.angles(torch.arange(8), 8, 100.0))
-    torch.testing.assert_close(found, expected.flatten(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, expected.flatten(2), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rotary_base", [None, 100.0])

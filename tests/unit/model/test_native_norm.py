@@ -25,12 +25,12 @@ def test_the_kernel_is_torchs_norm(shape, threads, apart, monkeypatch):
     exact = torch.nn.RMSNorm(shape[-1], eps=1e-5).double()
     exact.weight.data.copy_(norm.weight)
     exact_x = x.detach().double().requires_grad_()
-    found, expected = norm(x), exact(exact_x)
-    assert isinstance(found.grad_fn, native_norm._RMSNorm._backward_cls)
+    actual, expected = norm(x), exact(exact_x)
+    assert isinstance(actual.grad_fn, native_norm._RMSNorm._backward_cls)
     gradient = torch.randn(shape, generator=generator)
-    here = torch.autograd.grad(found, (x, norm.weight), gradient)
+    here = torch.autograd.grad(actual, (x, norm.weight), gradient)
     there = torch.autograd.grad(expected, (exact_x, exact.weight), gradient.double())
-    for one, other in zip((found, *here), (expected, *there), strict=True):
+    for one, other in zip((actual, *here), (expected, *there), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5)
 
 

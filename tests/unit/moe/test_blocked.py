@@ -42,11 +42,11 @@ def test_blocks_are_the_loop(counts, dtype, low_rank, threads):
     inputs = tensors(counts, dtype, low_rank)
     *flat, down, probs = inputs
     projections = list(zip(flat[0::2], flat[1::2], strict=True))
-    found = blocked.swiglu_experts(projections, down, probs, counts)
+    actual = blocked.swiglu_experts(projections, down, probs, counts)
     expected = reference(counts, *projections, down=down, probs=probs)
-    torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
-    gradient = torch.linspace(-1, 1, found.numel()).view_as(found).to(dtype)
-    here = torch.autograd.grad(found, inputs, gradient)
+    torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
+    gradient = torch.linspace(-1, 1, actual.numel()).view_as(actual).to(dtype)
+    here = torch.autograd.grad(actual, inputs, gradient)
     there = torch.autograd.grad(expected, inputs, gradient)
     for one, other in zip(here, there, strict=True):
         assert one.dtype == other.dtype
@@ -59,10 +59,10 @@ def test_widths_that_a_grouped_gemm_refuses():
     counts, generator = [1] * 8, torch.Generator().manual_seed(0)
     shapes = [(8, HIDDEN), (8, 12, HIDDEN), (8, HIDDEN, 6), (8,)]
     rows, gate_up, down, probs = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
-    found = blocked.swiglu_experts([(rows, gate_up)], down, probs, counts)
+    actual = blocked.swiglu_experts([(rows, gate_up)], down, probs, counts)
     expected = reference(counts, (rows, gate_up), down=down, probs=probs)
-    torch.testing.assert_close(found, expected)
-    here, there = (torch.autograd.grad(out.sum(), (rows, gate_up, down, probs)) for out in (found, expected))
+    torch.testing.assert_close(actual, expected)
+    here, there = (torch.autograd.grad(out.sum(), (rows, gate_up, down, probs)) for out in (actual, expected))
     torch.testing.assert_close(here, there)
 
 

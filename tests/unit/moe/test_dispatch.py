@@ -69,13 +69,15 @@ def gradients(out_TH, hidden_TH, probs_TE):
     return torch.autograd.grad((out_TH * torch.arange(1.0, HIDDEN + 1)).sum(), (hidden_TH, probs_TE), allow_unused=True)
 
 
-def assert_same(found, expected, case) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def assert_same(actual, expected, case) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     hidden_TH, probs_TE, map_TE = case
     unused_T = ~map_TE.any(1)
-    assert torch.equal(found[unused_T], torch.zeros_like(found[unused_T])), "a token without experts must get exactly 0"
+    assert torch.equal(actual[unused_T], torch.zeros_like(actual[unused_T])), (
+        "a token without experts must get exactly 0"
+    )
     if map_TE.any():
-        pairs = zip(gradients(found, hidden_TH, probs_TE), gradients(expected, hidden_TH, probs_TE), strict=True)
+        pairs = zip(gradients(actual, hidden_TH, probs_TE), gradients(expected, hidden_TH, probs_TE), strict=True)
         for here, there in pairs:
             # The reference never looks at the weight of a route that does not exist; dispatch gives it 0.
             torch.testing.assert_close(here, there, rtol=1e-12, atol=1e-12)
@@ -96,7 +98,7 @@ def test_a_map_may_lie_in_memory_as_it_likes(ranks):
     group = SimpleNamespace(size=lambda: ranks)
     for map_TE in (random_case(0, 12, 0.3)[2], torch.arange(EXPERTS).remainder(3).eq(0).expand(12, EXPERTS)):
         ways = (map_TE.contiguous(), map_TE, map_TE.t().contiguous().t())
-        first, *others = [PendingPlan(found, group) for found in ways]
+        first, *others = [PendingPlan(actual, group) for actual in ways]
         for other in others:
             assert torch.equal(other.token_to_rank_TP, first.token_to_rank_TP)
             assert torch.equal(other.sent, first.sent)
@@ -166,37 +168,37 @@ def test_several_ranks_are_the_loop(simulated, ranks, density):
     group = Ranks(ranks)
     # Ranks hold different numbers of tokens, one of them none.
     cases = [random_case(10 + rank, (rank * 7) % 15, density) for rank in range(ranks)]
-    found: list = [None] * ranks
+    actual: list = [None] * ranks
 
     def work(rank: int) -> None:
         with torch.no_grad():
-            found[rank] = through_dispatch(*cases[rank], dispatcher_over(group.group(rank)))
+            actual[rank] = through_dispatch(*cases[rank], dispatcher_over(group.group(rank)))
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    for out_TH, case in zip(found, cases, strict=True):
+    for out_TH, case in zip(actual, cases, strict=True):
         with torch.no_grad():
             torch.testing.assert_close(out_TH, loop_reference(*case), rtol=1e-12, atol=1e-12)
 
 
 def test_a_token_is_sent_once_to_each_rank_it_needs(simulated):
     """Not once for each of a rank's experts."""
-    group, found = Ranks(2), [None, None]
+    group, actual = Ranks(2), [None, None]
     map_TE = torch.zeros(4, EXPERTS, dtype=torch.bool)
     map_TE[0, :4] = map_TE[1, 3:5] = map_TE[2, 7] = True  # four experts of rank 0; one of each; one of rank 1; none
 
     def work(rank: int) -> None:
-        found[rank] = dispatcher_over(group.group(rank)).start_plan(map_TE)()
+        actual[rank] = dispatcher_over(group.group(rank)).start_plan(map_TE)()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    for plan in found:
+    for plan in actual:
         assert plan.rows.send == [2, 2] and plan.routes.send == [5, 2]
         assert plan.token_M.tolist() == [0, 1, 1, 2]
 

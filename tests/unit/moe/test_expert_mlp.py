@@ -86,10 +86,10 @@ def build(spec: tuple[str, bool], implementation: str, dtype=torch.float32, rank
     return experts
 
 
-def assert_same(found: Tensor, expected: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> None:
+def assert_same(actual: Tensor, expected: Tensor, inputs: list[Tensor], dtype: torch.dtype) -> None:
     scale = max(1.0, expected.abs().max().item() if len(expected) else 1.0)
-    torch.testing.assert_close(found.double() / scale, expected / scale, **TOLERANCE[dtype])
-    here = torch.autograd.grad(found.double().sum(), inputs)
+    torch.testing.assert_close(actual.double() / scale, expected / scale, **TOLERANCE[dtype])
+    here = torch.autograd.grad(actual.double().sum(), inputs)
     there = torch.autograd.grad(expected.sum(), inputs, allow_unused=True)
     for own, other in zip(here, there, strict=True):
         other = torch.zeros_like(own) if other is None else other
@@ -128,9 +128,11 @@ def test_parts_of_a_pass_add_up(spec):
     rows, probs = random_tensor(12, HIDDEN, dtype=torch.float32), torch.rand(12)
     sums = ChunkedGradAccumulator()
     parts = [experts(rows[i * 6 :][:6], counts[i], probs[i * 6 :][:6], sums=sums)[0] for i in range(2)]
-    found = torch.autograd.grad(torch.cat(parts).sum(), list(experts.parameters()))
+    actual = torch.autograd.grad(torch.cat(parts).sum(), list(experts.parameters()))
     whole = [reference(experts, rows[i * 6 :][:6], counts[i].tolist(), probs[i * 6 :][:6]) for i in range(2)]
-    for here, there in zip(found, torch.autograd.grad(torch.cat(whole).sum(), list(experts.parameters())), strict=True):
+    for here, there in zip(
+        actual, torch.autograd.grad(torch.cat(whole).sum(), list(experts.parameters())), strict=True
+    ):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-3)
 
 

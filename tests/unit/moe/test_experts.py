@@ -35,9 +35,9 @@ def test_grouped_linear_is_the_loop(counts, dtype):
         out = linear(rows, weight, ends_e)
         out.backward(random_tensor(sum(counts), FFN, dtype=dtype, seed=2).detach())
         results.append((out, rows.grad, weight.grad))
-    for found, expected in zip(*results, strict=True):
-        assert found.dtype == dtype
-        torch.testing.assert_close(found, expected, **TOLERANCE[dtype])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
     for count, gradient in zip(counts, results[0][2], strict=True):
         assert gradient.any() == (count > 0), "an expert without rows must get a gradient, and it must be exactly 0"
 
@@ -67,9 +67,9 @@ def test_a_weight_that_begins_anywhere_is_multiplied_where_cuda_can(offset, call
     memory = random_tensor(offset + 4 * FFN * HIDDEN, dtype=torch.bfloat16).detach()
     weight = memory[offset:].view(4, FFN, HIDDEN).requires_grad_()
     rows, ends = random_tensor(9, HIDDEN, dtype=torch.bfloat16), torch.tensor([3, 3, 8, 9], dtype=torch.int32)
-    found = grouped_linear(rows, weight, ends)
-    torch.testing.assert_close(found, loop_linear(rows, weight, ends), **TOLERANCE[torch.bfloat16])
-    found.backward(torch.ones_like(found))
+    actual = grouped_linear(rows, weight, ends)
+    torch.testing.assert_close(actual, loop_linear(rows, weight, ends), **TOLERANCE[torch.bfloat16])
+    actual.backward(torch.ones_like(actual))
     assert weight.grad.shape == weight.shape and rows.grad is not None
     products = [call for call in calls if call[1].dim() == 3]  # forward, and the gradient of rows
     assert len(products) == 2 and all(as_cuda_wants(*call) for call in products)
@@ -86,8 +86,8 @@ def test_any_number_of_experts_on_a_rank(experts, calls):
         out = linear(rows, weight, ends)
         out.backward(torch.ones_like(out))
         results.append((out, rows.grad, weight.grad))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
     products = [call for call in calls if call[1].dim() == 3]  # forward, and the gradient of rows
     assert len(products) == 2 * -(-experts // 1023) and all(as_cuda_wants(*call) for call in products)
 
@@ -104,8 +104,8 @@ def test_latents_of_any_width_on_a_cpu(rank, dtype):
         out, _ = experts(rows, counts, torch.ones(9), reduce_erH=reduce)
         out.sum().backward()
         outputs.append((out, rows.grad, reduce.grad))
-    for found in outputs[:2]:
-        for tensor, expected in zip(found, outputs[2], strict=True):
+    for actual in outputs[:2]:
+        for tensor, expected in zip(actual, outputs[2], strict=True):
             scale = expected.detach().abs().max()  # a gradient is a sum of 24 terms of this size, rounded in any order
             torch.testing.assert_close(tensor / scale, expected / scale, **TOLERANCE[dtype])
 
@@ -171,9 +171,9 @@ def test_low_rank_experts_gate_on_the_latent_of_their_router(counts, implementat
     torch.testing.assert_close(experts(rows, torch.tensor(counts), probs, latents_Rr=sent)[0], out)
 
 
-def assert_same_gradients(found, expected, inputs) -> None:
+def assert_same_gradients(actual, expected, inputs) -> None:
     weights = torch.arange(1.0, HIDDEN + 1)
-    here = torch.autograd.grad((found * weights).sum(), inputs, retain_graph=True)
+    here = torch.autograd.grad((actual * weights).sum(), inputs, retain_graph=True)
     there = torch.autograd.grad((expected * weights).sum(), inputs, allow_unused=True)
     for one, other in zip(here, there, strict=True):
         other = torch.zeros_like(one) if other is None else other

@@ -35,20 +35,20 @@ def rows_of(counts: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.
 
 
 def outputs(way, weights: list[torch.Tensor], sums: ChunkedGradAccumulator | None) -> list[torch.Tensor]:
-    found = []
+    actual = []
     for counts in PARTS:
         gate_up, down = weights if sums is None else sums.shared(*weights)
         rows, probs = rows_of(counts, down.dtype)
-        found.append(way([(rows, gate_up)], down, probs, counts, *([] if sums is None else [sums.sums])))
-    return found
+        actual.append(way([(rows, gate_up)], down, probs, counts, *([] if sums is None else [sums.sums])))
+    return actual
 
 
-def loss_of(found: list[torch.Tensor]) -> torch.Tensor:
-    return sum((out.float() * torch.linspace(-1, 1, out.size(1))).sum() for out in found)
+def loss_of(actual: list[torch.Tensor]) -> torch.Tensor:
+    return sum((out.float() * torch.linspace(-1, 1, out.size(1))).sum() for out in actual)
 
 
-def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_close(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
         exact = ours.dtype == torch.float32
         scale = theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, rtol=1e-5 if exact else 2e-2, atol=(1e-5 if exact else 1e-2) * scale)
@@ -73,8 +73,8 @@ def test_other_uses_of_the_weights_count_too(way, weights):
     plain = torch.autograd.grad(loss_of(outputs(way, weights, None)), weights)
     parts = outputs(way, weights, ChunkedGradAccumulator())
     penalty = sum(weight.float().square().sum() for weight in weights)
-    found = torch.autograd.grad(loss_of(parts[:1]) + penalty + loss_of(parts[1:]), weights)
-    assert_close(found, [grad + 2 * weight.detach() for grad, weight in zip(plain, weights, strict=True)])
+    actual = torch.autograd.grad(loss_of(parts[:1]) + penalty + loss_of(parts[1:]), weights)
+    assert_close(actual, [grad + 2 * weight.detach() for grad, weight in zip(plain, weights, strict=True)])
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__module__)

@@ -68,9 +68,9 @@ def loop(projections, down, probs, counts):
 def test_the_kernel_is_the_loop(counts, shape, threads):
     inputs = tensors(counts, *shape)
     exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
-    for found, expected in zip(results(native.swiglu_experts, inputs, counts), exact, strict=True):
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(results(native.swiglu_experts, inputs, counts), exact, strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
     assert torch.get_num_threads() == threads
 
 
@@ -81,9 +81,9 @@ def test_the_kernel_is_the_loop_in_bf16(counts, shape, computes_bf16, threads):
     """As far as bf16 goes: what leaves is rounded once, what the backward pass kept of h was rounded before."""
     inputs = tensors(counts, *shape, torch.bfloat16)
     exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
-    found = results(partial(native.swiglu_experts, computes_bf16=computes_bf16), inputs, counts)
-    assert [t.dtype for t in found] == [torch.bfloat16, *(t.dtype for t in inputs)]
-    for ours, expected in zip(found, exact, strict=True):
+    actual = results(partial(native.swiglu_experts, computes_bf16=computes_bf16), inputs, counts)
+    assert [t.dtype for t in actual] == [torch.bfloat16, *(t.dtype for t in inputs)]
+    for ours, expected in zip(actual, exact, strict=True):
         largest = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
         torch.testing.assert_close(ours.double(), expected, rtol=2e-2, atol=1e-2 * largest)
 
@@ -95,9 +95,9 @@ def test_products_of_few_rows_are_the_loop(counts, shape, dtype, threads):
     """They are of the forward pass alone; bf16 is widened whatever the CPU has."""
     inputs = tensors(counts, *shape, dtype)
     exact = results(loop, [t.detach().double().requires_grad_() for t in inputs], counts)
-    found = results(partial(native.swiglu_experts, few=native.FEW), inputs, counts)
+    actual = results(partial(native.swiglu_experts, few=native.FEW), inputs, counts)
     rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 1e-2)
-    for ours, expected in zip(found, exact, strict=True):
+    for ours, expected in zip(actual, exact, strict=True):
         scale = max(1.0, float(expected.abs().max())) if dtype == torch.bfloat16 else 1.0
         torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=atol * scale)
 

@@ -49,8 +49,8 @@ def transformer_engine(monkeypatch):
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    found = accelerations.Acceleration("Transformer Engine", True, "fused RMSNorm", "2.20.2")
-    monkeypatch.setattr("dsmoe.moe.experts.find_acceleration", lambda name: found)
+    actual = accelerations.Acceleration("Transformer Engine", True, "fused RMSNorm", "2.20.2")
+    monkeypatch.setattr("dsmoe.moe.experts.find_acceleration", lambda name: actual)
 
 
 def random_tensor(*shape, seed, dtype=torch.bfloat16):
@@ -66,9 +66,9 @@ def test_the_product_is_the_loop(transformer_engine, counts):
         out = linear(rows, weight, ends_e)
         out.backward(random_tensor(sum(counts), FFN, seed=2).detach())
         results.append((out, rows.grad, weight.grad))
-    for found, expected in zip(*results, strict=True):
-        assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found, expected, **TOLERANCE)
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == torch.bfloat16
+        torch.testing.assert_close(actual, expected, **TOLERANCE)
     for count, gradient in zip(counts, results[0][2], strict=True):
         assert gradient.any() == (count > 0), "an expert without rows must get a gradient, and it must be exactly 0"
 
@@ -100,9 +100,9 @@ def test_experts_are_those_of_the_loop(transformer_engine, kind):
         out, _ = experts(rows, torch.tensor([3, 0, 5, 1]), probs, **options)
         out.sum().backward()
         outputs.append((out, rows.grad, *(parameter.grad for parameter in experts.parameters())))
-    for found, expected in zip(*outputs, strict=True):
+    for actual, expected in zip(*outputs, strict=True):
         scale = expected.detach().abs().max()
-        torch.testing.assert_close(found / scale, expected / scale, **TOLERANCE)
+        torch.testing.assert_close(actual / scale, expected / scale, **TOLERANCE)
 
 
 @pytest.mark.skipif(on_gpu(), reason="there may be one")
@@ -131,5 +131,5 @@ def test_the_installed_package_is_the_loop(counts):
         out = linear(rows, weight, ends_e)
         out.sum().backward()
         results.append((out, rows.grad, weight.grad))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, **TOLERANCE)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, **TOLERANCE)

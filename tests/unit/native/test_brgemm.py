@@ -29,14 +29,14 @@ extern "C" void product(int64_t bf16, int64_t M, int64_t N, int64_t K, int64_t l
 def declarations(header: str) -> set[str]:
     """Of brgemm and brgemm_release, with types alone."""
     text = re.sub(r"//[^\n]*", "", header)
-    found = set()
+    actual = set()
     for name, parameters in re.findall(r"void (brgemm|brgemm_release)\(([^)]*)\);", text):
         types = []
         for parameter in parameters.split(","):
             declared = parameter.split("=")[0].replace("at::BFloat16", "c10::BFloat16")
             types.append(" ".join(word for word in re.findall(r"[\w:]+\*?", declared)[:-1] if word != "const"))
-        found.add(f"{name}({', '.join(types)})")
-    return found
+        actual.add(f"{name}({', '.join(types)})")
+    return actual
 
 
 def test_our_declarations_are_torchs():

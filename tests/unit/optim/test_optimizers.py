@@ -49,8 +49,8 @@ def test_an_optimizer_works_without_torchs_compiler(name, monkeypatch):
     """Which would be loaded in every start; and counts, hooks and arithmetic are those of torch's class."""
     expected, kept = stepped(ALL[name], 3)
     monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # whoever imports it fails
-    flat, found = stepped(ALL[name], 3)
-    assert torch.equal(flat, expected) and found.keys() == kept.keys()
+    flat, actual = stepped(ALL[name], 3)
+    assert torch.equal(flat, expected) and actual.keys() == kept.keys()
     inner, seen = ALL[name].build([{"params": [flat], "weight_decay": 0.1}], TrainingConfig(optimizer=name)), []
     inner.register_step_pre_hook(lambda *_: seen.append("before"))
     inner.register_step_post_hook(lambda *_: seen.append("after"))
@@ -132,10 +132,10 @@ def adamw_steps(kernel: str, steps: int, first: dict | None = None) -> tuple[tor
 
 def test_adamw_by_apex_is_torchs_and_goes_on_from_torchs_state(apex):
     expected, state = adamw_steps("torch", 3)
-    found, kept = adamw_steps("apex", 3)
-    torch.testing.assert_close(found, expected)
+    actual, kept = adamw_steps("apex", 3)
+    torch.testing.assert_close(actual, expected)
     assert kept.keys() == state.keys() and float(kept["step"]) == 3
-    first = {"weight": found, "state": {name: kept[name].clone() for name in ("exp_avg", "exp_avg_sq")}}
+    first = {"weight": actual, "state": {name: kept[name].clone() for name in ("exp_avg", "exp_avg_sq")}}
     torch.testing.assert_close(adamw_steps("apex", 2, first)[0], adamw_steps("torch", 5)[0])
 
 

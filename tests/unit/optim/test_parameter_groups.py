@@ -35,9 +35,9 @@ def model_of(groups, **model) -> LanguageModel:
 @pytest.mark.parametrize("decay_embeddings", [True, False])
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(groups, tie, decay_embeddings):
     model = model_of(groups, tie_embeddings=tie, expert_bias=True)
-    found = parameter_groups(model, training_config(weight_decay=0.2, decay_embeddings=decay_embeddings))
+    actual = parameter_groups(model, training_config(weight_decay=0.2, decay_embeddings=decay_embeddings))
     decay_of = {}
-    for group in found:
+    for group in actual:
         for parameter in group["params"]:
             assert id(parameter) not in decay_of, "a parameter is in two groups"
             decay_of[id(parameter)] = group["weight_decay"]
@@ -53,13 +53,13 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(groups, tie, de
 
 
 def test_experts_have_groups_of_their_own_with_the_names_deepspeed_looks_for(groups):
-    found = parameter_groups(model_of(groups), training_config())
-    for group in found:
+    actual = parameter_groups(model_of(groups), training_config())
+    for group in actual:
         expert = group.get("moe", False)
         assert {is_moe_param(parameter) for parameter in group["params"]} == {expert}
         assert (group["name"] == "ep_size_1") == expert
-    assert sum(group.get("moe", False) for group in found) >= 1
-    torch.optim.AdamW(found)  # takes them as they are
+    assert sum(group.get("moe", False) for group in actual) >= 1
+    torch.optim.AdamW(actual)  # takes them as they are
 
 
 def packed(*shape: int) -> nn.Parameter:

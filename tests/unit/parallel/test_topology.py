@@ -32,8 +32,8 @@ def placed(nodes: str, expert_parallel: int, placement: str = "auto") -> tuple[l
     ],
 )
 def test_as_many_groups_as_possible_are_inside_a_node(nodes, expert_parallel, expected, spanning):
-    groups, found = placed(nodes, expert_parallel)
-    assert found == spanning and (expected is None or groups == expected)
+    groups, actual = placed(nodes, expert_parallel)
+    assert actual == spanning and (expected is None or groups == expected)
 
 
 def test_rank_order_takes_consecutive_ranks_wherever_they_are():

@@ -90,10 +90,10 @@ def test_router_is_its_reference(case):
         routes, tokens, statistics = [[0] * experts for _ in range(LAYERS)], 0, []
         for micro in range(MICRO_STEPS):
             hidden, mask = random_batch(generator, padded=micro == 1)
-            found = [x.clone().requires_grad_() for x in hidden]
-            decided, losses = routers.pass_through(found, mask)
+            actual = [x.clone().requires_grad_() for x in hidden]
+            decided, losses = routers.pass_through(actual, mask)
             layers, inputs, weights = expect(name, options, routers, state, hidden, mask, routes, tokens, step)
-            compare(routers, decided, losses, found, layers, inputs, weights, mask, generator)
+            compare(routers, decided, losses, actual, layers, inputs, weights, mask, generator)
             for layer in range(LAYERS):
                 own = reference.counts_of(layers[layer].active, experts)
                 routes[layer] = [a + b for a, b in zip(routes[layer], own, strict=True)]
@@ -130,7 +130,7 @@ def expect(name, options, routers, state, hidden, mask, routes, tokens, updates,
     return layers, inputs, weights
 
 
-def compare(routers, decided, losses, found, layers, inputs, weights, mask, generator):
+def compare(routers, decided, losses, actual, layers, inputs, weights, mask, generator):
     expected_total, total = 0.0, 0.0
     for index, ((probs_TE, map_TE), layer) in enumerate(zip(decided, layers, strict=True)):
         assert probs_TE.dtype == torch.float32
@@ -153,7 +153,7 @@ def compare(routers, decided, losses, found, layers, inputs, weights, mask, gene
     parameters = [p for router in routers.layers for p in router.parameters()]
     expected_parameters = [p for own in weights for p in own.values()]
     unused = {"allow_unused": True, "materialize_grads": True}
-    grads = torch.autograd.grad(total, [*found, *parameters], **unused)
+    grads = torch.autograd.grad(total, [*actual, *parameters], **unused)
     expected_grads = torch.autograd.grad(expected_total, [*inputs, *expected_parameters], **unused)
     for grad, expected in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=2e-5)

@@ -77,9 +77,9 @@ def test_a_bf16_model_routes_in_fp32(name):
     for router, other in zip(half.layers, full.layers, strict=True):
         other.load_state_dict({key: value.float() for key, value in router.state_dict().items()})
     hidden = [torch.randn(7, 2, HIDDEN).bfloat16() for _ in range(2)]
-    found, losses = half.pass_through(hidden)
+    actual, losses = half.pass_through(hidden)
     expected, expected_losses = full.pass_through([x.float() for x in hidden])
-    for (probs, routes), (other_probs, other_routes) in zip(found, expected, strict=True):
+    for (probs, routes), (other_probs, other_routes) in zip(actual, expected, strict=True):
         assert probs.dtype == torch.float32
         assert torch.equal(probs, other_probs)
         assert torch.equal(routes, other_routes)
@@ -158,12 +158,12 @@ def test_weights_and_map_are_not_held_until_the_losses():
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_fp32_products_of_any_dtypes(hidden_dtype, weight_dtype):
     hidden, weight = torch.randn(9, 12).to(hidden_dtype), torch.randn(4, 12).to(weight_dtype)
-    found, plain = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
-    made, expected = fp32_logits(*found), F.linear(plain[0].float(), plain[1].float())
+    actual, plain = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
+    made, expected = fp32_logits(*actual), F.linear(plain[0].float(), plain[1].float())
     assert torch.equal(made, expected) and made.dtype == torch.float32
     for results in (made, expected):
         (results * torch.linspace(-1, 1, 4)).sum().backward()
-    for mine, theirs in zip(found, plain, strict=True):
+    for mine, theirs in zip(actual, plain, strict=True):
         assert torch.equal(mine.grad, theirs.grad) and mine.grad.dtype == mine.dtype
 
 
@@ -187,9 +187,9 @@ def test_the_kernel_of_a_bf16_gate_is_a_product_in_fp64(tokens, experts, hidden,
     if native.unavailable():
         pytest.skip("no C++ kernels here")
     rows, weight = torch.randn(tokens, hidden).bfloat16(), torch.randn(experts, hidden).bfloat16()
-    found = logits._products(rows, weight)
-    torch.testing.assert_close(found, fp32_logits(rows, weight), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.double(), rows.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
+    actual = logits._products(rows, weight)
+    torch.testing.assert_close(actual, fp32_logits(rows, weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.double(), rows.double() @ weight.double().t(), rtol=1e-5, atol=1e-5)
 
 
 RULES = {
@@ -228,9 +228,9 @@ def test_blocks_do_what_the_rule_does_with_all_at_once(monkeypatch, rule, dtype,
         parameters = [hidden, *routers.layers[0].parameters()]
         made[block] = probs, routes, loss, *torch.autograd.grad(loss, parameters)
     tight = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=1e-2, atol=1e-2)
-    for found, expected in zip(*made.values(), strict=True):
-        assert found.dtype == expected.dtype
-        torch.testing.assert_close(found, expected, **tight)
+    for actual, expected in zip(*made.values(), strict=True):
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, **tight)
 
 
 def summed(scores_tE, place, saved_selection, factor):
@@ -256,15 +256,15 @@ def test_any_part_of_a_decision_alone_has_the_gradient_of_plain_operators(monkey
         inputs = scores.Scores(leaves[0], leaves[1] if gate else None)
         if way == "blocks":
             routing = scores.in_blocks(summed, inputs, leaves[-1])
-            found = {"weights": routing.probs_TE, **routing.loss_inputs}
+            actual = {"weights": routing.probs_TE, **routing.loss_inputs}
         else:
             logits_TE = F.linear(*leaves[:2]) if gate else leaves[0]
             plain = summed(logits_TE, slice(0, tokens), None, leaves[-1])
-            found = {"weights": plain.probs_tE, **plain.sums, **plain.per_token}
+            actual = {"weights": plain.probs_tE, **plain.sums, **plain.per_token}
         parts = {"weights": of_weights, "cubes": torch.linspace(0, 1, 6), "sines": torch.linspace(1, 2, tokens)}
-        loss = sum((found[name] * parts[name]).sum() for name in used)
+        loss = sum((actual[name] * parts[name]).sum() for name in used)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        results.append([found["weights"], found["cubes"], found["places"], loss, *grads])
+        results.append([actual["weights"], actual["cubes"], actual["places"], loss, *grads])
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -287,9 +287,9 @@ def test_of_a_bf16_gate_with_many_experts_nothing_of_all_pairs_is_kept():
 
 def test_weights_of_routes_of_any_other_tensor_have_a_dense_gradient():
     probs = torch.rand(4, 3, requires_grad=True)
-    found = scores.weights_at(probs, torch.tensor([4, 0]), first=2)
-    assert found.tolist() == [probs[3, 1], probs[2, 0]]
-    found.backward(torch.tensor([5.0, 7.0]))
+    actual = scores.weights_at(probs, torch.tensor([4, 0]), first=2)
+    assert actual.tolist() == [probs[3, 1], probs[2, 0]]
+    actual.backward(torch.tensor([5.0, 7.0]))
     assert probs.grad.tolist() == [[0, 0, 0], [0, 0, 0], [7, 0, 0], [0, 5, 0]]
 
 
@@ -298,11 +298,11 @@ def test_weights_of_routes_of_any_other_tensor_have_a_dense_gradient():
 def test_a_gradient_of_few_pairs_is_kept_as_these(monkeypatch, shares, seen):
     monkeypatch.setattr(scores, "is_on_host", lambda tensor: seen)
     expected = torch.cat([torch.randn(10, 20) * (torch.rand(10, 20) < share) for share in shares])
-    found = scores._SparseGradBuilder(expected)
+    actual = scores._SparseGradBuilder(expected)
     for rows in scores.slices(30, 10):
-        found[rows] = expected[rows]
-    assert found.finish().is_sparse == (seen and max(shares) < 0.25)
-    assert torch.equal(found.finish().to_dense(), expected)
+        actual[rows] = expected[rows]
+    assert actual.finish().is_sparse == (seen and max(shares) < 0.25)
+    assert torch.equal(actual.finish().to_dense(), expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
@@ -336,18 +336,18 @@ def test_a_router_with_logits_of_its_own_decides_by_them():
 def test_the_top_k_softmax_are_a_softmax_of_all_or_of_the_chosen(over_all_experts):
     logits_TE = 3 * torch.randn(9, 5, dtype=torch.float64)
     softmax, largest = logits_TE.softmax(-1), logits_TE.topk(2, dim=-1)
-    found = top_k_softmax(logits_TE, None, 2, over_all_experts=over_all_experts)
+    actual = top_k_softmax(logits_TE, None, 2, over_all_experts=over_all_experts)
     gates = softmax.gather(1, largest.indices) if over_all_experts else largest.values.softmax(-1)
-    assert torch.equal(found.probs_tE, torch.zeros_like(logits_TE).scatter(1, largest.indices, gates))
-    assert torch.equal(found.map_tE, found.probs_tE > 0) and torch.equal(found.saved_selection, largest.indices)
-    assert torch.equal(found.sums["softmax_sum_E"], softmax.sum(0))
+    assert torch.equal(actual.probs_tE, torch.zeros_like(logits_TE).scatter(1, largest.indices, gates))
+    assert torch.equal(actual.map_tE, actual.probs_tE > 0) and torch.equal(actual.saved_selection, largest.indices)
+    assert torch.equal(actual.sums["softmax_sum_E"], softmax.sum(0))
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_shares_of_top_p_and_their_entropy_have_the_gradients_of_plain_operators(renormalize):
     logits = 3 * torch.randn(9, 5, dtype=torch.float64)
     options = TopPOptions(p=0.7, entropy_coefficient=1.0)
-    weights, sums, found = torch.randn(9, 5), torch.randn(5), []
+    weights, sums, actual = torch.randn(9, 5), torch.randn(5), []
     for ours in (True, False):
         leaf = logits.clone().requires_grad_()
         if ours:
@@ -358,15 +358,15 @@ def test_shares_of_top_p_and_their_entropy_have_the_gradients_of_plain_operators
             share, total, entropy = P * map_by_sorting(P, options.p, "above"), P.sum(0), -(P * P.log()).sum()
             share = share / share.sum(-1, keepdim=True) if renormalize else share
         loss = (share * weights).sum() + total @ sums.double() + 0.3 * entropy
-        found.append([share, total, entropy, *torch.autograd.grad(loss, leaf)])
-    for mine, theirs in zip(*found, strict=True):
+        actual.append([share, total, entropy, *torch.autograd.grad(loss, leaf)])
+    for mine, theirs in zip(*actual, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 def test_the_entropy_of_shares_that_underflow_has_a_gradient():
     logits = torch.tensor([[2000.0, 0.0, -5.0], [1.0, 2.0, 3.0]], requires_grad=True)
-    found = top_p_softmax(logits, None, 0.4, TopPOptions(entropy_coefficient=1.0), renormalize=False)
-    found.sums["entropy_sum"].backward()
+    actual = top_p_softmax(logits, None, 0.4, TopPOptions(entropy_coefficient=1.0), renormalize=False)
+    actual.sums["entropy_sum"].backward()
     assert logits.grad.isfinite().all() and not logits.grad[0].any() and logits.grad[1].any()
 
 
@@ -380,15 +380,15 @@ def test_latent_norms_have_the_gradients_of_kept_latents(monkeypatch, tokens, sh
     reduce[2] = 0  # norms of 0
     grad = torch.randn(tokens, 6) * (torch.rand(tokens, 6) < share)
     grad[:, 4] = 0  # an expert without any
-    found, plain = ([x.clone().requires_grad_() for x in (hidden, reduce)] for _ in range(2))
-    norms, own = low_rank.latent_norms(*found, (2, 3))
+    actual, plain = ([x.clone().requires_grad_() for x in (hidden, reduce)] for _ in range(2))
+    norms, own = low_rank.latent_norms(*actual, (2, 3))
     expected = torch.linalg.vector_norm(torch.einsum("th,erh->ter", *plain), dim=-1)
     own_weights = torch.randn(3, 3, HIDDEN)
     torch.autograd.backward((norms, own), (grad, own_weights))
     torch.autograd.backward((expected, plain[1][2:5]), (grad, own_weights.double()))
     torch.testing.assert_close(norms, expected)
-    assert torch.equal(own, reduce[2:5]) and own.data_ptr() == found[1][2].data_ptr()
-    for mine, theirs in zip(found, plain, strict=True):
+    assert torch.equal(own, reduce[2:5]) and own.data_ptr() == actual[1][2].data_ptr()
+    for mine, theirs in zip(actual, plain, strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
@@ -419,8 +419,8 @@ def test_latents_on_a_device_exist_for_some_tokens_at_a_time(monkeypatch):
     ],
 )
 def test_top_p_edges(probs, p, rule, expected, as_tensor):
-    found = top_p_map(torch.tensor([probs]), torch.tensor(p) if as_tensor else p, rule)
-    assert found.int().tolist() == [expected]
+    actual = top_p_map(torch.tensor([probs]), torch.tensor(p) if as_tensor else p, rule)
+    assert actual.int().tolist() == [expected]
 
 
 def test_top_p_with_a_mass_that_rounding_keeps_below_p():
@@ -446,8 +446,8 @@ def test_looking_at_the_largest_first_finds_what_sorting_finds(p, rule):
     odd = torch.full((3, 96), 1 / 96)
     odd[0, 5], odd[1, :] = float("nan"), 0.0
     for probs in (logits.softmax(-1), tied.softmax(-1), odd, logits[:0].softmax(-1)):
-        for found in (top_p_map(probs, p, rule), top_p_map(probs, torch.tensor(p), rule)):
-            assert torch.equal(found, map_by_sorting(probs, p, rule))
+        for actual in (top_p_map(probs, p, rule), top_p_map(probs, torch.tensor(p), rule)):
+            assert torch.equal(actual, map_by_sorting(probs, p, rule))
 
 
 def test_the_bias_selects_but_never_weighs():

@@ -42,10 +42,10 @@ def step(routers: Routers, hidden: list[torch.Tensor], parts: int = 1) -> torch.
 def test_a_quantile_is_right_within_a_bin_and_interpolated(share):
     values = torch.rand(4000, 3, generator=torch.Generator().manual_seed(0)).square()
     histogram = Histogram(0.0, 1.0, bins=100)
-    found = histogram.quantile(histogram.count(values).unsqueeze(0), share)[0]
-    torch.testing.assert_close(found, values.quantile(share, dim=0), atol=0.011, rtol=0)
+    actual = histogram.quantile(histogram.count(values).unsqueeze(0), share)[0]
+    torch.testing.assert_close(actual, values.quantile(share, dim=0), atol=0.011, rtol=0)
     if 0 < share < 1:
-        below = (values < found).float().mean(0)
+        below = (values < actual).float().mean(0)
         torch.testing.assert_close(below, torch.full((3,), share), atol=0.01, rtol=0)
 
 
@@ -117,7 +117,7 @@ def test_gates_of_a_quantile_router_are_sigmoids_with_the_gradient_of_plain_oper
     logits_TE = torch.nn.functional.linear(hidden.flatten(0, 1), router.weight)
     assert torch.equal(map_TE, logits_TE >= routers.controller.value_E(0)) and 0 < map_TE.sum() < map_TE.numel()
     torch.testing.assert_close(probs_TE, logits_TE.sigmoid() * map_TE)
-    found, expected = (torch.autograd.grad(x.square().sum(), (hidden, router.weight)) for x in
+    actual, expected = (torch.autograd.grad(x.square().sum(), (hidden, router.weight)) for x in
                        (probs_TE, logits_TE.sigmoid() * map_TE))  # fmt: skip
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other)

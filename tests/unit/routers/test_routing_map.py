@@ -8,8 +8,8 @@ import torch
 from dsmoe.routers.routing_map import any_in_row, count_columns, count_rows
 
 
-def same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    assert found.dtype == expected.dtype and torch.equal(found, expected)
+def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])

@@ -38,17 +38,17 @@ class Gpus:
 
 
 def gpus(monkeypatch, count: int, local_rank: int) -> Gpus:
-    found = Gpus(count)
-    monkeypatch.setattr(device, "accelerator", lambda: found)
+    actual = Gpus(count)
+    monkeypatch.setattr(device, "accelerator", lambda: actual)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    return found
+    return actual
 
 
 @pytest.mark.parametrize(("count", "rank", "expected"), [(8, 0, 0), (8, 5, 5), (1, 0, 0), (1, 3, 0)])
 def test_a_process_takes_the_gpu_of_its_local_rank_or_the_only_one_it_sees(monkeypatch, count, rank, expected):
-    found = gpus(monkeypatch, count, rank)
+    actual = gpus(monkeypatch, count, rank)
     assert device.use_local_device() == f"cuda:{expected}" == device.device_name()
-    assert found.current == expected and device.gpu_count() == count
+    assert actual.current == expected and device.gpu_count() == count
 
 
 def test_more_processes_than_gpus_are_refused_with_both_numbers(monkeypatch):
@@ -64,14 +64,14 @@ def test_a_cpu_process_has_no_gpu():
 def test_nothing_but_the_device_module_asks_torch_about_cuda():
     asks = re.compile(r"torch\.cuda|\.is_cuda\b|cuda\.is_available|torch\.version\.cuda")
     allowed = {"dsmoe/runtime/device.py": None, "dsmoe/runtime/accelerations.py": "torch.version.cuda"}
-    found = []
+    actual = []
     for folder in ("dsmoe", "launch", "tools"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
             for match in asks.finditer(path.read_text()):
                 if name not in allowed or allowed[name] not in (None, match[0]):
-                    found.append(f"{name}: {match[0]}")
-    assert not found
+                    actual.append(f"{name}: {match[0]}")
+    assert not actual
 
 
 def test_importing_the_module_imports_nothing_heavy():
@@ -86,9 +86,9 @@ def test_segments_grow_unless_the_user_has_configured_the_allocator(monkeypatch,
     for name, value in configured.items():
         monkeypatch.setenv(name, value)
     device.prefer_growing_segments()
-    found = {name: os.environ[name] for name in device.ALLOCATOR_NAMES if name in os.environ}
+    actual = {name: os.environ[name] for name in device.ALLOCATOR_NAMES if name in os.environ}
     monkeypatch.delenv(device.ALLOCATOR[0], raising=False)
-    assert found == (configured or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    assert actual == (configured or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 @pytest.mark.parametrize("clone", [True, False])

@@ -51,7 +51,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def acceleration(name: str) -> accelerations.Acceleration:
-    return next(found for found in find_accelerations() if found.name == name)
+    return next(actual for actual in find_accelerations() if actual.name == name)
 
 
 def with_cuda(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
@@ -79,9 +79,9 @@ APEX_IMPOSTOR = {
 
 
 def test_every_acceleration_is_named_with_a_reason():
-    found = find_accelerations()
-    assert [acceleration.name for acceleration in found] == ACCELERATIONS
-    assert all(acceleration.reason for acceleration in found)
+    actual = find_accelerations()
+    assert [acceleration.name for acceleration in actual] == ACCELERATIONS
+    assert all(acceleration.reason for acceleration in actual)
 
 
 def test_importing_the_module_imports_nothing_heavy():
@@ -97,42 +97,42 @@ def test_torch_itself_brings_grouped_gemm_and_fused_adamw():
 
 def test_torch_without_grouped_gemm_names_the_setting_to_use(monkeypatch):
     monkeypatch.delattr("torch.nn.functional.grouped_mm")
-    found = acceleration("grouped GEMM")
-    assert not found.active
-    assert "model.experts_implementation=loop" in found.reason
+    actual = acceleration("grouped GEMM")
+    assert not actual.active
+    assert "model.experts_implementation=loop" in actual.reason
 
 
 def test_an_impostor_of_apex_is_named_and_not_run(packages):
     packages(APEX_IMPOSTOR)
-    found = acceleration("NVIDIA Apex")
-    assert not found.active
-    assert found.version == "0.9.10.dev0"
-    assert found.reason.startswith("impostor: apex 0.9.10.dev0 (For Pyramid)")
-    assert "pip uninstall apex" in found.reason
+    actual = acceleration("NVIDIA Apex")
+    assert not actual.active
+    assert actual.version == "0.9.10.dev0"
+    assert actual.reason.startswith("impostor: apex 0.9.10.dev0 (For Pyramid)")
+    assert "pip uninstall apex" in actual.reason
 
 
 def test_an_impostor_that_pip_does_not_know_is_named_by_its_place(packages, tmp_path):
     packages({"apex/__init__.py": ""})
-    found = acceleration("NVIDIA Apex")
-    assert found.reason.startswith(f"impostor: {tmp_path / 'apex'}")
-    assert "pip uninstall" not in found.reason
+    actual = acceleration("NVIDIA Apex")
+    assert actual.reason.startswith(f"impostor: {tmp_path / 'apex'}")
+    assert "pip uninstall" not in actual.reason
 
 
 def test_apex_without_its_kernels_is_not_used(packages, monkeypatch):
     packages({name: text for name, text in APEX_OF_NVIDIA.items() if name.startswith("apex/")})
     with_cuda(monkeypatch, True)
-    found = acceleration("NVIDIA Apex")
-    assert not found.active
-    assert "amp_C, fused_layer_norm_cuda" in found.reason
+    actual = acceleration("NVIDIA Apex")
+    assert not actual.active
+    assert "amp_C, fused_layer_norm_cuda" in actual.reason
 
 
 def test_a_package_that_breaks_while_imported_is_an_answer(packages, monkeypatch):
     broken = "raise OSError('libcudart.so.12\\nmore')"
     packages({**TRANSFORMER_ENGINE, "transformer_engine/pytorch.py": broken})
     with_cuda(monkeypatch, True)
-    found = accelerations._probe("Transformer Engine")
-    assert not found.active
-    assert found.reason == "the check failed with OSError: libcudart.so.12"
+    actual = accelerations._probe("Transformer Engine")
+    assert not actual.active
+    assert actual.reason == "the check failed with OSError: libcudart.so.12"
 
 
 @pytest.mark.parametrize("variable, expected", [("", "hides every GPU"), ("0", "finds no GPU or no driver")])
@@ -146,16 +146,16 @@ def test_the_reason_for_no_gpu_names_its_cause(monkeypatch, variable, expected):
 def test_mpi_that_aborts_is_an_answer(monkeypatch):
     aborted = subprocess.CompletedProcess([], -6, stdout="", stderr="starting\nPMIX ERROR: no such server\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: aborted)
-    found = accelerations._probe("MPI library")
-    assert not found.active
-    assert "PMIX ERROR: no such server" in found.reason
+    actual = accelerations._probe("MPI library")
+    assert not actual.active
+    assert "PMIX ERROR: no such server" in actual.reason
 
 
 def test_no_compiler_is_said_with_what_needs_it(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
-    found = accelerations._probe("C++ compiler, ninja")
-    assert not found.active
-    assert found.reason == "no C++ compiler and no ninja; dsmoe's kernels and DeepSpeed's optional ops need it"
+    actual = accelerations._probe("C++ compiler, ninja")
+    assert not actual.active
+    assert actual.reason == "no C++ compiler and no ninja; dsmoe's kernels and DeepSpeed's optional ops need it"
 
 
 # --- which norm ------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_json_parses_and_says_what_deepspeed_chooses():
     assert tree["host"]["cores"] >= 1 and tree["host"]["memory_bytes"] > 2**28
     expected = ("cuda", "nccl") if on_gpu() else ("cpu", "gloo")
     assert (tree["deepspeed"]["accelerator"], tree["deepspeed"]["backend"]) == expected
-    assert [found["name"] for found in tree["accelerations"]] == ACCELERATIONS
+    assert [actual["name"] for actual in tree["accelerations"]] == ACCELERATIONS
 
 
 def environment(**changes) -> env.Environment:
@@ -293,9 +293,9 @@ def test_brackets_in_the_words_of_others_are_shown(monkeypatch, capsys):
     assert "dsmoe[gpu]" in shown or acceleration("Transformer Engine").version
 
 
-@pytest.mark.parametrize("found, word", [("0.18.0", "does not fit"), (None, "missing")])
-def test_a_package_that_does_not_fit_is_flagged_and_fails(monkeypatch, capsys, found, word):
-    misfit = environment(packages=[env.Package("deepspeed", found, "==0.19.8")])
+@pytest.mark.parametrize("actual, word", [("0.18.0", "does not fit"), (None, "missing")])
+def test_a_package_that_does_not_fit_is_flagged_and_fails(monkeypatch, capsys, actual, word):
+    misfit = environment(packages=[env.Package("deepspeed", actual, "==0.19.8")])
     monkeypatch.setattr(env, "find_environment", lambda: misfit)
     assert env.main([]) == 1
     shown = capsys.readouterr().out
@@ -304,7 +304,7 @@ def test_a_package_that_does_not_fit_is_flagged_and_fails(monkeypatch, capsys, f
 
 
 @pytest.mark.parametrize(
-    "found, required, fits",
+    "actual, required, fits",
     [
         ("2.13.0+cpu", ">=2.11", True),
         ("2.12.0.dev1", ">=2.11", True),
@@ -314,8 +314,8 @@ def test_a_package_that_does_not_fit_is_flagged_and_fails(monkeypatch, capsys, f
         (None, "", False),
     ],
 )
-def test_versions_are_compared_the_way_pip_does(found, required, fits):
-    assert env.Package("some", found, required).fits is fits
+def test_versions_are_compared_the_way_pip_does(actual, required, fits):
+    assert env.Package("some", actual, required).fits is fits
 
 
 def test_every_requirement_of_dsmoe_is_listed_and_no_extra_is():

@@ -38,14 +38,14 @@ def test_parts_are_timed_forward_and_backward_and_add_up():
     (y,) = step_timer.mark_region("inner", REST, y)
     y = Sleep.apply(y, 0.0, 0.05)
     (2 * y).sum().backward()
-    found = step_timer.stop()
+    actual = step_timer.stop()
     whole = time.perf_counter() - began
     assert torch.equal(x.grad, torch.full((3,), 2.0))
-    assert set(found) == {REST, "inner", "wait"}
-    assert 0.06 <= found["inner"] <= 0.06 + whole - 0.14
-    assert 0.03 <= found["wait"] <= 0.03 + whole - 0.14
-    assert 0.05 <= found[REST] <= 0.05 + whole - 0.14
-    assert sum(found.values()) == pytest.approx(whole, abs=0.01)
+    assert set(actual) == {REST, "inner", "wait"}
+    assert 0.06 <= actual["inner"] <= 0.06 + whole - 0.14
+    assert 0.03 <= actual["wait"] <= 0.03 + whole - 0.14
+    assert 0.05 <= actual[REST] <= 0.05 + whole - 0.14
+    assert sum(actual.values()) == pytest.approx(whole, abs=0.01)
 
 
 @dataclass

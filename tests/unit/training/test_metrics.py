@@ -18,13 +18,13 @@ def totals_of(counts, tokens: int, without_expert=None) -> RoutingTotals:
 
 def test_routing_numbers_of_two_layers():
     totals = totals_of([[4, 0, 2, 2], [1, 1, 1, 1]], tokens=4, without_expert=[1, 0])
-    found = routing_metrics(totals, ep_size=2)
-    assert found["experts_per_token"] == 12 / (4 * 2)
-    assert found["density"] == 12 / (4 * 2 * 4)
-    assert found["imbalance"] == (4 / 4 + 2 / 2) / 2  # both ranks of both layers receive the same
-    assert found["expert_imbalance"] == (4 / 2 + 1 / 1) / 2
-    assert found["no_expert"] == 1 / (4 * 2)
-    assert found["dead_experts"] == 1 / 8
+    actual = routing_metrics(totals, ep_size=2)
+    assert actual["experts_per_token"] == 12 / (4 * 2)
+    assert actual["density"] == 12 / (4 * 2 * 4)
+    assert actual["imbalance"] == (4 / 4 + 2 / 2) / 2  # both ranks of both layers receive the same
+    assert actual["expert_imbalance"] == (4 / 2 + 1 / 1) / 2
+    assert actual["no_expert"] == 1 / (4 * 2)
+    assert actual["dead_experts"] == 1 / 8
     assert experts_per_token_by_layer(totals) == [2.0, 1.0]
 
 
@@ -36,16 +36,16 @@ def test_imbalance_over_ranks_sees_consecutive_experts_together():
 
 @pytest.mark.parametrize(("counts", "tokens"), [([[0, 0], [2, 0]], 2), ([[0, 0]], 5), ([[0, 0]], 0)])
 def test_nothing_is_divided_by_zero(counts, tokens):
-    found = routing_metrics(totals_of(counts, tokens), ep_size=2)
-    assert all(torch.tensor(value).isfinite() for value in found.values())
+    actual = routing_metrics(totals_of(counts, tokens), ep_size=2)
+    assert all(torch.tensor(value).isfinite() for value in actual.values())
     if counts == [[0, 0], [2, 0]]:
-        assert found["imbalance"] == (1 + 2) / 2  # a layer without routes counts as balanced
+        assert actual["imbalance"] == (1 + 2) / 2  # a layer without routes counts as balanced
 
 
 def test_counts_beyond_float32_stay_exact():
     large = 2**40 + 1
-    found = routing_metrics(totals_of([[large, large]], tokens=2 * large), ep_size=1)
-    assert found["experts_per_token"] == found["expert_imbalance"] == 1.0
+    actual = routing_metrics(totals_of([[large, large]], tokens=2 * large), ep_size=1)
+    assert actual["experts_per_token"] == actual["expert_imbalance"] == 1.0
 
 
 def lines_of(path) -> list[int]:

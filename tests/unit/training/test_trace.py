@@ -19,13 +19,13 @@ def test_a_trace_comes_back(tmp_path, maps):
     tokens = np.arange(12) * 7
     write_trace(path_of(tmp_path, 20), trace_of(maps, tokens, 4, step=20))
     write_trace(path_of(tmp_path, 100), trace_of(maps, tokens, 4, step=100))
-    found = read_trace(tmp_path)  # the newest of a run
-    assert (found.step, found.sequence_length, found.num_experts) == (100, 4, 5)
+    actual = read_trace(tmp_path)  # the newest of a run
+    assert (actual.step, actual.sequence_length, actual.num_experts) == (100, 4, 5)
     assert read_trace(path_of(tmp_path, 20)).step == 20
-    assert np.array_equal(found.tokens_T, tokens)
+    assert np.array_equal(actual.tokens_T, tokens)
     for layer, map_TE in enumerate(maps):
-        assert np.array_equal(found.map_TE(layer), map_TE)
-        assert np.array_equal(found.counts_LE()[layer], map_TE.sum(0))
+        assert np.array_equal(actual.map_TE(layer), map_TE)
+        assert np.array_equal(actual.counts_LE()[layer], map_TE.sum(0))
 
 
 def test_what_is_no_trace_is_named(tmp_path, maps):

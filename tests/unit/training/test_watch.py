@@ -15,11 +15,11 @@ TOKENS = 1000
 
 def totals_of(counts: list[list[float]], without: list[int] | None = None) -> RoutingTotals:
     counts_LE = torch.tensor(counts).round().long()
-    found = RoutingTotals.__new__(RoutingTotals)
-    object.__setattr__(found, "counts_LE", counts_LE)
-    object.__setattr__(found, "tokens", torch.tensor(TOKENS))
-    object.__setattr__(found, "without_expert_L", torch.tensor(without or [0] * len(counts)))
-    return found
+    actual = RoutingTotals.__new__(RoutingTotals)
+    object.__setattr__(actual, "counts_LE", counts_LE)
+    object.__setattr__(actual, "tokens", torch.tensor(TOKENS))
+    object.__setattr__(actual, "without_expert_L", torch.tensor(without or [0] * len(counts)))
+    return actual
 
 
 def first_warning(at_step, steps: int = 60) -> tuple[int, list[str]] | None:

@@ -64,12 +64,12 @@ def test_layers_of_the_same_work_give_the_reference(world, entries, name):
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     expected = reference(world, hidden, routing_map(world.problem.with_load(LOAD), False), grad)
     gate = next(p.grad for p in case.parameters if p.shape == world.gate_weight.shape and p.grad is not None)
-    found = {"output": output, "hidden": hidden.grad, "gate": gate}
+    actual = {"output": output, "hidden": hidden.grad, "gate": gate}
     case.after()
     case.clear()
     tolerance = 1e-5 if world.problem.dtype == "fp32" else 0.03
     for what, value in expected.items():
-        error = (found[what].double() - value).abs().max() / value.abs().max()
+        error = (actual[what].double() - value).abs().max() / value.abs().max()
         assert error < tolerance, what
 
 

@@ -31,8 +31,8 @@ def test_megablocks_weights_compute_the_same_expert(weights):
     w1, v1, w2 = (packed.view(E, FFN, H) for packed in megablocks_weights(gate_up, down))
     x = torch.randn(TOKENS, H)
     for e in range(E):
-        found = (F.silu(x @ w1[e].T) * (x @ v1[e].T)) @ w2[e]  # the products of its GLU
-        torch.testing.assert_close(found, swiglu(x, gate_up[e], down[e]))
+        actual = (F.silu(x @ w1[e].T) * (x @ v1[e].T)) @ w2[e]  # the products of its GLU
+        torch.testing.assert_close(actual, swiglu(x, gate_up[e], down[e]))
 
 
 class PlainScattered(nn.Module):
@@ -54,12 +54,12 @@ class PlainScattered(nn.Module):
 def test_scattermoe_behind_its_router_is_softmax_top_k(weights):
     gate_up, down = weights
     gate, x = nn.Parameter(torch.randn(E, H)), torch.randn(1, TOKENS, H)
-    found = ScatterMoE(PlainScattered(gate_up, down), gate, K)(x)[0]
+    actual = ScatterMoE(PlainScattered(gate_up, down), gate, K)(x)[0]
     probs = (x[0] @ gate.T).softmax(-1)
     top, index = probs.topk(K, dim=-1)
     for t in range(TOKENS):
         expected = sum(p * swiglu(x[0, t], gate_up[e], down[e]) for p, e in zip(top[t], index[t], strict=True))
-        torch.testing.assert_close(found[t], expected / top[t].sum())
+        torch.testing.assert_close(actual[t], expected / top[t].sum())
 
 
 def test_megatron_grouped_weights_in_both_of_its_layouts(weights):

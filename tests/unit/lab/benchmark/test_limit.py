@@ -27,13 +27,13 @@ def limit(problem: Problem, copy_seconds: float) -> dict:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_best_rate_counts_and_the_gate_is_work_too(ranks):
     problem = Problem(experts=8, tokens=100, hidden=16, ffn=32, k=2, ranks=ranks)
-    found = limit(problem, copy_seconds=1e-9)
-    assert found["best_product"] == "micro-kernel fp32" and found["flops_per_second"] == 2e11
+    actual = limit(problem, copy_seconds=1e-9)
+    assert actual["best_product"] == "micro-kernel fp32" and actual["flops_per_second"] == 2e11
     flops = 18 * 200 * 16 * 32 + 6 * 100 * 8 * 16
-    assert found["seconds"] == found["compute_seconds"] == pytest.approx(flops / ranks / 2e11)
+    assert actual["seconds"] == actual["compute_seconds"] == pytest.approx(flops / ranks / 2e11)
 
 
 def test_bytes_count_where_they_take_longer():
     problem = Problem(experts=8, tokens=100, hidden=16, ffn=32, k=2)
-    found = limit(problem, copy_seconds=2.0)
-    assert found["seconds"] == found["stream_seconds"] == pytest.approx(problem.streamed_bytes() / COPY_BYTES)
+    actual = limit(problem, copy_seconds=2.0)
+    assert actual["seconds"] == actual["stream_seconds"] == pytest.approx(problem.streamed_bytes() / COPY_BYTES)

@@ -21,30 +21,30 @@ def sleeping(name: str, clock: list[float], cost) -> Case:
 def test_rounds_are_interleaved_and_start_with_another_case_each_time():
     clock = [0.0]
     cases = [sleeping("a", clock, 1.0), sleeping("b", clock, 2.0), sleeping("c", clock, 3.0)]
-    found = interleave(cases, budget=0, least=3, warm_up=1, clock=lambda: clock[0])
-    assert found.order == ["b", "c", "a", "c", "a", "b", "a", "b", "c"]  # the warm-up began with "a"
-    assert found.seconds == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [3.0] * 3}
+    actual = interleave(cases, budget=0, least=3, warm_up=1, clock=lambda: clock[0])
+    assert actual.order == ["b", "c", "a", "c", "a", "b", "a", "b", "c"]  # the warm-up began with "a"
+    assert actual.seconds == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [3.0] * 3}
 
 
 def test_a_machine_that_slows_down_hurts_all_cases_alike():
     clock = [0.0]
     cases = [sleeping(name, clock, lambda: 1 + clock[0] / 100) for name in "ab"]
-    found = interleave(cases, budget=0, least=8, warm_up=0, clock=lambda: clock[0])
-    first, second = (sum(found.seconds[name]) for name in "ab")
-    assert abs(first / second - 1) < 0.01 < found.seconds["a"][-1] / found.seconds["a"][0] - 1
+    actual = interleave(cases, budget=0, least=8, warm_up=0, clock=lambda: clock[0])
+    first, second = (sum(actual.seconds[name]) for name in "ab")
+    assert abs(first / second - 1) < 0.01 < actual.seconds["a"][-1] / actual.seconds["a"][0] - 1
 
 
 def test_the_budget_ends_the_rounds():
     clock = [0.0]
-    found = interleave([sleeping("a", clock, 1.0)], budget=20, least=3, most=50, warm_up=1, clock=lambda: clock[0])
-    assert 19 <= len(found.seconds["a"]) <= 21
+    actual = interleave([sleeping("a", clock, 1.0)], budget=20, least=3, most=50, warm_up=1, clock=lambda: clock[0])
+    assert 19 <= len(actual.seconds["a"]) <= 21
 
 
 def test_a_very_slow_case_stops_after_three_rounds():
     clock = [0.0]
     cases = [sleeping("quick", clock, 1.0), sleeping("slow", clock, 15.0)]
-    found = interleave(cases, budget=0, least=7, warm_up=1, clock=lambda: clock[0])
-    assert (len(found.seconds["quick"]), len(found.seconds["slow"])) == (7, 3)
+    actual = interleave(cases, budget=0, least=7, warm_up=1, clock=lambda: clock[0])
+    assert (len(actual.seconds["quick"]), len(actual.seconds["slow"])) == (7, 3)
 
 
 def test_peak_counts_what_is_alive_at_once_and_not_what_was_there():

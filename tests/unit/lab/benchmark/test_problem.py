@@ -14,10 +14,10 @@ from dsmoe.lab.benchmark.problem import SHIFT, Gate, Problem, check_load, quotas
 @pytest.mark.parametrize("experts", [8, 96])
 def test_map_has_the_load_it_promises(load, experts, variable):
     problem = Problem(experts=experts, tokens=512, load=load)
-    found = routing_map(problem, variable)
-    assert found.sum() == problem.routes
-    assert set(found.sum(1).tolist()) == ({1, 2, 3} if variable else {2})
-    assert found.sum(0).tolist() == quotas_of(problem).tolist()
+    actual = routing_map(problem, variable)
+    assert actual.sum() == problem.routes
+    assert set(actual.sum(1).tolist()) == ({1, 2, 3} if variable else {2})
+    assert actual.sum(0).tolist() == quotas_of(problem).tolist()
 
 
 def test_shares_of_loads():
@@ -32,9 +32,9 @@ def test_shares_of_loads():
 
 def test_real_load_has_the_recorded_routes_where_experts_match():
     routes, share = trace_routes()
-    found = routing_map(Problem(experts=len(share), tokens=len(routes), k=routes.shape[1], load="real"), False)
-    assert found.sum() == routes.size
-    assert all(found[token, chosen].all() for token, chosen in enumerate(routes))
+    actual = routing_map(Problem(experts=len(share), tokens=len(routes), k=routes.shape[1], load="real"), False)
+    assert actual.sum() == routes.size
+    assert all(actual[token, chosen].all() for token, chosen in enumerate(routes))
 
 
 @pytest.mark.parametrize("experts", [8, 1024])

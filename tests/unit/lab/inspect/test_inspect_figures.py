@@ -50,19 +50,19 @@ def reading_of(map_LTE, losses=None, tokens=None, texts=None, probs=None) -> Rea
 def test_load_of_a_layer():
     # experts take 4, 2, 0 and 2 of 4 tokens: mean 2
     map_TE = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 1]]
-    (found,) = load(np.array([map_TE], bool))
-    assert found["counts"] == [4, 2, 0, 2] and found["dead"] == [2]
-    assert found["experts_per_token"] == 2 and found["no_expert"] == 0
-    assert found["max_over_mean"] == 2 and found["max_violation"] == 1
-    assert found["cv"] == pytest.approx(math.sqrt(2) / 2)  # deviations 2, 0, -2, 0
+    (actual,) = load(np.array([map_TE], bool))
+    assert actual["counts"] == [4, 2, 0, 2] and actual["dead"] == [2]
+    assert actual["experts_per_token"] == 2 and actual["no_expert"] == 0
+    assert actual["max_over_mean"] == 2 and actual["max_violation"] == 1
+    assert actual["cv"] == pytest.approx(math.sqrt(2) / 2)  # deviations 2, 0, -2, 0
     entropy = -(0.5 * math.log(0.5) + 2 * 0.25 * math.log(0.25))
-    assert found["entropy"] == pytest.approx(math.exp(entropy) / 4)
+    assert actual["entropy"] == pytest.approx(math.exp(entropy) / 4)
 
 
 def test_load_of_a_layer_that_nobody_uses():
-    (found,) = load(np.zeros((1, 3, 2), bool))
-    assert found["no_expert"] == 1 and found["dead"] == [0, 1] and found["counts"] == [0, 0]
-    assert found["max_over_mean"] is found["max_violation"] is found["cv"] is found["entropy"] is None
+    (actual,) = load(np.zeros((1, 3, 2), bool))
+    assert actual["no_expert"] == 1 and actual["dead"] == [0, 1] and actual["counts"] == [0, 0]
+    assert actual["max_over_mean"] is actual["max_violation"] is actual["cv"] is actual["entropy"] is None
 
 
 def test_experts_by_kind_and_position():
@@ -105,9 +105,9 @@ def test_every_bootstrap_sample_is_blocks_in_a_row():
     """Each sample's rho is that of the tokens that a plain loop draws with the same numbers."""
     random = np.random.default_rng(3)
     loss, experts = random.exponential(size=50), random.integers(0, 4, 50)
-    found = bootstrap(loss, experts, 20)
+    actual = bootstrap(loss, experts, 20)
     starts = np.random.default_rng(0).integers(0, 50, (20, 4, 1))
-    for sample, blocks in zip(found, starts[..., 0], strict=True):
+    for sample, blocks in zip(actual, starts[..., 0], strict=True):
         drawn = [(start + step) % 50 for start in blocks for step in range(BLOCK)][:50]
         assert sample == pytest.approx(spearmanr(loss[drawn], experts[drawn]).statistic, abs=1e-12)
 
@@ -116,9 +116,9 @@ def test_the_interval_holds_the_truth_and_neighbours_widen_it():
     """A known correlation is inside; a series whose tokens come in runs has a wider interval than shuffled ones."""
     random = np.random.default_rng(1)
     hidden = random.normal(size=2000)
-    found = correlation(hidden + random.normal(size=2000), hidden + random.normal(size=2000))
-    assert found["low"] < 6 / math.pi * math.asin(0.25) < found["high"]  # of normal variables with correlation 1/2
-    assert found["low"] < found["rho"] < found["high"] and found["high"] - found["low"] < 0.15
+    actual = correlation(hidden + random.normal(size=2000), hidden + random.normal(size=2000))
+    assert actual["low"] < 6 / math.pi * math.asin(0.25) < actual["high"]  # of normal variables with correlation 1/2
+    assert actual["low"] < actual["rho"] < actual["high"] and actual["high"] - actual["low"] < 0.15
     runs = np.repeat(random.normal(size=(100, 2)), 20, axis=0)
     order = random.permutation(2000)
     wide, narrow = correlation(*runs.T), correlation(*runs[order].T)
@@ -148,15 +148,15 @@ def test_deciles_are_of_equal_size_and_easy_first():
     random = np.random.default_rng(2)
     losses = random.exponential(size=105)
     experts_LT = np.stack([np.floor(2 * losses), np.ones(105)])
-    found = deciles(losses, experts_LT, np.ones((2, 105)))
-    assert len(found) == 10 and {group["tokens"] for group in found} == {10, 11}
+    actual = deciles(losses, experts_LT, np.ones((2, 105)))
+    assert len(actual) == 10 and {group["tokens"] for group in actual} == {10, 11}
     ordered = np.sort(losses)
-    assert found[0]["loss"] == pytest.approx(ordered[:11].mean()) and found[0]["loss_to"] == ordered[10]
+    assert actual[0]["loss"] == pytest.approx(ordered[:11].mean()) and actual[0]["loss_to"] == ordered[10]
     hardest = losses >= ordered[95]
-    assert found[9]["experts"] == pytest.approx(experts_LT[:, hardest].mean())
-    assert found[9]["experts_by_layer"] == pytest.approx(experts_LT[:, hardest].mean(1).tolist())
+    assert actual[9]["experts"] == pytest.approx(experts_LT[:, hardest].mean())
+    assert actual[9]["experts_by_layer"] == pytest.approx(experts_LT[:, hardest].mean(1).tolist())
     of_token = experts_LT[:, hardest].mean(0)
-    assert found[9]["error"] == pytest.approx(of_token.std(ddof=1) / math.sqrt(10))
+    assert actual[9]["error"] == pytest.approx(of_token.std(ddof=1) / math.sqrt(10))
 
 
 def test_both_readings_of_hardness():
@@ -168,20 +168,20 @@ def test_both_readings_of_hardness():
     map_LTE = np.zeros((1, 400, 4), bool)
     for place, value in enumerate(own):
         map_LTE[0, place, : int(value // 100) + 1] = True
-    found = hardness(reading_of(map_LTE, losses=next_loss))
-    assert found["own"]["experts"]["rho"] > 0.95 and found["own"]["experts"]["low"] > 0.9
-    assert found["next"]["experts"]["low"] < 0 < found["next"]["experts"]["high"]
-    assert found["own"]["experts"]["tokens"] == found["next"]["experts"]["tokens"] == 399
-    assert [group["experts"] for group in found["own"]["deciles"]] == pytest.approx(
+    actual = hardness(reading_of(map_LTE, losses=next_loss))
+    assert actual["own"]["experts"]["rho"] > 0.95 and actual["own"]["experts"]["low"] > 0.9
+    assert actual["next"]["experts"]["low"] < 0 < actual["next"]["experts"]["high"]
+    assert actual["own"]["experts"]["tokens"] == actual["next"]["experts"]["tokens"] == 399
+    assert [group["experts"] for group in actual["own"]["deciles"]] == pytest.approx(
         [1, 1, 1.5, 2, 2, 3, 3, 3.5, 4, 4], abs=0.05
     )
-    assert found["own"]["by_kind"]["digits"]["rho"] > 0.95  # the made-up tokens t0, t1, ... have digits
+    assert actual["own"]["by_kind"]["digits"]["rho"] > 0.95  # the made-up tokens t0, t1, ... have digits
 
 
 def test_a_fixed_number_of_experts_has_no_correlation():
-    found = hardness(reading_of(np.ones((2, 40, 2), bool)))["next"]
-    assert found["experts"] == {"rho": None, "low": None, "high": None, "tokens": 39}
-    assert [layer["rho"] for layer in found["by_layer"]] == [None, None]
+    actual = hardness(reading_of(np.ones((2, 40, 2), bool)))["next"]
+    assert actual["experts"] == {"rho": None, "low": None, "high": None, "tokens": 39}
+    assert [layer["rho"] for layer in actual["by_layer"]] == [None, None]
 
 
 def test_what_a_token_tells_of_an_expert():
@@ -222,11 +222,11 @@ def test_an_expert_that_takes_all_is_typical_by_weight():
 
 def test_co_activation_counts_pairs():
     map_TE = np.random.default_rng(0).random((200, 5)) < 0.4
-    found = co_activation(map_TE)
+    actual = co_activation(map_TE)
     for one in range(5):
         for other in range(5):
-            assert found[one, other] == sum(bool(row[one] and row[other]) for row in map_TE)
-    overlaps = [pair["overlap"] for pair in closest(found)]
+            assert actual[one, other] == sum(bool(row[one] and row[other]) for row in map_TE)
+    overlaps = [pair["overlap"] for pair in closest(actual)]
     assert overlaps == sorted(overlaps, reverse=True) and len(overlaps) == 8
 
 
@@ -250,14 +250,14 @@ def test_a_copy_is_found_and_is_a_pair_to_merge():
         tensor[3] = tensor[1][order]
     weights.down_EHF[3] = weights.down_EHF[1][:, order]  # the same function, its units in another order
     together = np.array([[9, 0, 0, 1], [0, 7, 0, 2], [0, 0, 5, 0], [1, 2, 0, 3]])
-    found = compare_experts(weights, torch.randn(50, 8, generator=torch.Generator().manual_seed(2)), together)
-    best, *others = found["pairs"]
+    actual = compare_experts(weights, torch.randn(50, 8, generator=torch.Generator().manual_seed(2)), together)
+    best, *others = actual["pairs"]
     assert best["experts"] == [1, 3] and best["tokens"] == [7, 3] and best["tokens_of_both"] == 2
     assert [best[name] for name in ("output_cosine", "output_cka", "weights")] == pytest.approx([1, 1, 1], abs=1e-5)
-    assert found["merge"] == [[1, 3]] and found["max"] == pytest.approx(1, abs=1e-5)
+    assert actual["merge"] == [[1, 3]] and actual["max"] == pytest.approx(1, abs=1e-5)
     assert all(pair["output_cosine"] < 0.8 for pair in others) and len(others) == 5
-    assert found["mean"] == pytest.approx(np.mean([pair["output_cosine"] for pair in found["pairs"]]), abs=1e-6)
-    assert 0 < found["weights_chance"] < 1
+    assert actual["mean"] == pytest.approx(np.mean([pair["output_cosine"] for pair in actual["pairs"]]), abs=1e-6)
+    assert 0 < actual["weights_chance"] < 1
 
 
 @pytest.mark.parametrize("activation", ["reglu", "relu2"])
@@ -270,16 +270,16 @@ def test_outputs_are_those_of_experts_of_another_mlp(activation):
     weights, rows = ExpertWeights.of(experts, None), torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
     expected, _ = experts(rows.repeat(4, 1), torch.full((4,), 5), torch.ones(20))
     torch.testing.assert_close(weights.outputs(rows).flatten(0, 1), expected, rtol=1e-4, atol=1e-4)
-    found = compare_experts(weights, rows, np.zeros((4, 4), int))
-    assert weights.units(0).shape == (16, 8 * (3 if activation == "reglu" else 2)) and 0 < found["weights_chance"] < 1
+    actual = compare_experts(weights, rows, np.zeros((4, 4), int))
+    assert weights.units(0).shape == (16, 8 * (3 if activation == "reglu" else 2)) and 0 < actual["weights_chance"] < 1
 
 
 def test_outputs_are_swiglu_of_each_expert():
     weights, rows = expert_weights(), torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
-    found = weights.outputs(rows)
+    actual = weights.outputs(rows)
     for expert in range(4):
         gate, up = rows @ weights.gate_EFH[expert].T, rows @ weights.up_EFH[expert].T
-        torch.testing.assert_close(found[expert], (gate * torch.sigmoid(gate) * up) @ weights.down_EHF[expert].T)
+        torch.testing.assert_close(actual[expert], (gate * torch.sigmoid(gate) * up) @ weights.down_EHF[expert].T)
 
 
 def test_each_expert_is_merged_once():
@@ -310,21 +310,21 @@ def test_two_models_token_by_token():
     more = map_LTE.copy()
     more[0, :, 0] = True
     second = reading_of(more, losses=losses + 0.25)
-    found = compare(first, second)
-    assert found["same_tokens"] and found["loss_difference"]["tokens"] == 99
-    assert [found["loss_difference"][name] for name in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
+    actual = compare(first, second)
+    assert actual["same_tokens"] and actual["loss_difference"]["tokens"] == 99
+    assert [actual["loss_difference"][name] for name in ("mean", "low", "high")] == pytest.approx([0.25] * 3)
     added = more.sum() - map_LTE.sum()
-    assert found["experts_difference"]["mean"] == pytest.approx(added / 200)
-    assert found["experts_difference"]["low"] < added / 200 < found["experts_difference"]["high"]
+    assert actual["experts_difference"]["mean"] == pytest.approx(added / 200)
+    assert actual["experts_difference"]["low"] < added / 200 < actual["experts_difference"]["high"]
     plain = spearmanr(map_LTE.sum(2).mean(0), more.sum(2).mean(0)).statistic
-    assert found["experts_alike"]["rho"] == pytest.approx(plain)
-    assert sum(group["tokens"] for group in found["by_difficulty"]) == 99
+    assert actual["experts_alike"]["rho"] == pytest.approx(plain)
+    assert sum(group["tokens"] for group in actual["by_difficulty"]) == 99
     assert compare(first, reading_of(map_LTE[:, :50], losses=losses[:50])) == {"same_tokens": False}
 
 
 def test_an_interval_of_a_mean():
-    found = mean_with_interval(np.random.default_rng(0).normal(1.0, 1.0, 1000))
-    assert found["low"] < 1.0 < found["high"] and found["high"] - found["low"] == pytest.approx(
+    actual = mean_with_interval(np.random.default_rng(0).normal(1.0, 1.0, 1000))
+    assert actual["low"] < 1.0 < actual["high"] and actual["high"] - actual["low"] == pytest.approx(
         4 / math.sqrt(1000), rel=0.25
     )
 

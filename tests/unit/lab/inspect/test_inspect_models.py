@@ -134,10 +134,10 @@ def test_k_of_a_trained_top_k_is_its_option(run_of, native_of):
     """Twice the k is twice the experts, with gates of the router's own; and the model is as before afterwards."""
     for path in (run_of("topk", k=2), native_of("mixtral")):
         model, tokens, reading = seen(path)
-        found = run_sweep(model, reading, [tokens], Sweep("k", (1.0, 3.0, 4.0)))
-        assert found["is_option"] and [entry["value"] for entry in found["settings"]] == [2, 1, 3, 4]
-        assert [entry["experts_per_token"] for entry in found["settings"]] == [2, 1, 3, 4]
-        assert len({entry["loss"] for entry in found["settings"]}) == 4
+        actual = run_sweep(model, reading, [tokens], Sweep("k", (1.0, 3.0, 4.0)))
+        assert actual["is_option"] and [entry["value"] for entry in actual["settings"]] == [2, 1, 3, 4]
+        assert [entry["experts_per_token"] for entry in actual["settings"]] == [2, 1, 3, 4]
+        assert len({entry["loss"] for entry in actual["settings"]}) == 4
         again = read(model, [tokens])
         np.testing.assert_array_equal(again.next_loss_T, reading.next_loss_T)
 
@@ -147,23 +147,23 @@ def test_a_theta_drops_the_small_weights_and_changes_the_loss(run_of):
     path = run_of("relu", k=2)
     model, tokens, reading = seen(path)
     theta = float(np.median(reading.probs_LTE[reading.map_LTE]))
-    found = run_sweep(model, reading, [tokens], Sweep("theta", (theta,)))
+    actual = run_sweep(model, reading, [tokens], Sweep("theta", (theta,)))
     trained = TrainedModel.load(path)
     for router in trained.model.recorder.routers:
         router.gating = lambda hidden, gate=router.gating: (lambda r: torch.where(r >= theta, r, 0.0))(gate(hidden))
     ids = torch.tensor([tokens.ids])
     with torch.no_grad():
         _, parts = trained.model(ids[:, :-1], ids[:, 1:])
-    assert found["is_option"] and found["settings"][1]["loss"] == pytest.approx(float(parts["lm"]), rel=1e-5)
-    assert found["settings"][1]["experts_per_token"] < found["settings"][0]["experts_per_token"]
+    assert actual["is_option"] and actual["settings"][1]["loss"] == pytest.approx(float(parts["lm"]), rel=1e-5)
+    assert actual["settings"][1]["experts_per_token"] < actual["settings"][0]["experts_per_token"]
     assert own_sweep(model).name == "theta" and len(run_sweep(model, reading, [tokens], Sweep("theta"))["settings"]) > 3
 
 
 def test_a_sweep_of_the_routers_own_threshold(run_of):
     model, tokens, reading = seen(run_of("routing_free", rank=8))
-    found = run_sweep(model, reading, [tokens], own_sweep(model))
-    assert found["name"] == "theta" and found["is_option"] and found["settings"][0]["value"] == 1
-    values = sorted((entry["value"], entry["experts_per_token"]) for entry in found["settings"])
+    actual = run_sweep(model, reading, [tokens], own_sweep(model))
+    assert actual["name"] == "theta" and actual["is_option"] and actual["settings"][0]["value"] == 1
+    values = sorted((entry["value"], entry["experts_per_token"]) for entry in actual["settings"])
     assert [experts for _, experts in values] == sorted((experts for _, experts in values), reverse=True)
 
 

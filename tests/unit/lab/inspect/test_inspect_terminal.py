@@ -71,7 +71,7 @@ def test_a_fixed_k_is_coloured_by_effective_experts(run_of, monkeypatch):
     [((0.1, 0.3), "harder tokens take more"), ((-0.3, -0.1), "take FEWER"), ((-0.1, 0.3), "no sign that")],
 )
 def test_words_follow_the_interval(interval, words):
-    found = {"rho": sum(interval) / 2, "low": interval[0], "high": interval[1], "tokens": 99}
+    actual = {"rho": sum(interval) / 2, "low": interval[0], "high": interval[1], "tokens": 99}
     within = {"rho": None, "low": None, "high": None, "tokens": 99}
-    said = hardness_sentence({"k": None, "hardness": {"next": {"experts": found, "within_kind": within}}})
+    said = hardness_sentence({"k": None, "hardness": {"next": {"experts": actual, "within_kind": within}}})
     assert words in said and f"{interval[0]:+.2f} to {interval[1]:+.2f}" in said and said.endswith("tokens unknown")

@@ -59,9 +59,9 @@ def test_every_parameter_is_somewhere(hardware, router, placement):
     if router in ("aoe", "routing_free"):
         keys += ["router.rank=16", f"router.placement={placement}"]
     config = load_config(None, keys, option_classes())
-    found = Layout(config, hardware, 16)
-    assert found.dense_parameters + found.ep * found.expert_parameters == found.size.total
-    assert found.owned_parameters * found.ranks == pytest.approx(found.size.total)
+    actual = Layout(config, hardware, 16)
+    assert actual.dense_parameters + actual.ep * actual.expert_parameters == actual.size.total
+    assert actual.owned_parameters * actual.ranks == pytest.approx(actual.size.total)
 
 
 def test_scores_of_a_bf16_gate_with_more_experts_than_hidden_numbers_are_not_kept(hardware):
@@ -75,7 +75,7 @@ def test_scores_of_a_bf16_gate_with_more_experts_than_hidden_numbers_are_not_kep
 
 @pytest.mark.parametrize(("experts", "ep", "k"), [(8, 2, 2), (32, 8, 4), (16, 16, 3), (12, 4, 2.5), (8, 2, 8)])
 def test_ranks_a_token_goes_to_are_those_of_a_simulation(hardware, experts, ep, k):
-    found = layout(
+    actual = layout(
         hardware, f"model.num_experts={experts}", f"parallel.expert_parallel={ep}", experts_per_token=k
     ).reach()
     random = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def test_ranks_a_token_goes_to_are_those_of_a_simulation(hardware, experts, ep, 
         owners = random.permutation(experts)[:count] // (experts // ep)
         home = random.integers(ep)
         reached.append(len(set(owners.tolist()) - {home}))
-    assert found == pytest.approx(np.mean(reached), rel=0.05)
+    assert actual == pytest.approx(np.mean(reached), rel=0.05)
 
 
 def test_more_is_spread_less_is_held(hardware):
@@ -148,20 +148,20 @@ def test_bytes_leave_the_node_where_ranks_do(hardware):
 
 
 def test_operations_are_six_for_each_active_parameter_and_those_of_attention(hardware):
-    found = layout(hardware)
-    model, tokens = found.model, found.step_tokens
+    actual = layout(hardware)
+    model, tokens = actual.model, actual.step_tokens
     attention = 3 * tokens * 2 * model.num_layers * model.hidden_size * model.sequence_length
-    assert total_flops(found) == pytest.approx(6 * found.size.active * tokens + attention)
+    assert total_flops(actual) == pytest.approx(6 * actual.size.active * tokens + attention)
 
 
 def test_search_finds_the_fastest_that_fits(hardware):
     small = hardware.model_copy(update={"memory_gib": 4.0})
-    found = search(config_of(), small, 16)
-    assert found.fitting and found.too_large
+    actual = search(config_of(), small, 16)
+    assert actual.fitting and actual.too_large
     everything = [predict(Layout(candidate, small, 16)) for candidate in layouts(config_of(), 16)]
     fitting = [one for one in everything if one.fits]
-    assert found.best.step_seconds == min(one.step_seconds for one in fitting)
-    assert len(found.fitting) == len(fitting) and len(found.too_large) == len(everything) - len(fitting)
+    assert actual.best.step_seconds == min(one.step_seconds for one in fitting)
+    assert len(actual.fitting) == len(fitting) and len(actual.too_large) == len(everything) - len(fitting)
     none = search(config_of(), hardware.model_copy(update={"memory_gib": 0.5}), 16)
     assert none.best is None and none.too_large[0].missing_memory <= none.too_large[-1].missing_memory
 
@@ -190,10 +190,10 @@ def test_a_trillion_parameters_on_thousands_of_devices(hardware):
         "model.moe_ffn_hidden_size=4096", "router.k=8", "training.global_batch_size=8192",
         "model.sequence_length=4096", "parallel.expert_parallel=64",
     )  # fmt: skip
-    found = search(config, hardware, 4096)
-    assert found.best.layout.size.total > 3e12
-    assert 0.02 < found.best.utilisation < 0.7 and found.best.fits
-    as_json = found.best.as_json(1e13)
+    actual = search(config, hardware, 4096)
+    assert actual.best.layout.size.total > 3e12
+    assert 0.02 < actual.best.utilisation < 0.7 and actual.best.fits
+    as_json = actual.best.as_json(1e13)
     assert as_json["device_hours"] == pytest.approx(1e13 / as_json["tokens_per_second"] * 4096 / 3600)
 
 
@@ -238,18 +238,18 @@ def test_a_fit_to_runs_predicts_other_runs():
     runs = [made_up(case, known) for case in other_cases(2)]
     fitted = fit(blank, runs[::2] + runs[5:8])
     for run in runs:
-        found = predict(layout_of(run, fitted))
-        assert found.step_seconds == pytest.approx(run.seconds, rel=0.03)
-        assert found.memory.total == pytest.approx(run.peak_memory, rel=0.02)
+        actual = predict(layout_of(run, fitted))
+        assert actual.step_seconds == pytest.approx(run.seconds, rel=0.03)
+        assert actual.memory.total == pytest.approx(run.peak_memory, rel=0.02)
 
 
 def made_up(case, hardware: Hardware) -> MeasuredRun:
     blank = MeasuredRun(case, 0.0, {}, 0.0, 0.0, 2.0, 1.1)
-    found = predict(layout_of(blank, hardware))
-    parts = dict(found.seconds)
+    actual = predict(layout_of(blank, hardware))
+    parts = dict(actual.seconds)
     parts["rest"] += parts.pop("gradients", 0.0)
     parts["optimizer"] += parts.pop("weights", 0.0)
-    return replace(blank, seconds=sum(parts.values()), seconds_by_part=parts, peak_memory=found.memory.total)
+    return replace(blank, seconds=sum(parts.values()), seconds_by_part=parts, peak_memory=actual.memory.total)
 
 
 def test_no_coefficient_of_a_fit_is_below_its_least():
@@ -289,10 +289,12 @@ def test_a_skewed_replay_has_that_share_and_a_cost(hardware):
     map_TE = np.zeros((2048, 64), dtype=bool)
     np.put_along_axis(map_TE, chosen, True, axis=1)
     trace = trace_of([map_TE], np.arange(2048), 16, step=1)
-    found = skewed(trace, "30:4")
-    assert np.diff(found.layers[0][0]).tolist() == np.diff(trace.layers[0][0]).tolist()
-    assert found.counts_LE()[0, :4].sum() / 4096 == pytest.approx(0.3, abs=0.03)
-    row = next(row for row in replay(found, [16], per_node=8, dispatcher="all_to_all") if row.placement == "contiguous")
+    actual = skewed(trace, "30:4")
+    assert np.diff(actual.layers[0][0]).tolist() == np.diff(trace.layers[0][0]).tolist()
+    assert actual.counts_LE()[0, :4].sum() / 4096 == pytest.approx(0.3, abs=0.03)
+    row = next(
+        row for row in replay(actual, [16], per_node=8, dispatcher="all_to_all") if row.placement == "contiguous"
+    )
     assert row.load == pytest.approx(16 * 0.3, rel=0.12)
     assert row.between_rows / row.sent_rows == pytest.approx(8 / 15, abs=0.05)
     cost = cost_of(row, 1024, 512, "bf16", hardware)
@@ -304,9 +306,9 @@ def test_a_skewed_replay_has_that_share_and_a_cost(hardware):
 
 
 def test_a_layout_is_what_was_asked_for():
-    found = laid_out(config_of(), 4, 3, "moe", 2, 8)
-    assert (found.parallel.expert_parallel, found.parallel.zero_stage) == (4, 3)
-    assert (found.model.recompute, found.model.moe_chunks, found.training.gradient_accumulation) == ("moe", 8, 2)
+    actual = laid_out(config_of(), 4, 3, "moe", 2, 8)
+    assert (actual.parallel.expert_parallel, actual.parallel.zero_stage) == (4, 3)
+    assert (actual.model.recompute, actual.model.moe_chunks, actual.training.gradient_accumulation) == ("moe", 8, 2)
 
 
 def test_of_several_rounds_the_fastest_run_of_each_case_counts(monkeypatch):
@@ -317,6 +319,6 @@ def test_of_several_rounds_the_fastest_run_of_each_case_counts(monkeypatch):
         return MeasuredRun(case, next(seconds), {}, 0.0, 0.0, 2.0, 1.0)
 
     monkeypatch.setattr(measure, "measure", run)
-    found = measure.measure_all([Case("a", 1, {}), Case("b", 1, {})], 8, rounds=2)
+    actual = measure.measure_all([Case("a", 1, {}), Case("b", 1, {})], 8, rounds=2)
     assert order == ["a", "b", "b", "a"]
-    assert [(one.case.name, one.seconds) for one in found] == [("a", 2.0), ("b", 4.0)]
+    assert [(one.case.name, one.seconds) for one in actual] == [("a", 2.0), ("b", 4.0)]

@@ -16,10 +16,10 @@ def skewed(seed: int) -> np.ndarray:
     """bool [T, E]: 0 to 4 experts a token, the first ones far more often."""
     random = np.random.default_rng(seed)
     popularity = 1.0 / (1 + np.arange(E))
-    found = np.zeros((T, E), dtype=bool)
-    for token in found:
+    actual = np.zeros((T, E), dtype=bool)
+    for token in actual:
         token[random.choice(E, size=random.integers(0, 5), replace=False, p=popularity / popularity.sum())] = True
-    return found
+    return actual
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def trace():
 
 def test_where_dsmoe_puts_experts_is_counted_as_by_hand(trace):
     ranks = 4
-    found = next(row for row in replay(trace, [ranks]) if row.placement == "contiguous")
+    actual = next(row for row in replay(trace, [ranks]) if row.placement == "contiguous")
     loads, rows, routes, received = [], [], [], []
     for layer in range(2):
         map_TE = trace.map_TE(layer)
@@ -43,22 +43,22 @@ def test_where_dsmoe_puts_experts_is_counted_as_by_hand(trace):
         rows.append(sum(reach[t, p] for t in range(T) for p in range(ranks) if t // (T // ranks) != p) / ranks)
         routes.append(crossing / ranks)
         received.append(reach.sum(0).max())
-    assert found.load == pytest.approx(np.mean(loads)) and found.worst_load == pytest.approx(max(loads))
-    assert found.sent_rows == np.mean(rows) < found.sent_routes == np.mean(routes)
-    assert found.received_rows == max(received)
-    assert cost_of(found, 8, 4, "bf16").sent_bytes == found.sent_rows * 4 * 8 * 2
+    assert actual.load == pytest.approx(np.mean(loads)) and actual.worst_load == pytest.approx(max(loads))
+    assert actual.sent_rows == np.mean(rows) < actual.sent_routes == np.mean(routes)
+    assert actual.received_rows == max(received)
+    assert cost_of(actual, 8, 4, "bf16").sent_bytes == actual.sent_rows * 4 * 8 * 2
 
 
 @pytest.mark.parametrize("ranks", [4, 8, 16])
 def test_two_level_rows_are_counted_as_by_hand(trace, ranks):
     """Nodes of 4: inside one nothing changes; beyond it a token crosses once to a node, to the rank with its place."""
     node = 4
-    direct, found = (
+    direct, actual = (
         next(row for row in replay(trace, [ranks], node, name) if row.placement == "contiguous")
         for name in ("all_to_all", "auto")
     )
     if ranks == node:
-        assert (found.dispatcher, found.sent_rows, found.between_rows) == ("all_to_all", direct.sent_rows, 0)
+        assert (actual.dispatcher, actual.sent_rows, actual.between_rows) == ("all_to_all", direct.sent_rows, 0)
         return
     rows, between = [], []
     for layer in range(2):
@@ -72,9 +72,9 @@ def test_two_level_rows_are_counted_as_by_hand(trace, ranks):
                 inside += len({rank for rank in needed if rank // node == to} - {relay})
         rows.append((inside + crossing) / ranks)
         between.append(crossing / ranks)
-    assert found.dispatcher == "two_level" and found.load == direct.load
-    assert found.sent_rows == pytest.approx(np.mean(rows)) and found.between_rows == pytest.approx(np.mean(between))
-    assert found.between_rows < direct.between_rows
+    assert actual.dispatcher == "two_level" and actual.load == direct.load
+    assert actual.sent_rows == pytest.approx(np.mean(rows)) and actual.between_rows == pytest.approx(np.mean(between))
+    assert actual.between_rows < direct.between_rows
 
 
 @pytest.mark.parametrize("place", PLACEMENTS)

@@ -68,18 +68,18 @@ def test_a_costlier_router_gets_narrower_experts(study_file, experts):
         tree["compute"] = {"experts": 2, "width": 64}
 
     edit(study_file, change)
-    found = configs(study_file)
-    cost = [router_parameters(c) + 2 * sized(c).expert for c in found.values()]
+    actual = configs(study_file)
+    cost = [router_parameters(c) + 2 * sized(c).expert for c in actual.values()]
     assert cost[0] == experts * 32 + 2 * 3 * 32 * 64
     assert cost == pytest.approx([cost[0]] * len(cost), rel=TOLERANCE)
-    widths = {c.router.name: c.model.moe_ffn_hidden_size for c in found.values()}
+    widths = {c.router.name: c.model.moe_ffn_hidden_size for c in actual.values()}
     assert widths["topk"] == 64 and widths["aoe"] == round((cost[0] - experts * 4 * 32) / (2 * (64 + 4)))
 
 
 def test_granularity_cuts_experts_and_keeps_compute(study_file):
     edit(study_file, lambda tree: tree.update(x="granularity", published=[], axes={"granularity": [1, 2, 4]}))
-    found = [config for config in configs(study_file).values() if config.router.name == "topk"][:3]
-    shapes = [(c.model.num_experts, c.router.options["k"], c.model.moe_ffn_hidden_size) for c in found]
+    actual = [config for config in configs(study_file).values() if config.router.name == "topk"][:3]
+    shapes = [(c.model.num_experts, c.router.options["k"], c.model.moe_ffn_hidden_size) for c in actual]
     assert shapes[0] == (4, 2, 16) and [shape[0] for shape in shapes] == [4, 8, 16]
     assert [k * width for _, k, width in shapes] == [32, 32, 32]
 
@@ -111,16 +111,16 @@ def test_all_reasons_of_all_cells_come_at_once(study_file):
 
 def test_a_grid_that_fits_no_processes_is_refused(study_file):
     edit(study_file, lambda tree: tree.update(ranks=3, set={"parallel.expert_parallel": 2}))
-    found = problems(study_file)
-    assert any("ranks: found 3" in problem for problem in found)
-    assert any("global_batch_size" in problem for problem in found)
+    actual = problems(study_file)
+    assert any("ranks: found 3" in problem for problem in actual)
+    assert any("global_batch_size" in problem for problem in actual)
 
 
 def test_a_router_that_costs_more_than_there_is_to_spend_is_refused(study_file):
     arm = {"name": "aoe", "set": {"router.name": "aoe", "router.rank": 16}}
     edit(study_file, lambda tree: tree["arms"].append(arm))
-    found = problems(study_file)
-    assert any("aoe, num_experts 32" in problem and "cannot be met" in problem for problem in found)
+    actual = problems(study_file)
+    assert any("aoe, num_experts 32" in problem and "cannot be met" in problem for problem in actual)
 
 
 def test_a_cell_beyond_this_machines_memory_is_refused(study_file, monkeypatch):
@@ -146,8 +146,8 @@ def test_a_dense_arm_beside_many_experts(study_file):
         tree["arms"].append({"name": "dense", "set": {"router.name": "topk"}, "axes": {"model.num_experts": [1]}})
 
     edit(study_file, change)
-    found = configs(study_file)
-    dense = found["dense, num_experts 1, seed 1"]
+    actual = configs(study_file)
+    dense = actual["dense, num_experts 1, seed 1"]
     assert (dense.model.num_experts, dense.router.options["k"], dense.model.moe_ffn_hidden_size) == (1, 1, 32)
 
 
@@ -178,15 +178,15 @@ def test_isoflop_spends_the_same_compute_at_every_size(study_file):
         tree.update(x="size", axes={"model.num_experts": [4]}, published=[])
 
     edit(study_file, change)
-    found = [config for name, config in configs(study_file).items() if name.startswith("topk") and "seed 1" in name]
-    assert len(found) == 6
+    actual = [config for name, config in configs(study_file).items() if name.startswith("topk") and "seed 1" in name]
+    assert len(actual) == 6
     spent = [
-        flops_per_token(config, 2) * config.training.steps * config.training.global_batch_size * 16 for config in found
+        flops_per_token(config, 2) * config.training.steps * config.training.global_batch_size * 16 for config in actual
     ]
     assert sorted(spent)[:3] == pytest.approx([1e9] * 3, rel=0.05)
     assert sorted(spent)[3:] == pytest.approx([4e9] * 3, rel=0.05)
-    small = next(config for config in found if config.model.hidden_size == 16)
-    large = next(config for config in found if config.model.hidden_size == 64)
+    small = next(config for config in actual if config.model.hidden_size == 16)
+    large = next(config for config in actual if config.model.hidden_size == 64)
     assert (small.model.num_layers, large.model.num_layers) == (1, 4)
     assert (small.model.moe_ffn_hidden_size, large.model.moe_ffn_hidden_size) == (8, 32)
     assert (small.training.lr, large.training.lr) == pytest.approx((2e-3, 5e-4))

@@ -56,10 +56,10 @@ def hidden_TH():
 
 def test_a_copy_is_alike_in_every_way_and_strangers_are_not(hidden_TH):
     layer = layers_of(model_of(config_of()))[0]
-    found = similarity(layer, hidden_TH)
-    assert found["cosine"]["mean"] < 0.2 and found["cka"]["mean"] < 0.6
-    assert found["weights"]["mean"] == pytest.approx(found["weights"]["chance"], abs=0.05)
-    assert found["weights"]["similar"] == found["cosine"]["similar"] == 0.0
+    actual = similarity(layer, hidden_TH)
+    assert actual["cosine"]["mean"] < 0.2 and actual["cka"]["mean"] < 0.6
+    assert actual["weights"]["mean"] == pytest.approx(actual["weights"]["chance"], abs=0.05)
+    assert actual["weights"]["similar"] == actual["cosine"]["similar"] == 0.0
     with torch.no_grad():
         order = torch.randperm(FFN)  # a copy whose hidden units stand in another order
         for name in ("gate_up_proj", "down_proj"):
@@ -68,10 +68,10 @@ def test_a_copy_is_alike_in_every_way_and_strangers_are_not(hidden_TH):
                 weight[3] = weight[1][:, order]
             else:
                 weight[3] = weight[1][torch.cat((order, order + FFN))]
-    found = similarity(layer, hidden_TH)
+    actual = similarity(layer, hidden_TH)
     for name in ("cosine", "cka", "weights"):
-        assert found[name]["max"] == pytest.approx(1.0, abs=1e-4), name
-        assert found[name]["similar"] == pytest.approx(1 / math.comb(EXPERTS, 2)), name
+        assert actual[name]["max"] == pytest.approx(1.0, abs=1e-4), name
+        assert actual[name]["similar"] == pytest.approx(1 / math.comb(EXPERTS, 2)), name
 
 
 def test_cka_sees_through_a_rotation_and_cosine_does_not():
@@ -121,8 +121,8 @@ def test_routes_are_counted_by_layer_kind_and_position(tokens_BS):
     layers = look(model, tokens_BS)
     assert len(layers) == 2
     kinds = (tokens_BS.numpy() % 2).view(TokenKinds)  # even ids prose, odd ones digits
-    found = read_layers(layers, kinds, tuple(tokens_BS.shape))
-    for layer, report in zip(layers, found, strict=True):
+    actual = read_layers(layers, kinds, tuple(tokens_BS.shape))
+    for layer, report in zip(layers, actual, strict=True):
         map_SBE = layer.map_TE.reshape(16, 3, EXPERTS)
         assert report["counts"] == layer.map_TE.sum(0).tolist()
         assert report["experts_per_token"] == pytest.approx(map_SBE.sum(-1).mean())

@@ -32,11 +32,11 @@ def test_every_router_of_ours_has_a_recipe():
 @pytest.mark.parametrize("name", SMALL)
 def test_small_recipes_differ_in_router_expert_width_and_learning_rate_only(name):
     base = load("topk")
-    found = load(name, f"training.lr={base.training.lr}")
-    assert found.router.name == name
-    assert found.model.model_copy(update={"moe_ffn_hidden_size": 128}) == base.model
-    assert found.data == base.data and found.training == base.training and found.parallel == base.parallel
-    assert found.logging.run_dir == f"runs/recipes/{name}"
+    actual = load(name, f"training.lr={base.training.lr}")
+    assert actual.router.name == name
+    assert actual.model.model_copy(update={"moe_ffn_hidden_size": 128}) == base.model
+    assert actual.data == base.data and actual.training == base.training and actual.parallel == base.parallel
+    assert actual.logging.run_dir == f"runs/recipes/{name}"
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -287,8 +287,8 @@ def test_an_arm_whose_first_seed_failed_is_in_every_picture(study_file, tmp_path
     study, out = load_study(study_file), tmp_path / "arms"
     run_study(study, out, 4, console=QUIET)
     results = read_results(study, out)
-    found = [one for one in results.measured if (one.cell.arm, one.cell.seed) != ("relu", 1)]
-    pictures = {picture.name: picture for picture in draw_pictures(dataclasses.replace(results, measured=found))}
+    actual = [one for one in results.measured if (one.cell.arm, one.cell.seed) != ("relu", 1)]
+    pictures = {picture.name: picture for picture in draw_pictures(dataclasses.replace(results, measured=actual))}
     for name in ("loss", "loss_over_flops", "density"):
         drawn = {row[0].partition(",")[0] for row in pictures[name].rows}
         assert drawn == {"topk", "relu"}, name

@@ -42,8 +42,8 @@ def test_kinds_come_from_the_kernel_archive(tmp_path, monkeypatch):
             "kernel/table.h": b"#define A 1\n" * 20_000,
         },
     )
-    found = {(document.kind, document.name) for document in read_documents(linux, c_share=1.0)}
-    assert found == {("c", "kernel/fork.c"), ("c", "include/linux/list.h"), ("docs", "Documentation/mm/slub.rst")}
+    actual = {(document.kind, document.name) for document in read_documents(linux, c_share=1.0)}
+    assert actual == {("c", "kernel/fork.c"), ("c", "include/linux/list.h"), ("docs", "Documentation/mm/slub.rst")}
     assert {document.kind for document in read_documents(linux, c_share=0.0)} == {"docs"}
     with pytest.raises(DataError, match="linux-source"):
         list(read_documents(tmp_path / "missing.tar.xz", 1.0))
