@@ -92,7 +92,7 @@ def main() -> None:
     with Hosts(place / "keys") as hosts:
         soak = Soak(hosts, place, numbers)
         # It ends by itself when it has trained for as long as is left after its faults; --minutes bounds the faults.
-        steps = int(options.minutes * 60 / (options.pause + 0.2) / 2)
+        steps = int(0.75 * options.minutes * 60 / (options.pause + 0.1))
         jobs = soak.start([*common, f"logging.run_dir={soak.run_dir}", f"training.steps={steps}"], options.pause)
         while not metrics(soak.run_dir):
             time.sleep(0.5)
