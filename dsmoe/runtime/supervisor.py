@@ -100,7 +100,7 @@ class Supervisor:
         self._not_ours = set(psutil.Process().children(recursive=True))  # there before any attempt
 
     def run(self) -> int:
-        """Until the run has finished (0), a signal has stopped it, or there is no hope; the exit code."""
+        """Until the run has finished (0), a signal has stopped it (75), or there is no hope; the exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         _adopt_orphans()
@@ -112,7 +112,7 @@ class Supervisor:
             code = self._attempt()
             if code == FINISHED or self._signal is not None:
                 self._report(attempt, self._run.training_seconds() - trained, time.monotonic() - started)
-                return code
+                return STOPPED if code < 0 else code  # a signal can come before there is a handler for it
             self._failed_at = time.monotonic()
             self._await_orphans()
             after = self._run.saved_step()
@@ -127,7 +127,7 @@ class Supervisor:
                 return code
             self._wait(min(LONGEST_WAIT, self.plan.backoff * 2 ** max(0, fruitless - 1)))
             if self._signal is not None:
-                return code
+                return STOPPED
 
     def _attempt(self) -> int:
         plan = self.plan

@@ -11,6 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
+import fixed_routes  # noqa: F401  registers a router
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from training_runs import lines_of, run_config, train_all, train_and_listen, wri
 import dsmoe.training.run
 from dsmoe.checkpoint.files import newest_checkpoint, read_manifest
 from dsmoe.checkpoint.verify import verify_checkpoint
+from dsmoe.config.schema import RouterConfig
 from dsmoe.errors import DsmoeError
 
 EXPERTS = "gpt.decoder.layers.0.mlp.experts.down_proj"
@@ -201,6 +203,21 @@ def test_a_loss_spike_is_logged_or_skipped(data, tmp_path):
     assert [line.get("skipped") for line in lines_of(tmp_path / "log")] == [None] * 4
     assert [line.get("skipped") for line in lines_of(tmp_path / "skip")] == [None, None, 1, None]
     assert any("the loss jumps to" in event.get("text", "") for event in lines_of(tmp_path / "log", "events.jsonl"))
+
+
+def train_fixed(configs: list) -> tuple[list, str]:
+    """Here, so that ranks import this module and with it the router."""
+    return train_and_listen(configs)
+
+
+def test_routing_that_collapses_is_warned_about_with_its_layer(data, tmp_path):
+    config = run_config(tmp_path, data, training={"steps": 12})
+    config.router = RouterConfig(name="fixed", routes="one_expert")
+    ((results, said),) = run_ranks(1, train_fixed, [config])
+    assert results == [("ended", 12, True)]
+    text = "step 10: MoE layer 0: expert 3 takes 100% of the routes for 10 steps"
+    assert f"warning: {text}" in said
+    assert any(event.get("text") == text for event in lines_of(tmp_path, "events.jsonl"))
 
 
 def train_and_lose_the_folder(config) -> tuple[list, str]:

@@ -65,7 +65,7 @@ def test_the_configuration_that_a_plan_writes_starts(place, corpus):
     assert result.code == 0 and f"wrote {written}" in result.output, result.output
     assert "deepspeed --num_gpus 2 --module dsmoe train --config" in written.read_text()
     checked = forked(TRAIN, "--config", str(written), "--check", processes=2)
-    assert checked.code == 0, checked.output
+    assert checked.code == 0 and "ready: 2 ranks" in checked.output, checked.output
 
 
 def test_routes_are_replayed_up_to_a_rank_for_each_expert(place):

@@ -4,6 +4,8 @@ loaded (tests/warm.py)."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from jobs import FAULT, TRAIN, Job, finish_all, losses, metrics, mpirun, pdsh, sbatch, srun
 
@@ -26,6 +28,9 @@ def test_two_ranks_on_each_host(launcher, experts, hosts, train, of_one_host):
     assert losses(run_dir) == pytest.approx(of_one_host, abs=1e-5)
     said = "every expert-parallel group lies inside a node" if experts == 2 else "(ranks 0+1+2+3): with two_level"
     assert "nodes   4 ranks on nodeA, nodeB; " in output and said in output.replace("\n", " ")
+    assert bool(re.search(r"about \d+% of the rows they exchange cross nodes", output.replace("\n", " "))) == (
+        experts == 4
+    )
     crossed = [line["between_nodes_bytes"] for line in metrics(run_dir)]
     assert (max(crossed) == 0) if experts == 2 else (min(crossed) > 0)
 

@@ -8,6 +8,8 @@ import pytest
 from hosts import NAMES
 from jobs import DEADLINE, WARM, Job, finish_all, free_port, losses, metrics, wait_for_step
 
+from dsmoe.runtime.exit_codes import STOPPED
+
 LIMIT = 6  # seconds without progress
 SOON = 30.0  # seconds more, on a busy machine
 
@@ -77,5 +79,6 @@ def test_a_save_that_torchrun_would_not_wait_for_survives_the_request_to_stop(ho
     ended = finish_all(jobs)
     step = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
     assert f"stopped by a signal at step {step}" in ended[0].output
+    assert [host.code for host in ended] == [STOPPED, STOPPED]
     assert not any("Traceback" in host.output for host in ended)
     assert losses(run_dir)[step - 1 :] != []

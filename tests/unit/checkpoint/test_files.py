@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
 
 import dsmoe.checkpoint
-from dsmoe.checkpoint.files import FORMAT, MANIFEST, Manifest, folder_of, newest_checkpoint
+from dsmoe.checkpoint.files import FORMAT, MANIFEST, Manifest, checksum, folder_of, newest_checkpoint, newest_whole
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def complete(run_dir: Path, step: int, serial: int) -> Path:
@@ -49,6 +52,27 @@ def test_a_damaged_one_is_not_passed_over_in_silence(tmp_path):
     point(tmp_path, damaged.name)
     (damaged / MANIFEST).write_text("{")
     assert newest_checkpoint(tmp_path) == damaged
+
+
+def test_the_newest_whole_one_is_what_a_supervisor_resumes(tmp_path, capsys):
+    """Each file is held to the size and content that were saved. Where none is whole the run itself refuses."""
+    resume = runpy.run_path(str(ROOT / "launch" / "supervise.py"))["RunFolder"](tmp_path).resume
+    assert resume() == []
+    folders = []
+    for serial, step in enumerate((2, 4, 6), 1):
+        folder = complete(tmp_path, step, serial)
+        (folder / "rank_00000.safetensors").write_bytes(b"tensors")
+        files = {"rank_00000.safetensors": checksum(folder / "rank_00000.safetensors")}
+        Manifest(FORMAT, step, step, 1, 1, 1, config={}, tensors={}, files=files, serial=serial).write(folder)
+        folders.append(folder)
+    assert resume() == [] and newest_whole(tmp_path) == (folders[2], [])
+    (folders[2] / "rank_00000.safetensors").write_bytes(b"tensorz")  # as long as it was
+    assert resume() == [f"training.resume={folders[1]}"]
+    assert "a damaged checkpoint is passed over: step_00000006: rank_00000.safetensors" in capsys.readouterr().err
+    (folders[1] / "rank_00000.safetensors").unlink()
+    (folders[0] / MANIFEST).write_text("{")
+    assert resume() == []
+    assert capsys.readouterr().err.count("a damaged checkpoint is passed over: ") == 3
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):

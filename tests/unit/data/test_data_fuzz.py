@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +20,7 @@ from dsmoe.data.dataset import TrainingStream, heldout
 from dsmoe.data.description import DatasetDescription
 from dsmoe.data.identity import data_identity
 from dsmoe.data.megatron import indexed_dataset
+from dsmoe.data.prepare import prepare
 from dsmoe.errors import DataError
 
 EXAMPLES = int(os.environ.get("DSMOE_FUZZ", "60"))
@@ -87,3 +92,41 @@ def test_a_description_that_is_anything(tmp_path, content):
     (tmp_path / "dataset.json").write_bytes(content)
     with pytest.raises(DataError, match="dataset.json"):
         DatasetDescription.load(tmp_path)
+
+
+def compressed(name: str, content: bytes) -> bytes:
+    return {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)(content)
+
+
+JSON_LINES = st.lists(
+    st.recursive(
+        st.none() | st.integers() | st.floats() | st.text(max_size=20), lambda inner: st.lists(inner, max_size=2)
+    ),
+    max_size=4,
+).map(lambda values: "\n".join(json.dumps({"text": value}) for value in values).encode())
+DOCUMENTS = (
+    st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")) | JSON_LINES
+)
+NAMES = ("a.txt", "a.jsonl", "a.jsonl.gz", "a.txt.gz", "a.txt.zst", "a.py")
+
+
+@given(name=st.sampled_from(NAMES), content=DOCUMENTS, cut=st.booleans(), more=st.booleans())
+@FUZZ
+def test_a_source_that_is_anything_becomes_a_whole_dataset_or_none(dataset, tmp_path, name, content, cut, more):
+    sources, output = tmp_path / "sources", tmp_path / "out"
+    for folder in (sources, output):
+        shutil.rmtree(folder, ignore_errors=True)
+    sources.mkdir()
+    written = compressed(name, content)
+    (sources / name).write_bytes(written[: len(written) // 2] if cut else written)
+    if more:
+        (sources / "b.txt").write_text("def main():\n    return 1\n" * 20)
+        (sources / "c.txt").write_text("x = [n for n in range(9)]\n" * 20)
+    try:
+        prepare([str(sources)], output, tokenizer=dataset / "tokenizer.model", workers=1)
+    except DataError:
+        assert not output.exists()
+        return
+    corpus = open_corpus(DataConfig(path=str(output)))
+    assert corpus.train.tokens > 0 and corpus.valid.tokens > 0
+    assert corpus.description.splits.keys() == {"train", "valid"}

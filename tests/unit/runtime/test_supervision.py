@@ -160,6 +160,17 @@ def test_the_limit_follows_the_steps():
     assert limits.now() == 0.0
 
 
+def test_a_phase_on_disk_has_a_limit_of_its_own(monkeypatch):
+    limits, here = Limits(step=7.0, save=90.0), Phase()
+    limits.note_step(1.0)
+    monkeypatch.setattr("dsmoe.runtime.limits.phase", here)
+    here.begin_step(3)
+    assert (limits.key, limits.now()) == ("training.timeout.step", 7.0)
+    with here.within("save"):
+        assert (limits.key, limits.now(), str(here)) == ("training.timeout.save", 90.0, "the save of step 3")
+    assert limits.now() == 7.0
+
+
 def test_phases_in_words():
     phase = Phase()
     assert str(phase) == "the start"

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from dsmoe.errors import ParallelError
-from dsmoe.runtime import supervisor
+from dsmoe.runtime import exit_codes, supervisor
 from dsmoe.runtime.supervisor import Plan, Supervisor, is_own, lives, split_endpoint
 
 
@@ -151,7 +151,13 @@ def test_a_signal_goes_to_the_agent_and_nothing_is_started_again(attempts):
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     code, started = attempts(["wait"], [0])
-    assert code == -signal.SIGTERM and len(started) == 1 and time.monotonic() - began < 30
+    assert code == exit_codes.STOPPED and len(started) == 1 and time.monotonic() - began < 30
+
+
+def test_a_signal_between_two_attempts_stops_the_run_too(attempts):
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    code, started = attempts(["1"], [0], backoff=60.0)
+    assert code == exit_codes.STOPPED and len(started) == 1
 
 
 def test_endpoints():

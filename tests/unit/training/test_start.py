@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy
 import pytest
 
 from dsmoe.config import validate_config
+from dsmoe.data.megatron import indexed_dataset
 from dsmoe.errors import ParallelError
 from dsmoe.lab.planner.hardware import load_hardware
 from dsmoe.lab.planner.layout import Layout
 from dsmoe.lab.planner.memory import memory
 from dsmoe.routers.registry import option_classes
-from dsmoe.training.start import fit_plan, state_bytes
+from dsmoe.training.start import Start, fit_plan, state_bytes
+
+ROOT = Path(__file__).resolve().parents[3]
 
 MODEL = dict(
     num_layers=3, hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=512, num_experts=8,
@@ -52,3 +57,32 @@ def test_accumulation_grows_where_it_must():
 def planned(**training):
     tree = {"model": MODEL, "parallel": {"expert_parallel": 4}, "training": {"global_batch_size": 24, **training}}
     return validate_config(tree, option_classes())
+
+
+def write_tokens(prefix: Path, first: int) -> str:
+    builder = indexed_dataset().IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    for number in range(4):
+        builder.add_document(numpy.arange(40) + first + number, [40])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def test_what_ranks_must_have_the_same_follows_configuration_data_and_checkpoint(tmp_path):
+    def said(data: str, **training) -> dict[str, str]:
+        tree = {
+            "model": MODEL, "data": {"path": data, "valid_fraction": 0.3}, "training": training,
+            "logging": {"run_dir": str(tmp_path / "run")},
+        }  # fmt: skip
+        return Start.read(validate_config(tree, option_classes())).equal
+
+    one, other = write_tokens(tmp_path / "one", 0), write_tokens(tmp_path / "other", 1)
+    first = said(one)
+    assert first == said(one)
+    assert changed(first, said(one, lr=1e-5)) == {"configuration"}
+    assert "data" in changed(first, said(other))
+    shutil.copytree(ROOT / "tests/fixtures/run_of_0031a16/checkpoints", tmp_path / "run/checkpoints")
+    assert changed(first, said(one)) == {"checkpoint to resume"}
+
+
+def changed(first: dict[str, str], second: dict[str, str]) -> set[str]:
+    return {name for name in first if first[name] != second[name]}
