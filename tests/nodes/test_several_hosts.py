@@ -5,9 +5,10 @@ loaded (tests/warm.py)."""
 from __future__ import annotations
 
 import re
+import signal
 
 import pytest
-from jobs import FAULT, TRAIN, Job, finish_all, losses, metrics, mpirun, pdsh, sbatch, srun
+from jobs import FAULT, TRAIN, Job, finish_all, losses, metrics, mpirun, pdsh, sbatch, srun, wait_for_step
 
 
 @pytest.mark.parametrize("launcher", [mpirun, srun])
@@ -33,6 +34,17 @@ def test_two_ranks_on_each_host(launcher, experts, hosts, train, of_one_host):
     )
     crossed = [line["between_nodes_bytes"] for line in metrics(run_dir)]
     assert (max(crossed) == 0) if experts == 2 else (min(crossed) > 0)
+
+
+def test_a_batch_job_whose_time_is_up_saves(hosts, train):
+    """As train.sbatch asks of Slurm: SIGTERM to every process, some time before."""
+    run_dir, arguments = train("time is up", "training.steps=100000", "checkpoint.interval=0")
+    jobs = sbatch(hosts, 1, arguments)
+    wait_for_step(run_dir, 3, jobs)
+    hosts.kill("nodeA", "slurm/srun", signal.SIGTERM)
+    (ended,) = finish_all(jobs)
+    step = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
+    assert f"stopped by a signal at step {step}" in ended.output and len(metrics(run_dir)) == step
 
 
 def check(jobs: list[Job]) -> str:
