@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from dsmoe.lab.study.grid import MEASURED
-from dsmoe.lab.study.measures import Measured, StudyResults
+from dsmoe.lab.study.measures import Measured, StudyResults, at
 
 # Told apart with every kind of colour blindness (Okabe and Ito, 2008), without the yellow, which white hides.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -132,7 +132,7 @@ def shade(run: Measured, among: list[Measured]) -> float:
 
 def label(run: Measured) -> str:
     """Its place on the axes."""
-    return ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in run.cell.point)
+    return at(run.cell.point)
 
 
 def first_seed(runs: list[Measured]) -> list[Measured]:

@@ -173,6 +173,15 @@ class Study(Section):
         usual = RouterConfig().name
         return self.baseline or (usual if usual in names else names[0])
 
+    def place_of(self, cell: Cell) -> tuple[tuple[str, Any], ...]:
+        """A cell's values of the axes that the baseline has: arms are compared at one place."""
+        axes = self.axes_of(self.arm(self.reference))
+        return tuple((axis, value) for axis, value in cell.point if axis in axes)
+
+    def series_of(self, cell: Cell) -> tuple[tuple[str, Any], ...]:
+        """Its place, whatever the length of training: a law is fitted through these."""
+        return tuple((axis, value) for axis, value in self.place_of(cell) if axis != BUDGET)
+
 
 @dataclass(frozen=True)
 class Cell:

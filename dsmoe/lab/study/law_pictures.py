@@ -6,7 +6,7 @@ import numpy
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from dsmoe.lab.study.drawing import Picture, colors_of, has_axis, in_log, label_ends, panels, shade, x_title
-from dsmoe.lab.study.grid import MEASURED
+from dsmoe.lab.study.grid import BUDGET, MEASURED
 from dsmoe.lab.study.law import fit_power
 from dsmoe.lab.study.measures import Measured, StudyResults
 from dsmoe.lab.study.speedup import compute_note, compute_ratios, dense_arm, worth
@@ -64,18 +64,20 @@ def loss_over_compute(results: StudyResults) -> Picture | None:
     axis = axes[0, 0]
     for arm in results.arms():
         of_arm = [run for run in runs if run.cell.arm == arm]
-        for x in sorted({run.x for run in of_arm}, key=lambda value: value or 0):
-            group = [run for run in of_arm if run.x == x]
+        groups: dict[tuple, list[Measured]] = {}
+        for run in sorted(of_arm, key=lambda run: run.x or 0):
+            groups.setdefault(tuple(axis for axis in run.cell.point if axis[0] != BUDGET), []).append(run)
+        for point, group in groups.items():
             compute = numpy.array([run.values["training_flops"] for run in group])
             loss = numpy.array([run.values["val_loss"] for run in group])
             alpha, law = shade(group[0], runs), fit_power(compute, loss)
             axis.plot(compute, loss, "o", color=colors[arm], alpha=alpha)
-            rows += [[arm, "" if x is None else x, run.cell.length, run.cell.seed, *pair]
+            rows += [[arm, "" if run.x is None else run.x, run.cell.length, run.cell.seed, *pair]
                      for run, *pair in zip(group, compute, loss, strict=True)]  # fmt: skip
             if law:
                 fine = numpy.geomspace(compute.min(), compute.max(), 40)
                 axis.plot(fine, numpy.exp(law.p) * fine**-law.alpha, color=colors[arm], alpha=alpha, linewidth=1.2)
-            name = arm if x is None or len({run.x for run in of_arm}) == 1 else f"{arm} {x:g}"
+            name = arm if len(groups) == 1 else f"{arm} {', '.join(str(value) for _, value in point)}"
             ends.append((compute.max(), loss.min(), name, colors[arm]))
     axis.set(xscale="log", xlabel="training FLOP, as realised", ylabel="held-out loss (nats per token)")
     label_ends(axis, ends)
@@ -165,7 +167,7 @@ def iso_memory(results: StudyResults) -> Picture | None:
         if curve:
             axis.plot(*zip(*curve, strict=True), "o-", color=colors[arm])
             largest = max(groups, key=lambda group: group[0].values["parameters"])[0]
-            ends.append((*curve[-1], arm + spent.get((arm, largest.x, 1), ""), colors[arm]))
+            ends.append((*curve[-1], arm + spent.get((arm, largest.cell.point, 1), ""), colors[arm]))
             rows += [[arm, *point] for point in curve]
     axis.set(xscale="log", xlabel="parameters in memory", ylabel="held-out loss (nats per token)")
     sizes = [run.values["parameters"] for run in runs]

@@ -6,7 +6,7 @@ column for each of the limit's quantities that any of them measured.
 
 from __future__ import annotations
 
-from dsmoe.lab.study.measures import MEASURES, StudyResults, centre_and_band
+from dsmoe.lab.study.measures import MEASURES, StudyResults, at, centre_and_band
 
 SHOWN_BY = {
     "routing": ("step_seconds", "passes_seconds", "optimizer_seconds", "routing_share", "exchange_share"),
@@ -59,11 +59,6 @@ def _latency(speaking: list[StudyResults]) -> Rows:
                              f"{tried['experts_per_token']:.2f}", *times, loss])  # fmt: skip
     times = (MEASURES[name].heading for name in ("first_token", "token"))
     return ["study", "arm", "at", "router", "experts per token", *times, "held-out loss (nats/token)"], rows
-
-
-def at(point) -> str:
-    """Where a cell lies on its axes."""
-    return ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point)
 
 
 def _mean(group, name: str) -> str:

@@ -130,6 +130,22 @@ class StudyResults:
                 groups.setdefault(run.cell.point, []).append(run)
         return dict(sorted(groups.items(), key=lambda item: mean(run.x or 0.0 for run in item[1])))
 
+    def by_arm(self) -> list[tuple[str, str, list[Measured]]]:
+        """Cells of the whole length that differ in the seed alone, together, arm by arm: the arm, its name with the
+        point where the arm has several, and the cells."""
+        groups = []
+        for arm in self.arms():
+            points = self.by_point(arm)
+            groups += [
+                (arm, arm if len(points) == 1 else f"{arm}, {at(point)}", runs) for point, runs in points.items()
+            ]
+        return groups
+
+
+def at(point) -> str:
+    """Where a cell lies on its axes."""
+    return ", ".join(f"{axis.rpartition('.')[2]} {value}" for axis, value in point)
+
 
 def read_results(study: Study, out: Path) -> StudyResults:
     """All cells of a study."""

@@ -29,7 +29,7 @@ from dsmoe.lab.study.drawing import (
 from dsmoe.lab.study.grid import MEASURED
 from dsmoe.lab.study.law import fit_law
 from dsmoe.lab.study.law_pictures import gain, iso_memory, leverage, loss_over_compute, speedup
-from dsmoe.lab.study.measures import Measured, StudyResults, centre_and_band
+from dsmoe.lab.study.measures import Measured, StudyResults, at, centre_and_band
 from dsmoe.lab.study.quantity_pictures import became, costs, latency, parts
 from dsmoe.lab.study.speedup import compute_note, compute_ratios, dense_arm
 from dsmoe.lab.study.training_pictures import density, kinds, layers, layers_over_training, stages, starving
@@ -93,7 +93,7 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
             rows.append([arm, x, length, len(group), middle, *interval, law is not None])
         if len(xs) == 1 and arm == dense_arm(results):
             axis.axhline(means[0], color=colors[arm], linewidth=1.3)
-            flat.append((arm + spent.get((arm, xs[0], length), ""), means[0], colors[arm]))
+            flat.append((arm + spent.get((arm, groups[0][0].cell.point, length), ""), means[0], colors[arm]))
             continue
         places += xs
         axis.plot(xs, means, "o", color=colors[arm], label=arm)
@@ -106,7 +106,7 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
         else:
             fine = numpy.geomspace(min(xs), max(xs), 80)
             axis.plot(fine, law.at(fine)[0], "--", color=colors[arm], linewidth=1.3)
-        ends.append((xs[-1], means[-1], arm + spent.get((arm, xs[-1], length), ""), colors[arm]))
+        ends.append((xs[-1], means[-1], arm + spent.get((arm, groups[-1][0].cell.point, length), ""), colors[arm]))
     if study.x != MEASURED:
         in_log(axis, places)
     right = max(places, default=1.0)
@@ -116,23 +116,24 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
 
 
 def _loss_by_arm(results: StudyResults) -> Picture | None:
-    """Where arms are all there is: a dot for each, with its interval."""
-    arms, rows, colors, spent = results.arms(), [], colors_of(results), compute_ratios(results)
-    figure, axes = panels(height=1.1 + 0.42 * len(arms))
+    """Without an x axis: a dot for each arm and point, with its interval."""
+    groups, rows, colors, spent = results.by_arm(), [], colors_of(results), compute_ratios(results)
+    figure, axes = panels(height=1.1 + 0.42 * len(groups))
     axis = axes[0, 0]
-    for place, arm in enumerate(arms):
-        losses = [run.values["val_loss"] for run in results.full if run.cell.arm == arm]
+    for line, (arm, _, runs) in enumerate(groups):
+        losses, point = [run.values["val_loss"] for run in runs], runs[0].cell.point
         middle, band = centre_and_band(losses)
-        axis.errorbar(middle, place, xerr=band, fmt="o", color=colors[arm], capsize=3)
-        axis.scatter(losses, [place] * len(losses), s=8, color=colors[arm], alpha=0.45, linewidths=0)
-        ratio = next((ratio for (name, _, length), ratio in spent.items() if (name, length) == (arm, 1)), "")
-        axis.annotate(f"{middle:.4f}{ratio}", (1, place), xycoords=("axes fraction", "data"), xytext=(6, 0),
-                      textcoords="offset points", va="center", fontsize=9, color=colors[arm],
+        axis.errorbar(middle, line, xerr=band, fmt="o", color=colors[arm], capsize=3)
+        axis.scatter(losses, [line] * len(losses), s=8, color=colors[arm], alpha=0.45, linewidths=0)
+        axis.annotate(f"{middle:.4f}{spent.get((arm, point, 1), '')}", (1, line), xycoords=("axes fraction", "data"),
+                      xytext=(6, 0), textcoords="offset points", va="center", fontsize=9, color=colors[arm],
                       annotation_clip=False)  # fmt: skip
-        rows.append([arm, len(losses), middle, *((middle - band, middle + band) if band is not None else ("", ""))])
-    axis.set(yticks=range(len(arms)), yticklabels=arms, xlabel="held-out loss (nats per token)")
+        interval = (middle - band, middle + band) if band is not None else ("", "")
+        rows.append([arm, at(point), len(losses), middle, *interval])
+    axis.set(yticks=range(len(groups)), yticklabels=[name for _, name, _ in groups],
+             xlabel="held-out loss (nats per token)")  # fmt: skip
     axis.invert_yaxis()
-    headings = ["arm", "seeds", "held-out loss", "low", "high"]
+    headings = ["arm", "at", "seeds", "held-out loss", "low", "high"]
     caption = seeds_note(results).replace("bands", "bars") + compute_note(results)
     return Picture("loss", "Held-out loss", caption, headings, rows, figure)
 

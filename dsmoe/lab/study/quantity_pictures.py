@@ -23,7 +23,7 @@ from dsmoe.lab.study.drawing import (
 )
 from dsmoe.lab.study.grid import MEASURED
 from dsmoe.lab.study.inside import parts_of
-from dsmoe.lab.study.measures import MEASURES, Measured, StudyResults, centre_and_band
+from dsmoe.lab.study.measures import MEASURES, Measured, StudyResults, at, centre_and_band
 
 COSTS = ("step_seconds", "tokens_per_second", "peak_memory", "all_to_all", "bytes_per_flop", "imbalance",
          "dead_experts", "no_expert", "joules_per_token", "measured_joules")  # fmt: skip
@@ -50,7 +50,7 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
     if not names:
         return None
     columns, rows = min(COLUMNS, len(names)), []
-    height = 2.9 if has_axis(results) else 0.9 + 0.3 * len(results.arms())
+    height = 2.9 if has_axis(results) else 0.9 + 0.3 * len(results.by_arm())
     height *= -(-len(names) // columns)
     figure, axes = panels(columns, -(-len(names) // columns), height=height, count=len(names))
     draw = _over_x if has_axis(results) else _by_arm
@@ -63,7 +63,7 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
         arms = [arm for arm in results.arms() if len(results.by_point(arm)) > 0]
         lines = [plt.Line2D([], [], color=colors_of(results)[arm], marker="o") for arm in arms]
         figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
-    headings = ["quantity", "arm", "x", "seeds", "mean", "half of the 95 % interval"]
+    headings = ["quantity", "arm", "x" if has_axis(results) else "at", "seeds", "mean", "half of the 95 % interval"]
     over = f", over {x_title(results.study)}" if has_axis(results) else ""
     caption = f"Means over seeds{over}." if len({run.cell.seed for run in results.full}) > 1 else f"One seed{over}."
     return Picture(file, title, caption, headings, rows, figure)
@@ -96,15 +96,15 @@ def _over_x(results: StudyResults, axis, name: str) -> list[list]:
 
 
 def _by_arm(results: StudyResults, axis, name: str) -> list[list]:
-    colors, arms, rows = colors_of(results), results.arms(), []
-    for place, arm in enumerate(arms):
-        values = [run.values[name] for run in results.full if run.cell.arm == arm and name in run.values]
+    colors, groups, rows = colors_of(results), results.by_arm(), []
+    for line, (arm, _, runs) in enumerate(groups):
+        values = [run.values[name] for run in runs if name in run.values]
         if values:
             middle, band = centre_and_band(values)
-            axis.barh(place, middle, color=colors[arm], height=0.6)
-            axis.scatter(values, [place] * len(values), s=9, color="#1d2733", alpha=0.5, linewidths=0)
-            rows.append([name, arm, "", len(values), middle, "" if band is None else band])
-    axis.set(yticks=range(len(arms)), yticklabels=arms)
+            axis.barh(line, middle, color=colors[arm], height=0.6)
+            axis.scatter(values, [line] * len(values), s=9, color="#1d2733", alpha=0.5, linewidths=0)
+            rows.append([name, arm, at(runs[0].cell.point), len(values), middle, "" if band is None else band])
+    axis.set(yticks=range(len(groups)), yticklabels=[name for _, name, _ in groups])
     axis.tick_params(labelsize=8)
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)

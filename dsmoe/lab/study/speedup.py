@@ -5,7 +5,8 @@
                         machine
     efficiency leverage the effective speedup against the dense law (Ling, arXiv 2507.17702)
 
-A reference's law is a power law through its lengths (`fit_power`), the baseline's at the same place on the x axis.
+A reference's law is a power law through its lengths (`fit_power`): the baseline's at the same place, that is, the same
+values of the baseline's axes, and the dense arm's on the same data.
 Cells are ranked by their speedup at the compute that they realised, not by their loss: a router that let its tokens
 take more experts has paid for them.
 """
@@ -13,11 +14,13 @@ take more experts has paid for them.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
 import numpy
 
+from dsmoe.lab.study.grid import Cell
 from dsmoe.lab.study.law import Power, fit_power
 from dsmoe.lab.study.measures import Measured, StudyResults
 
@@ -61,15 +64,18 @@ def worth(results: StudyResults) -> list[Worth]:
     """Every cell with a loss and a compute, in the study's order."""
     cells = [run for run in results.measured if {"val_loss", "training_flops"} <= run.values.keys()]
     reference, dense = results.study.reference, dense_arm(results)
-    laws = {x: law_of(runs) for x, runs in _by_x(cells, reference).items()}
-    dense_law = law_of([run for run in cells if run.cell.arm == dense])
-    baseline = {_place(run): run.values["training_flops"] for run in cells if run.cell.arm == reference}
+    place = results.study.place_of
+    series = results.study.series_of
+    laws = {point: law_of(runs) for point, runs in _grouped(cells, reference, series).items()}
+    dense_laws = {data: law_of(runs) for data, runs in _grouped(cells, dense, _data).items()}
+    baseline = {(run.cell.point, run.cell.length, run.cell.seed): run.values["training_flops"]
+                for run in cells if run.cell.arm == reference}  # fmt: skip
     speeds = [speed for run in cells if run.cell.arm == dense and (speed := _flop_per_second(run))]
     results_of_runs = []
     for run in cells:
         compute = run.values["training_flops"]
-        at_equal = baseline.get(_place(run))
-        law = laws.get(run.x)
+        at_equal = baseline.get((place(run.cell), run.cell.length, run.cell.seed))
+        law, dense_law = laws.get(series(run.cell)), dense_laws.get(_data(run.cell))
         dense_compute = dense_law.compute_at(run.values["val_loss"]) if dense_law else None
         own_speed = _flop_per_second(run)
         results_of_runs.append(
@@ -78,19 +84,19 @@ def worth(results: StudyResults) -> list[Worth]:
                 compute / at_equal if at_equal and run.cell.arm != reference else None,
                 law.compute_at(run.values["val_loss"]) / compute if law and run.cell.arm != reference else None,
                 dense_compute / compute if dense_law and run.cell.arm != dense else None,
-                bool(dense_law) and not dense_law.holds(dense_compute),
+                dense_law is not None and not dense_law.holds(dense_compute),
                 own_speed / mean(speeds) if own_speed and speeds else None,
             )
         )
     return results_of_runs
 
 
-def compute_ratios(results: StudyResults) -> dict[tuple[str, float | None, float], str]:
-    """Arm, x and length -> realised compute over the reference's at that place, mean over seeds, for a label."""
-    every: dict[tuple[str, float | None, float], list[float]] = {}
+def compute_ratios(results: StudyResults) -> dict[tuple[str, tuple, float], str]:
+    """Arm, point and length -> realised compute over the reference's at that place, mean over seeds, for a label."""
+    every: dict[tuple[str, tuple, float], list[float]] = {}
     for run in worth(results):
         if run.compute_ratio is not None:
-            every.setdefault((run.run.cell.arm, run.run.x, run.run.cell.length), []).append(run.compute_ratio)
+            every.setdefault((run.run.cell.arm, run.run.cell.point, run.run.cell.length), []).append(run.compute_ratio)
     return {place: f" {mean(ratios):.2f}×" for place, ratios in every.items()}
 
 
@@ -107,16 +113,17 @@ def law_of(runs: list[Measured]) -> Power | None:
     return fit_power(compute, numpy.array([run.values["val_loss"] for run in runs], float))
 
 
-def _by_x(cells: list[Measured], arm: str) -> dict[float | None, list[Measured]]:
+def _grouped(cells: list[Measured], arm: str | None, key: Callable[[Cell], tuple]) -> dict[tuple, list[Measured]]:
     groups = defaultdict(list)
     for run in cells:
         if run.cell.arm == arm:
-            groups[run.x].append(run)
+            groups[key(run.cell)].append(run)
     return groups
 
 
-def _place(run: Measured) -> tuple:
-    return run.x, run.cell.length, run.cell.seed
+def _data(cell: Cell) -> tuple:
+    """What it was trained on, as far as that is an axis: losses on other data cannot be compared."""
+    return tuple((axis, value) for axis, value in cell.point if axis.startswith("data."))
 
 
 def _flop_per_second(run: Measured) -> float | None:

@@ -9,8 +9,7 @@ import numpy
 
 from dsmoe.lab.study.drawing import x_title
 from dsmoe.lab.study.law import Interval, fit_joint, fit_law
-from dsmoe.lab.study.limits import at
-from dsmoe.lab.study.measures import MEASURES, StudyResults, centre_and_band
+from dsmoe.lab.study.measures import MEASURES, Measured, StudyResults, at, centre_and_band
 from dsmoe.lab.study.results import NEAR_TARGET, target_density
 from dsmoe.lab.study.speedup import BEYOND, Worth, compute_ratios, dense_arm, worth
 
@@ -83,27 +82,29 @@ def _ranking(results: StudyResults) -> Table:
 
 
 def _by_loss(results: StudyResults) -> Table:
-    """Arms by their loss, at each place and length: ranked are those that used no more compute than the baseline."""
-    reference, rows, above = results.study.reference, [], False
+    """Cells by their loss, at each place and length: ranked are those that used no more compute than the baseline."""
+    study, reference, rows, above = results.study, results.study.reference, [], False
     values = [run for run in results.measured if {"val_loss", "training_flops"} <= run.values.keys()]
-    if not results.study.quality:
+    if not study.quality:
         values = []
-    places = sorted({(run.cell.length, run.x or 0.0, run.x) for run in values}, key=lambda place: (-place[0], place[1]))
-    for length, _, x in places:
-        here = [run for run in values if (run.cell.length, run.x) == (length, x)]
-        by_arm = {arm: [run for run in here if run.cell.arm == arm] for arm in results.arms()}
-        means = {arm: mean(run.values["val_loss"] for run in runs) for arm, runs in by_arm.items() if runs}
-        spent = {arm: mean(run.values["training_flops"] for run in by_arm[arm]) for arm in means}
-        ratios = {arm: spent[arm] / spent[reference] for arm in means if reference in spent}
-        beyond = {arm for arm, ratio in ratios.items() if ratio > 1 + BEYOND}
+    places: dict[tuple, dict[tuple, list[Measured]]] = {}  # length and place -> arm and point -> its seeds
+    for run in sorted(values, key=lambda run: (-run.cell.length, run.x or 0.0)):
+        here = places.setdefault((run.cell.length, study.place_of(run.cell)), {})
+        here.setdefault((run.cell.arm, run.cell.point), []).append(run)
+    for (length, place), groups in places.items():
+        means = {key: mean(run.values["val_loss"] for run in runs) for key, runs in groups.items()}
+        spent = {key: mean(run.values["training_flops"] for run in runs) for key, runs in groups.items()}
+        baseline = spent.get((reference, place))
+        ratios = {} if baseline is None else {key: flops / baseline for key, flops in spent.items()}
+        beyond = {key for key, ratio in ratios.items() if ratio > 1 + BEYOND}
         above = above or bool(beyond)
         rank = 0
-        for arm in sorted(means, key=lambda arm: (arm in beyond, means[arm])):
-            rank += arm not in beyond
-            runs = by_arm[arm]
-            where = at(runs[0].cell.point) + ("" if length == 1 else f", length {length:g}")
-            compute = f"{ratios[arm]:.2f}" if arm in ratios else ""
-            rows.append([MARK if arm in beyond else str(rank), arm, where, str(len(runs)),
+        for key in sorted(means, key=lambda key: (key in beyond, means[key])):
+            rank += key not in beyond
+            runs, (arm, point) = groups[key], key
+            where = at(point) + ("" if length == 1 else f", length {length:g}")
+            compute = f"{ratios[key]:.2f}" if key in ratios else ""
+            rows.append([MARK if key in beyond else str(rank), arm, where, str(len(runs)),
                          spread([run.values["val_loss"] for run in runs], "val_loss"), compute])  # fmt: skip
     headings = ["rank", "arm", "at", "seeds", "held-out loss", f"compute over {reference}'s"]
     note = f"Ranked by held-out loss, {_over_seeds(results)}, at the training compute that was realised."
@@ -162,14 +163,15 @@ def _against_baseline(results: StudyResults) -> Table:
     for arm in results.arms():
         for length in lengths if arm != reference else []:
             for point, group in results.by_point(arm, length).items():
+                place = results.study.place_of(group[0].cell)
                 gaps = [losses[run.cell] - base[key] for run in group
-                        if run.cell in losses and (key := (run.cell.point, length, run.cell.seed)) in base]  # fmt: skip
+                        if run.cell in losses and (key := (place, length, run.cell.seed)) in base]  # fmt: skip
                 if gaps:
                     middle, band = centre_and_band(gaps)
                     where = at(point) + ("" if length == 1 else f", length {length:g}")
                     rows.append([arm, where, str(len(gaps)),
                                  f"{middle:+.4f}" + (f" ± {band:.4f}" if band is not None else ""),
-                                 spent.get((arm, group[0].x, length), "").strip(" ×")])  # fmt: skip
+                                 spent.get((arm, point, length), "").strip(" ×")])  # fmt: skip
     return Table(title, ["arm", "at", "seeds", "difference (nats/token)", f"compute over {reference}'s"], rows)
 
 

@@ -24,6 +24,7 @@ from dsmoe.lab.study.results import run_config, run_lines
 from dsmoe.lab.study.runner import read_record, read_study, run_study
 from dsmoe.lab.study.saved import read_saved
 from dsmoe.lab.study.speedup import law_of, worth
+from dsmoe.lab.study.tables import tables_of
 from dsmoe.lab.study.training_pictures import stage_bounds
 
 QUIET = Console(quiet=True)
@@ -280,6 +281,38 @@ def test_arms_are_ranked_by_loss_and_those_that_used_more_are_not(study_file, tm
     assert "\u2020: more than 2% above topk's compute, so not ranked." in table
     # One seed is no mean and no first one.
     assert "means over seeds" not in text and "First seed" not in text and "One seed" in text
+
+
+def test_losses_on_two_corpora_are_not_averaged(study_file, tmp_path):
+    def change(tree):
+        tree.update(x=None, axes={"data.path": ["data/letters", "data/digits"]}, seeds=[1], published=[])
+
+    edit(study_file, change)
+    study, out = load_study(study_file), tmp_path / "corpora"
+    run_study(study, out, 4, console=QUIET)
+    results = read_results(study, out)
+
+    def on_digits(run):
+        """A nat lower and dearer, as other text might be."""
+        values = run.values | {name: run.values[name] * 1.5 for name in ("training_flops", "imbalance")}
+        values["val_loss"] -= 1.0
+        return dataclasses.replace(run, values=values) if ("data.path", "data/digits") in run.cell.point else run
+
+    results = dataclasses.replace(results, measured=[on_digits(run) for run in results.measured])
+    table = next(table for table in tables_of(results) if table.title == "Held-out loss at equal compute")
+    assert {(row[0], row[1], row[2], row[4]) for row in table.rows} == {
+        ("1", "topk", "path data/letters", "3.9000"), ("\u2020", "relu", "path data/letters", "3.8400"),
+        ("1", "topk", "path data/digits", "2.9000"), ("\u2020", "relu", "path data/digits", "2.8400"),
+    }  # fmt: skip
+    ratios = {(w.run.cell.arm, w.run.cell.point): w.compute_ratio for w in worth(results)}
+    letters, digits = ((("data.path", f"data/{name}"),) for name in ("letters", "digits"))
+    assert ratios["relu", letters] == pytest.approx(ratios["relu", digits]) and ratios["relu", letters] > 1.02
+    pictures = {picture.name: picture for picture in draw_pictures(results)}
+    losses = {tuple(row[:2]): row[3] for row in pictures["loss"].rows}
+    assert losses["relu", "path data/letters"] == pytest.approx(3.84)
+    assert losses["relu", "path data/digits"] == pytest.approx(2.84) and len(losses) == 4
+    costs = {tuple(row[1:3]): row[4] for row in pictures["costs"].rows if row[0] == "imbalance"}
+    assert costs["topk", "path data/letters"] == 1.5 and costs["topk", "path data/digits"] == 2.25
 
 
 def test_an_arm_whose_first_seed_failed_is_in_every_picture(study_file, tmp_path):
