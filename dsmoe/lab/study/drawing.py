@@ -21,8 +21,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from dsmoe.lab.study.grid import MEASURED
 from dsmoe.lab.study.measures import Measured, StudyResults, at
 
+# Arms beyond these colors begin with the first again, in another line and with another dot.
 # Told apart with every kind of colour blindness (Okabe and Ito, 2008), without the yellow, which white hides.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+LINES, DOTS = ("-", "--", ":", "-."), "os^D"
 INK, FAINT = "#1d2733", "#dfe4ea"
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "dsmoe", "font.family": "sans-serif", "font.size": 10,
@@ -58,6 +60,16 @@ def x_title(study) -> str:
 
 def colors_of(results: StudyResults) -> dict[str, str]:
     return {arm.name: PALETTE[place % len(PALETTE)] for place, arm in enumerate(results.study.arms)}
+
+
+def looks_of(results: StudyResults, line: bool = True, dots: bool = False) -> dict[str, dict[str, str]]:
+    """For each arm what `plot` draws it with, so that no two look alike: up to 32 arms."""
+    looks = {}
+    for place, arm in enumerate(results.study.arms):
+        turn = place // len(PALETTE) % len(LINES)
+        looks[arm.name] = {"color": PALETTE[place % len(PALETTE)], "linestyle": LINES[turn] if line else "",
+                           "marker": DOTS[turn] if dots else ""}  # fmt: skip
+    return looks
 
 
 LINE = 10.5  # points from one label to the next
@@ -136,16 +148,17 @@ def label(run: Measured) -> str:
 
 
 def first_seed(runs: list[Measured]) -> list[Measured]:
-    """Of each arm those of its smallest seed, so that no arm is missing whose first seed failed; small x first."""
-    seeds: dict[str, int] = {}
-    for run in runs:
-        seeds[run.cell.arm] = min(run.cell.seed, seeds.get(run.cell.arm, run.cell.seed))
-    return sorted((run for run in runs if run.cell.seed == seeds[run.cell.arm]), key=lambda run: run.x or 0.0)
+    """One of each arm and point, that of the smallest seed, so that nothing is missing whose first seed failed; small x
+    first."""
+    first: dict[tuple, Measured] = {}
+    for run in sorted(runs, key=lambda run: (run.x or 0.0, run.cell.seed)):
+        first.setdefault((run.cell.arm, run.cell.point), run)
+    return list(first.values())
 
 
 def first_seed_words(results: StudyResults) -> str:
     """Which seed a picture of single runs shows, for a caption."""
-    return "One seed" if len({run.cell.seed for run in results.measured}) == 1 else "First seed of each arm"
+    return "One seed" if len({run.cell.seed for run in results.measured}) == 1 else "First seed of each arm and point"
 
 
 def seeds_note(results: StudyResults) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from dsmoe.lab.study.drawing import Picture, colors_of, has_axis, in_log, label_ends, panels, shade, x_title
+from dsmoe.lab.study.drawing import Picture, colors_of, has_axis, in_log, label_ends, looks_of, panels, shade, x_title
 from dsmoe.lab.study.grid import BUDGET, MEASURED
 from dsmoe.lab.study.law import fit_power
 from dsmoe.lab.study.measures import Measured, StudyResults
@@ -60,6 +60,7 @@ def loss_over_compute(results: StudyResults) -> Picture | None:
     if len({run.cell.length for run in runs}) < 2 and results.study.preset is None:
         return None
     colors, rows, ends = colors_of(results), [], []
+    dots, lines = looks_of(results, line=False, dots=True), looks_of(results)
     figure, axes = panels(height=4.4)
     axis = axes[0, 0]
     for arm in results.arms():
@@ -71,12 +72,12 @@ def loss_over_compute(results: StudyResults) -> Picture | None:
             compute = numpy.array([run.values["training_flops"] for run in group])
             loss = numpy.array([run.values["val_loss"] for run in group])
             alpha, law = shade(group[0], runs), fit_power(compute, loss)
-            axis.plot(compute, loss, "o", color=colors[arm], alpha=alpha)
+            axis.plot(compute, loss, **dots[arm], alpha=alpha)
             rows += [[arm, "" if run.x is None else run.x, run.cell.length, run.cell.seed, *pair]
                      for run, *pair in zip(group, compute, loss, strict=True)]  # fmt: skip
             if law:
                 fine = numpy.geomspace(compute.min(), compute.max(), 40)
-                axis.plot(fine, numpy.exp(law.p) * fine**-law.alpha, color=colors[arm], alpha=alpha, linewidth=1.2)
+                axis.plot(fine, numpy.exp(law.p) * fine**-law.alpha, **lines[arm], alpha=alpha, linewidth=1.2)
             name = arm if len(groups) == 1 else f"{arm} {', '.join(str(value) for _, value in point)}"
             ends.append((compute.max(), loss.min(), name, colors[arm]))
     axis.set(xscale="log", xlabel="training FLOP, as realised", ylabel="held-out loss (nats per token)")
@@ -91,7 +92,7 @@ def speedup(results: StudyResults) -> Picture | None:
     valued = [run for run in worth(results) if run.over_dense is not None or run.over_baseline is not None]
     if not valued or not has_axis(results) or results.study.x == MEASURED:
         return None
-    colors, rows = colors_of(results), []
+    colors, looks, rows = colors_of(results), looks_of(results, dots=True), []
     kinds = [("over_dense", f"over {dense_arm(results)}"), ("over_baseline", f"over {results.study.reference}")]
     kinds = [kind for kind in kinds if any(getattr(run, kind[0]) is not None for run in valued)]
     figure, axes = panels(columns=len(kinds), height=3.8)
@@ -102,7 +103,7 @@ def speedup(results: StudyResults) -> Picture | None:
                       if w.run.cell.arm == arm and getattr(w, name) is not None]  # fmt: skip
             for length in sorted({length for _, length, _ in points}):
                 curve = sorted((x, value) for x, at, value in points if at == length)
-                axis.plot(*zip(*curve, strict=True), "o-", color=colors[arm], alpha=0.3 + 0.7 * length)
+                axis.plot(*zip(*curve, strict=True), **looks[arm], alpha=0.3 + 0.7 * length)
                 if length == max(at for _, at, _ in points):
                     ends.append((*curve[-1], arm, colors[arm]))
             places += [x for x, *_ in points]
@@ -125,7 +126,7 @@ def leverage(results: StudyResults) -> Picture | None:
     valued = [run for run in worth(results) if run.over_dense is not None and "mean_experts" in run.run.values]
     if len({run.run.shape.get("num_experts") for run in valued}) < 2:
         return None
-    colors, rows, ends = colors_of(results), [], []
+    colors, looks, rows, ends = colors_of(results), looks_of(results, dots=True), [], []
     figure, axes = panels(height=3.8)
     axis = axes[0, 0]
     for arm in results.arms():
@@ -135,7 +136,7 @@ def leverage(results: StudyResults) -> Picture | None:
             if w.run.cell.arm == arm and w.run.cell.length == 1
         )
         if mine:
-            axis.plot(*zip(*mine, strict=True), "o-", color=colors[arm])
+            axis.plot(*zip(*mine, strict=True), **looks[arm])
             ends.append((*mine[0], arm, colors[arm]))
             rows += [[arm, *point] for point in mine]
     axis.set(xscale="log", xlabel="activation ratio: experts per token over E", ylabel="efficiency leverage")
@@ -156,6 +157,7 @@ def iso_memory(results: StudyResults) -> Picture | None:
     if len({run.values["parameters"] for run in runs}) < 3:
         return None
     colors, rows, ends, spent = colors_of(results), [], [], compute_ratios(results)
+    looks = looks_of(results, dots=True)
     figure, axes = panels(height=3.8)
     axis = axes[0, 0]
     for arm in results.arms():
@@ -165,7 +167,7 @@ def iso_memory(results: StudyResults) -> Picture | None:
             for group in groups
         )
         if curve:
-            axis.plot(*zip(*curve, strict=True), "o-", color=colors[arm])
+            axis.plot(*zip(*curve, strict=True), **looks[arm])
             largest = max(groups, key=lambda group: group[0].values["parameters"])[0]
             ends.append((*curve[-1], arm + spent.get((arm, largest.cell.point, 1), ""), colors[arm]))
             rows += [[arm, *point] for point in curve]

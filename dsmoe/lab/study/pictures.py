@@ -21,6 +21,7 @@ from dsmoe.lab.study.drawing import (
     in_log,
     label_ends,
     logarithmic,
+    looks_of,
     panels,
     place_labels,
     seeds_note,
@@ -78,7 +79,7 @@ def _loss_over_x(results: StudyResults) -> Picture | None:
 def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
     """Draw one length; its rows, each with whether a law was drawn."""
     study, colors, rows, places, ends, flat = results.study, colors_of(results), [], [], [], []
-    spent = compute_ratios(results)
+    spent, dots, lines = compute_ratios(results), looks_of(results, line=False, dots=True), looks_of(results)
     for arm in results.arms():
         groups = list(results.by_point(arm, length).values())
         xs = [float(numpy.mean([run.x for run in group])) for group in groups]
@@ -92,17 +93,17 @@ def _loss_panel(results: StudyResults, axis, length: float) -> list[list]:
             interval = (middle - band, middle + band) if band is not None else ("", "")
             rows.append([arm, x, length, len(group), middle, *interval, law is not None])
         if len(xs) == 1 and arm == dense_arm(results):
-            axis.axhline(means[0], color=colors[arm], linewidth=1.3)
+            axis.axhline(means[0], **lines[arm], linewidth=1.3)
             flat.append((arm + spent.get((arm, groups[0][0].cell.point, length), ""), means[0], colors[arm]))
             continue
         places += xs
-        axis.plot(xs, means, "o", color=colors[arm], label=arm)
+        axis.plot(xs, means, **dots[arm], label=arm)
         axis.scatter(*zip(*every, strict=True), s=8, color=colors[arm], alpha=0.45, linewidths=0)
         if all(band is not None for _, band in bands):
             half = numpy.array([band for _, band in bands])
             axis.fill_between(xs, means - half, means + half, color=colors[arm], alpha=0.13, linewidth=0)
         if law is None:
-            axis.plot(xs, means, color=colors[arm], linewidth=1.3)
+            axis.plot(xs, means, **lines[arm], linewidth=1.3)
         else:
             fine = numpy.geomspace(min(xs), max(xs), 80)
             axis.plot(fine, law.at(fine)[0], "--", color=colors[arm], linewidth=1.3)
@@ -140,7 +141,7 @@ def _loss_by_arm(results: StudyResults) -> Picture | None:
 
 def _published(results: StudyResults) -> Picture | None:
     """Ours and a paper's side by side, each as the change from its own smallest x."""
-    study, colors = results.study, colors_of(results)
+    study, colors, looks = results.study, colors_of(results), looks_of(results, dots=True)
     with_shapes = [run for run in study.published if min(map(len, run.values.values())) > 1]  # a place is no shape
     if not with_shapes or not has_axis(results):
         return None
@@ -158,7 +159,7 @@ def _published(results: StudyResults) -> Picture | None:
         for arm, curve in values.items():
             xs = sorted(curve)
             changes = [curve[x] - curve[xs[0]] for x in xs]
-            axis.plot(xs, changes, "o-", color=colors[arm])
+            axis.plot(xs, changes, **looks[arm])
             ends.append((xs[-1], changes[-1], arm, colors[arm]))
             rows += [[source, arm, x, curve[x], change] for x, change in zip(xs, changes, strict=True)]
         logarithmic(axis, places)
@@ -170,14 +171,14 @@ def _published(results: StudyResults) -> Picture | None:
 
 
 def _over_training(results: StudyResults, name: str, title: str, caption: str, label: str, cost: str, log: bool):
-    """Smoothed training loss of each arm's first seed against a running cost, a panel for the ends of the x axis.
+    """Smoothed training loss of each cell's first seed against a running cost, a panel for the ends of the x axis.
 
     An arm with one place on the axis is in every panel.
     """
     runs = [run for run in results.full if any(cost in point for point in run.curve)]
     if not runs:
         return None
-    colors, rows, runs = colors_of(results), [], first_seed(runs)
+    looks, rows, runs = looks_of(results), [], first_seed(runs)
     single = {arm for arm in results.arms() if len({run.x for run in runs if run.cell.arm == arm}) == 1}
     places = sorted({run.x for run in runs if run.x is not None and run.cell.arm not in single})
     several = has_axis(results) and len(places) > 1 and results.study.x != MEASURED
@@ -188,7 +189,7 @@ def _over_training(results: StudyResults, name: str, title: str, caption: str, l
         for run in drawn:
             points = [point for point in run.curve if point.get(cost, 0.0) > 0]
             axis.plot([point[cost] for point in points], [point["loss"] for point in points],
-                      color=colors[run.cell.arm], linewidth=1.3)  # fmt: skip
+                      **looks[run.cell.arm], linewidth=1.3)  # fmt: skip
         _zoomed(axis, drawn)
         if log:
             axis.set_xscale("log")
@@ -197,7 +198,7 @@ def _over_training(results: StudyResults, name: str, title: str, caption: str, l
             for run in runs for point in run.curve if cost in point]  # fmt: skip
     axes[0, 0].set_ylabel("training loss, smoothed (nats per token)")
     arms = results.arms()
-    figure.legend([plt.Line2D([], [], color=colors[arm]) for arm in arms], arms, loc="outside upper center",
+    figure.legend([plt.Line2D([], [], **looks[arm]) for arm in arms], arms, loc="outside upper center",
                   ncols=min(6, len(arms)))  # fmt: skip
     return Picture(name, title, caption, ["cell", "step", label, "loss"], rows, figure)
 

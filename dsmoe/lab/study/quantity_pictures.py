@@ -18,6 +18,7 @@ from dsmoe.lab.study.drawing import (
     label,
     label_ends,
     logarithmic,
+    looks_of,
     panels,
     x_title,
 )
@@ -61,7 +62,7 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
             axis.set_yticklabels([])
     if has_axis(results) and not is_narrow():
         arms = [arm for arm in results.arms() if len(results.by_point(arm)) > 0]
-        lines = [plt.Line2D([], [], color=colors_of(results)[arm], marker="o") for arm in arms]
+        lines = [plt.Line2D([], [], **looks_of(results, dots=True)[arm]) for arm in arms]
         figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
     headings = ["quantity", "arm", "x" if has_axis(results) else "at", "seeds", "mean", "half of the 95 % interval"]
     over = f", over {x_title(results.study)}" if has_axis(results) else ""
@@ -70,7 +71,7 @@ def _grid(results: StudyResults, names: tuple[str, ...], file: str, title: str) 
 
 
 def _over_x(results: StudyResults, axis, name: str) -> list[list]:
-    colors, places, ends = colors_of(results), [], []
+    colors, looks, places, ends = colors_of(results), looks_of(results, dots=True), [], []
     rows: list[list[Any]] = []
     for arm in results.arms():
         points = []
@@ -81,7 +82,7 @@ def _over_x(results: StudyResults, axis, name: str) -> list[list]:
                 points.append((x, middle))
                 rows.append([name, arm, x, len(values), middle, "" if band is None else band])
         if points:
-            axis.plot(*zip(*points, strict=True), "o-", color=colors[arm], linewidth=1.3)
+            axis.plot(*zip(*points, strict=True), **looks[arm], linewidth=1.3)
             places += [x for x, _ in points]
             ends.append((*points[-1], arm, colors[arm]))
     if results.study.x != MEASURED and min(places) > 0:
@@ -188,12 +189,12 @@ def latency(results: StudyResults) -> Picture | None:
     if not runs:
         return None
     figure, axes = panels(columns=3, height=3.6)
-    colors, rows = colors_of(results), []
+    dots, rows = looks_of(results, line=False, dots=True), []
     for run in runs:
         for tried in run.inside.probe["latency"]:
             first, later = (1e3 * tried[name] for name in ("first_token_seconds", "token_seconds"))
             rows.append([str(run.cell), tried["setting"], tried["experts_per_token"], first, later, tried["loss"]])
-            axes[0, 2].plot(tried["experts_per_token"], later, "o", color=colors[run.cell.arm], alpha=0.7)
+            axes[0, 2].plot(tried["experts_per_token"], later, **dots[run.cell.arm], alpha=0.7)
     for axis, name in zip(axes[0], ("first_token", "token"), strict=False):
         if has_axis(results):
             _over_x(results, axis, name)
@@ -205,7 +206,7 @@ def latency(results: StudyResults) -> Picture | None:
     axes[0, 2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes[0, 2].set_ylim(bottom=0)
     arms = [arm for arm in results.arms() if any(run.cell.arm == arm for run in runs)]
-    lines = [plt.Line2D([], [], color=colors[arm], marker="o", linestyle="") for arm in arms]
+    lines = [plt.Line2D([], [], **dots[arm]) for arm in arms]
     figure.legend(lines, arms, loc="outside upper center", ncols=min(5, len(arms)))
     caption = (
         "One sequence at a time in one process, after half a sequence of prompt. First two: as trained; third: "

@@ -6,7 +6,17 @@ import matplotlib.pyplot as plt
 import numpy
 from matplotlib.ticker import FuncFormatter
 
-from dsmoe.lab.study.drawing import PALETTE, Picture, colors_of, first_seed, first_seed_words, label, panels, shade
+from dsmoe.lab.study.drawing import (
+    PALETTE,
+    Picture,
+    colors_of,
+    first_seed,
+    first_seed_words,
+    label,
+    looks_of,
+    panels,
+    shade,
+)
 from dsmoe.lab.study.inside import idle, weak
 from dsmoe.lab.study.measures import Measured, StudyResults, smoothed, thinned
 from dsmoe.lab.study.probe.routes import KINDS
@@ -19,7 +29,7 @@ CONSTANT = 1e-9
 
 
 def _changing(results: StudyResults) -> list[Measured]:
-    """First seed's cells in which the number of experts per token is not constant, small x first."""
+    """Cells, of each the first seed, in which the number of experts per token is not constant, small x first."""
     return [run for run in first_seed(results.with_runs) if _changes(run)]
 
 
@@ -65,13 +75,13 @@ def layers(results: StudyResults) -> Picture | None:
     uneven = [run for run in results.with_runs if run.layers and len(set(run.layers)) > 1]
     if not uneven:
         return None
-    colors, rows, shown = colors_of(results), [], first_seed(uneven)
+    looks, rows, shown = looks_of(results, dots=True), [], first_seed(uneven)
     figure, axes = panels(height=3.6)
     for run in uneven:
         rows += [[str(run.cell), layer, experts] for layer, experts in enumerate(run.layers, 1)]
         if run in shown:
             alpha = shade(run, uneven)
-            axes[0, 0].plot(range(1, len(run.layers) + 1), run.layers, "o-", color=colors[run.cell.arm], alpha=alpha,
+            axes[0, 0].plot(range(1, len(run.layers) + 1), run.layers, **looks[run.cell.arm], alpha=alpha,
                             linewidth=1.2, label=run.cell.arm if alpha == 1.0 else None)  # fmt: skip
     axes[0, 0].set(xlabel="MoE layer", ylabel="experts per token", xticks=range(1, len(uneven[0].layers) + 1))
     axes[0, 0].set_ylim(bottom=0)
@@ -148,7 +158,7 @@ def starving(results: StudyResults) -> Picture | None:
     if not runs or not results.study.quality:
         return None
     figure, axes = panels(columns=2, height=3.8)
-    colors, rows = colors_of(results), []
+    looks, rows = looks_of(results), []
     for run in runs:
         lines = run.inside.expert_lines
         steps = [line["step"] for line in lines[AT_A_TIME - 1 :]]
@@ -156,7 +166,7 @@ def starving(results: StudyResults) -> Picture | None:
         faint = [weak(line) for line in lines[AT_A_TIME - 1 :]]
         rows += [[str(run.cell), *values] for values in zip(steps, without, faint, strict=True)]
         for axis, shares in zip(axes[0], (without, faint), strict=True):
-            axis.plot(steps, shares, color=colors[run.cell.arm], alpha=shade(run, runs), linewidth=1.3)
+            axis.plot(steps, shares, **looks[run.cell.arm], alpha=shade(run, runs), linewidth=1.3)
     every = run.config.logging.experts
     titles = (f"no token in {AT_A_TIME} looks, {every} steps apart", "under a tenth of the layer's mean gradient")
     for axis, title in zip(axes[0], titles, strict=True):
@@ -164,7 +174,7 @@ def starving(results: StudyResults) -> Picture | None:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         axis.set_ylim(bottom=0)
     arms = [arm for arm in results.arms() if any(run.cell.arm == arm for run in runs)]
-    figure.legend([plt.Line2D([], [], color=colors[arm]) for arm in arms], arms, loc="outside upper center", ncols=4)
+    figure.legend([plt.Line2D([], [], **looks[arm]) for arm in arms], arms, loc="outside upper center", ncols=4)
     caption = f"{first_seed_words(results)}; stronger lines are larger x."
     headings = ["cell", "step", "experts without a token", "experts with a weak gradient"]
     return Picture("starving", "Starved experts over training", caption, headings, rows, figure)

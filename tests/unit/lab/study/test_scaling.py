@@ -315,16 +315,51 @@ def test_losses_on_two_corpora_are_not_averaged(study_file, tmp_path):
     assert costs["topk", "path data/letters"] == 1.5 and costs["topk", "path data/digits"] == 2.25
 
 
-def test_an_arm_whose_first_seed_failed_is_in_every_picture(study_file, tmp_path):
-    edit(study_file, lambda tree: tree.update(seeds=[1, 2], x=None, axes={}, published=[]))
-    study, out = load_study(study_file), tmp_path / "arms"
-    run_study(study, out, 4, console=QUIET)
-    results = read_results(study, out)
-    actual = [one for one in results.measured if (one.cell.arm, one.cell.seed) != ("relu", 1)]
-    pictures = {picture.name: picture for picture in draw_pictures(dataclasses.replace(results, measured=actual))}
-    for name in ("loss", "loss_over_flops", "density"):
-        drawn = {row[0].partition(",")[0] for row in pictures[name].rows}
-        assert drawn == {"topk", "relu"}, name
+@pytest.mark.parametrize("lost", [4, 8, 32])
+def test_an_arm_whose_first_seed_failed_is_in_every_picture(finished, lost):
+    """The first seed of relu lacks at one place of the axis: its second stands there for it."""
+    results = read_results(*finished)
+    actual = [one for one in results.measured if (one.cell.arm, one.cell.seed, one.x) != ("relu", 1, lost)]
+    whole, pictures = (
+        {picture.name: (picture.rows, drawn_lines(picture.figure)) for picture in draw_pictures(some)}
+        for some in (results, dataclasses.replace(results, measured=actual))
+    )
+    assert {"loss", "gain", "loss_over_flops", "iso_memory", "costs", "density", "layers"} <= whole.keys()
+    assert pictures.keys() == whole.keys()
+    for name, (rows, lines) in pictures.items():
+        assert lines == whole[name][1], name
+        cells = {str(row[0]).partition(", seed")[0] for row in rows}
+        assert cells == {str(row[0]).partition(", seed")[0] for row in whole[name][0]}, name
+
+
+def drawn_lines(figure) -> list[int]:
+    """How many lines with points each panel has."""
+    return [sum(len(line.get_xdata()) > 0 for line in axis.lines) for axis in figure.axes]
+
+
+def test_no_two_arms_look_alike(finished):
+    """Nine routers, one more than there are colors."""
+    results = read_results(*finished)
+    relu = [one for one in results.measured if one.cell.arm == "relu"]
+    names = [f"router {number}" for number in range(9)]
+    arms = [results.study.arm("relu").model_copy(update={"name": name}) for name in names]
+    nine = dataclasses.replace(
+        results,
+        study=results.study.model_copy(update={"arms": arms, "published": []}),
+        measured=[
+            dataclasses.replace(one, cell=dataclasses.replace(one.cell, arm=name)) for name in names for one in relu
+        ],
+    )
+    compared = 0
+    for picture in draw_pictures(nine):
+        for legend in picture.figure.legends:
+            looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in legend.get_lines()]
+            assert len(looks) == len(set(looks)) == 9, picture.name
+            compared += 1
+        if picture.name == "loss_over_flops":
+            looks = [(line.get_color(), line.get_linestyle()) for line in picture.figure.axes[0].lines]
+            assert len(looks) == len(set(looks)) == 9
+    assert compared >= 2
 
 
 @pytest.mark.usefixtures("tables_alone")
