@@ -97,6 +97,7 @@ def plan(arguments: argparse.Namespace) -> int:
             arguments.hardware: lambda: load_hardware(arguments.hardware),
         }
     )
+    config = config.with_precision(not hardware.cpu)  # as training does
     from dsmoe.lab.planner.layout import Layout, problems
     from dsmoe.lab.planner.load import even, of_skew, recorded
     from dsmoe.lab.planner.predict import predict

@@ -249,6 +249,13 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = {}
 
+    def with_precision(self, gpu: bool) -> RunConfig:
+        """With `training.precision` settled: bf16 on a GPU unless the user has said fp32. In fp32 torch's grouped GEMM
+        is one call an expert there."""
+        if "precision" in self.training.model_fields_set or not gpu:
+            return self
+        return self.model_copy(update={"training": self.training.model_copy(update={"precision": "bf16"})})
+
     def to_yaml(self) -> str:
         """The resolved configuration, loadable again."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

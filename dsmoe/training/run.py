@@ -50,7 +50,7 @@ def train(config: RunConfig) -> RunSummary:
             what went wrong in training.
     """
     start_processes()
-    config = with_precision(config)
+    config = config.with_precision(on_gpu())
     training, world = config.training, dist.get_world_size()
     check_world(world, config.parallel.expert_parallel, training.global_batch_size, training.gradient_accumulation)
     run_dir = Path(config.logging.run_dir)
@@ -118,14 +118,6 @@ def _held(run_dir: Path) -> Iterator[RunLock | None]:
     finally:
         if lock is not None:
             lock.release()
-
-
-def with_precision(config: RunConfig) -> RunConfig:
-    """The configuration with `training.precision` settled: bf16 on a GPU unless the user has said fp32. In fp32 torch's
-    grouped GEMM is one call an expert there."""
-    if "precision" in config.training.model_fields_set or not on_gpu():
-        return config
-    return config.model_copy(update={"training": config.training.model_copy(update={"precision": "bf16"})})
 
 
 def with_vocabulary(config: RunConfig, corpus: Corpus | Blend) -> RunConfig:

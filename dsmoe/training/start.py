@@ -21,9 +21,9 @@ from dsmoe.model.size import model_size
 from dsmoe.parallel.groups import check_world
 from dsmoe.parallel.place import Place, find_place
 from dsmoe.parallel.preflight import Verdict, agree, find_report
-from dsmoe.runtime.device import use_local_device
+from dsmoe.runtime.device import on_gpu, use_local_device
 from dsmoe.runtime.limits import Limits
-from dsmoe.training.run import with_precision, with_vocabulary
+from dsmoe.training.run import with_vocabulary
 
 BYTES_SAVED = 12  # of a parameter in a checkpoint: weight and both moments in fp32
 
@@ -48,7 +48,7 @@ class Start:
         if fit:
             config = fit_plan(config, find_place().world)
         corpus = open_corpus(config.data)
-        settled = with_vocabulary(with_precision(config), corpus)
+        settled = with_vocabulary(config.with_precision(on_gpu()), corpus)
         checkpoint = find_checkpoint(config.training.resume, Path(config.logging.run_dir))
         return cls(config, settled, {
             "python": sys.version.split()[0],

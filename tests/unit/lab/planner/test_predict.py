@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dsmoe.cli.plan import main
 from dsmoe.config import load_config, validate_config
 from dsmoe.errors import ConfigError
 from dsmoe.lab.planner import measure, work
@@ -30,6 +31,7 @@ from dsmoe.parallel.topology import Topology, expert_parallel_ranks
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.trace import trace_of
 
+RECIPES = sorted(Path("configs/recipes").glob("*.yaml"))
 HARDWARE = "configs/hardware/h100.yaml"
 
 
@@ -322,3 +324,15 @@ def test_of_several_rounds_the_fastest_run_of_each_case_counts(monkeypatch):
     actual = measure.measure_all([Case("a", 1, {}), Case("b", 1, {})], 8, rounds=2)
     assert order == ["a", "b", "b", "a"]
     assert [(one.case.name, one.seconds) for one in actual] == [("a", 2.0), ("b", 4.0)]
+
+
+@pytest.mark.parametrize("recipe", ["quickstart.yaml", *(f"recipes/{path.name}" for path in RECIPES)])
+def test_every_shipped_recipe_can_be_planned_for_a_gpu(recipe, capsys):
+    """None is refused for its precision: training takes bf16 there where none is set."""
+    words = ["plan", "--config", f"configs/{recipe}", "--hardware", HARDWARE]
+    try:
+        code = main(words)
+    except ConfigError as error:  # a plan sees no tokenizer
+        assert [problem.partition(":")[0] for problem in error.problems] == ["model.vocab_size"]
+        code = main([*words, "model.vocab_size=4096"])
+    assert code == 0 and "bf16" in capsys.readouterr().out
