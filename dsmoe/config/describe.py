@@ -12,13 +12,13 @@ import textwrap
 import tokenize
 import types
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dsmoe.config.schema import SECTIONS
+from dsmoe.config.schema import SECTIONS, UserPath
 from dsmoe.errors import ConfigError, nearest
 
 
@@ -67,12 +67,19 @@ def type_name(field: FieldInfo) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     rules = [(sign, getattr(rule, name, None)) for rule in field.metadata for name, sign in signs.items()]
     bounds = [f"{sign} {bound:g}" for sign, bound in rules if bound is not None]
-    first, *others = _type(field.annotation).split(" or ")
+    is_path = any(rule in field.metadata for rule in get_args(UserPath)[1:])  # pydantic takes `Annotated` apart
+    first, *others = ("path" if is_path else _type(field.annotation)).split(" or ")
     return " or ".join([" ".join([first, " and ".join(bounds)]).strip(), *others])
 
 
 def _type(annotation: Any) -> str:
+    if annotation == UserPath:
+        return "path"
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin in (Union, types.UnionType):

@@ -44,15 +44,15 @@ class TensorInitialization(Section):
 class ModelConfig(Section):
     """The transformer: Megatron-Core's names, RMSNorm and RoPE; SwiGLU where `expert_activation` says nothing else."""
 
-    num_layers: int = Field(4, ge=1, le=10_000)
-    hidden_size: int = Field(256, ge=8)
-    num_attention_heads: int = Field(8, ge=1)
+    num_layers: int = Field(4, ge=1, le=10_000)  # transformer layers, attention and MLP each
+    hidden_size: int = Field(256, ge=8)  # width of a token between layers
+    num_attention_heads: int = Field(8, ge=1)  # query heads of a layer
     num_query_groups: int | None = Field(None, ge=1)  # key/value heads of GQA; None: as many as attention heads
     kv_channels: int | None = Field(None, ge=2)  # size of a head; None: hidden_size / num_attention_heads
     sequence_length: int = Field(256, ge=2)  # tokens
     vocab_size: int | None = Field(None, ge=2)  # None: the tokenizer's size, rounded up to a multiple of 64
     ffn_hidden_size: int | None = Field(None, ge=1)  # a dense layer's SwiGLU; None: 4 x moe_ffn_hidden_size
-    num_experts: int = Field(8, ge=1)
+    num_experts: int = Field(8, ge=1)  # routed experts of an MoE layer
     moe_ffn_hidden_size: int = Field(512, ge=1)  # width of one expert
     expert_activation: ExpertActivation = "swiglu"  # of routed experts; names with glu are gated by a second projection
     expert_bias: bool = False  # whether each projection of a routed expert adds one
@@ -62,8 +62,8 @@ class ModelConfig(Section):
     add_qkv_bias: bool = False  # biases of the projections to queries, keys and values
     tie_embeddings: bool = True  # one matrix for the input embedding and the output layer
     qk_layernorm: bool | Literal["full"] = False  # RMSNorm on queries and keys: per head; full: over all heads at once
-    rotary_base: float = Field(10000.0, gt=0)
-    norm_epsilon: float = Field(1e-5, gt=0)
+    rotary_base: float = Field(10000.0, gt=0)  # theta of RoPE
+    norm_epsilon: float = Field(1e-5, gt=0)  # added to the mean square in RMSNorm
     init_std: float = Field(0.02, gt=0)  # projections into the residual: init_std / sqrt(2 num_layers)
     initialization: list[TensorInitialization] = []  # exceptions to init_std; of several that match, the first
     recompute: Literal["none", "moe", "full"] = "none"  # redone in backward: nothing; experts; attention too
@@ -117,7 +117,7 @@ class RouterConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = "topk"
+    name: str = "topk"  # of a router: dsmoe's own (docs/routers.md), or an installed plugin's
 
     @property
     def options(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class ParallelConfig(Section):
     placement: Literal["auto", "within_node", "rank_order"] = (
         "auto"  # of these: inside a node where they fit; or refuse
     )
-    zero_stage: Literal[1, 2, 3] = 1
+    zero_stage: Literal[1, 2, 3] = 1  # split over data ranks: 1 optimizer state, 2 gradients too, 3 weights too
     tensor_parallel: int = Field(1, ge=1)  # only 1
     pipeline_parallel: int = Field(1, ge=1)  # only 1
     context_parallel: int = Field(1, ge=1)  # only 1
@@ -147,8 +147,7 @@ class BlendPart(Section):
 class DataConfig(Section):
     """What is read: a folder made by dsmoe prepare-data, or any Megatron .bin/.idx prefix."""
 
-    # A folder with dataset.json, or PREFIX of PREFIX.bin and PREFIX.idx; or a list of {path, weight}: a blend of them.
-    path: UserPath | list[BlendPart] = "data/corpus"
+    path: UserPath | list[BlendPart] = "data/corpus"  # a prepared folder, or PREFIX of .bin and .idx; list: a blend
     valid_path: UserPath | None = None  # held-out PREFIX, when `path` is a prefix; of a blend each holds out its own
     valid_fraction: float = Field(0.02, gt=0, lt=1)  # held out by document, for a prefix without `valid_path`
     tokenizer: UserPath | None = None  # SentencePiece model or tokenizer.json; None: the one in the dataset's folder
@@ -171,9 +170,9 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(16, ge=1)  # sequences per optimizer step, over all ranks
     gradient_accumulation: int = Field(1, ge=1)  # micro-steps per optimizer step
     precision: Literal["fp32", "bf16"] = "fp32"  # routers, losses and optimizer state are fp32 in both
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0)  # highest learning rate, after warm-up
     min_lr: float | None = Field(None, ge=0)  # at the last step; None: a tenth of lr
-    warmup_steps: int = Field(10, ge=0)
+    warmup_steps: int = Field(10, ge=0)  # optimizer steps in which the rate rises from 0
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, a constant rate, then a decay
     decay_steps: int | None = Field(None, ge=0)  # of wsd; None: a fifth of steps
     decay_from: UserPath | None = None  # checkpoint (.../step_N) of a wsd run: continue it with a decay from N to steps
@@ -181,9 +180,9 @@ class TrainingConfig(Section):
     decay_embeddings: bool = False  # whether weight decay also touches embedding and output matrices
     optimizer: str = "adamw"  # or lion, or an installed plugin's (dsmoe/optim)
     optimizer_options: dict[str, Any] = {}  # of another optimizer than adamw, whose options are the next three keys
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)  # decay of the first moment in a step
+    adam_beta2: float = Field(0.95, ge=0, lt=1)  # decay of the second moment in a step
+    adam_eps: float = Field(1e-8, gt=0)  # added to the root of the second moment
     clip_grad: float = Field(1.0, ge=0)  # global gradient norm; 0: no clipping
     expert_lr: Literal["uniform", "load"] = "uniform"  # load: an expert's updates by the root of its share of routes
     revive_idle_experts: int = Field(0, ge=0)  # steps without a token before an expert begins anew; 0: never
@@ -192,7 +191,7 @@ class TrainingConfig(Section):
     max_skipped_steps: int = Field(10, ge=0)  # of a run; one more stops it
     eval_interval: int = Field(50, ge=0)  # optimizer steps between evaluations; 0: only at the end
     eval_sequences: int = Field(64, ge=1)  # held-out sequences per evaluation
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0)  # of initial weights and the order of samples
     timeout: TimeoutConfig = TimeoutConfig()
     resume: UserPath = "auto"  # auto: newest complete checkpoint of the run; never; PATH: a checkpoint or run
     resume_with: list[str] = []  # keys or sections whose change a checkpoint refuses: "data", "router", "training.seed"
@@ -206,7 +205,7 @@ class CheckpointConfig(Section):
     """When a checkpoint is written and which ones stay."""
 
     interval: int = Field(100, ge=0)  # optimizer steps; 0: only at the end and on a signal
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1)  # newest checkpoints that stay
     keep_every: int = Field(0, ge=0)  # also keep every checkpoint whose step is a multiple of this; 0: none
     background: bool = (
         True  # write beside training, from a copy in host memory (12 bytes per parameter of a rank with adamw)
@@ -216,9 +215,9 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Where a run leaves its traces."""
 
-    run_dir: UserPath = "runs/run"
+    run_dir: UserPath = "runs/run"  # folder of metrics, checkpoints and configuration
     interval: int = Field(1, ge=1)  # optimizer steps between lines of metrics.jsonl
-    tensorboard: bool = True
+    tensorboard: bool = True  # whether metrics go to TensorBoard, in run_dir/tensorboard
     layers: int = Field(10, ge=0)  # optimizer steps between values of single MoE layers in TensorBoard; 0: none
     pictures: int = Field(200, ge=0)  # optimizer steps between pictures of the experts' load there; 0: none, nor texts
     timings: bool = False  # also write, for each step, the seconds of its parts (rank 0)

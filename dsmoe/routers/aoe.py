@@ -28,9 +28,9 @@ from dsmoe.routers.topk import top_k_softmax
 
 class AoEOptions(LowRankOptions):
     k: int = Field(2, ge=1)  # experts of every token
-    gates: Literal["all", "selected"] = "all"
-    balance_coefficient: float = Field(0.0, ge=0)
-    balance_scope: BalanceScope = "micro_batch"
+    gates: Literal["all", "selected"] = "all"  # softmax over the norms of all experts, or of a token's own
+    balance_coefficient: float = Field(0.0, ge=0)  # weight of the balance loss
+    balance_scope: BalanceScope = "micro_batch"  # tokens that are counted: all ranks', a rank's, the step's so far
 
     def validate_for_model(self, model):
         mistakes = self.at_most_num_experts("k", model)

@@ -36,16 +36,16 @@ class DTopPOptions(RouterOptions):
 
     k: float = Field(2.0, gt=0)  # mean active experts per token the controller aims at
     p_initial: float | None = Field(None, ge=0, le=1)  # p_0; None: from k, E and scale_initial
-    p_min: float = Field(0.0, ge=0, le=1)
-    p_max: float = Field(1.0, ge=0, le=1)
+    p_min: float = Field(0.0, ge=0, le=1)  # the controller's p is never below
+    p_max: float = Field(1.0, ge=0, le=1)  # nor above
     kp: float = Field(0.05, ge=0)  # K_p
     ki: float = Field(0.005, ge=0)  # K_i
     scale_initial: float = Field(1.0, gt=0)  # theta_l at step 0
     epsilon: float = Field(1e-6, gt=0)  # added to the variance of a token's logits
-    rule: CrossingRule = "above"
-    balance_coefficient: float = Field(1e-4, ge=0)
-    entropy_coefficient: float = Field(1e-3, ge=0)
-    balance_scope: BalanceScope = "micro_batch"
+    rule: CrossingRule = "above"  # mass > p, or reach: mass >= p
+    balance_coefficient: float = Field(1e-4, ge=0)  # weight of the balance loss
+    entropy_coefficient: float = Field(1e-3, ge=0)  # weight of the entropy of a token's probabilities
+    balance_scope: BalanceScope = "micro_batch"  # tokens that are counted: all ranks', a rank's, the step's so far
 
     def validate_for_model(self, model):
         mistakes = []

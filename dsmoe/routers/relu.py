@@ -33,7 +33,7 @@ class ReLUOptions(RouterOptions):
     FUTURE_ONLY = RouterOptions.FUTURE_ONLY | {"k", "lambda_initial", "lambda_factor", "load_balanced", "form"}
 
     k: float = Field(1.0, gt=0)  # mean active experts per token the controller aims at
-    lambda_initial: float = Field(1e-8, gt=0)
+    lambda_initial: float = Field(1e-8, gt=0)  # weight of the L1 loss at step 0
     lambda_factor: float = Field(1.2, gt=1)  # alpha
     load_balanced: bool = True  # weight each expert's L1 by its load (Eq. 10) or not (Eq. 9)
     form: Literal["code", "paper"] = "code"  # L1 summed over layers; averaged, and lambda stays at equality

@@ -58,12 +58,12 @@ class RoutingFreeOptions(LowRankOptions):
     threshold: float = Field(1.0, gt=0)  # theta
     target_density: float = Field(0.25, gt=0, le=1)  # rho
     mu: float = Field(0.5, ge=0, le=1)  # 1: balance experts, 0: balance tokens
-    lambda_initial: float = Field(1e-10, gt=0)
+    lambda_initial: float = Field(1e-10, gt=0)  # weight of the density loss at step 0
     lambda_rate: float = Field(0.02, gt=0)  # eta
     lambda_update: Literal["step", "micro_batch"] = "step"  # when lambda moves; the released code: micro_batch
-    form: Literal["code", "paper"] = "code"
+    form: Literal["code", "paper"] = "code"  # of the losses: the released code's, or the equations'
     rescale: bool = False  # draw A so that scores start at 2.56 theta, as N(0, 0.02) gives at the paper's S scale
-    balance_scope: BalanceScope = "micro_batch"
+    balance_scope: BalanceScope = "micro_batch"  # tokens that are counted: all ranks', a rank's, the step's so far
 
     def validate_for_model(self, model):
         exception = model.initialization_of(f"gpt.decoder.layers.{model.moe_layers().index(True)}.mlp.{FIRST_MATRIX}")

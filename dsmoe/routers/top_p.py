@@ -40,7 +40,7 @@ class TopPOptions(RouterOptions):
     renormalize: bool = False  # gates of a token sum to 1
     balance_coefficient: float = Field(1e-2, ge=0)  # alpha
     entropy_coefficient: float = Field(1e-4, ge=0)  # beta
-    balance_scope: BalanceScope = "micro_batch"
+    balance_scope: BalanceScope = "micro_batch"  # tokens that are counted: all ranks', a rank's, the step's so far
     expected_experts: float | None = Field(None, gt=0)  # for counting active parameters only; None: those of a flat P
 
     def validate_for_model(self, model):

@@ -29,9 +29,9 @@ class TopKOptions(RouterOptions):
     k: int = Field(1, ge=1)  # experts of every token
     softmax: Literal["before", "after"] = "before"  # over all experts, or over the k selected ones
     renormalize: bool = False  # with softmax before: gates of a token sum to 1
-    balance_coefficient: float = Field(1e-2, ge=0)
-    z_coefficient: float = Field(0.0, ge=0)
-    balance_scope: BalanceScope = "micro_batch"
+    balance_coefficient: float = Field(1e-2, ge=0)  # weight of the balance loss
+    z_coefficient: float = Field(0.0, ge=0)  # weight of the z-loss, the mean squared logsumexp of logits
+    balance_scope: BalanceScope = "micro_batch"  # tokens that are counted: all ranks', a rank's, the step's so far
 
     def validate_for_model(self, model):
         mistakes = self.at_most_num_experts("k", model)

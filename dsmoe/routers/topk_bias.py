@@ -44,13 +44,13 @@ class TopKBiasOptions(RouterOptions):
     FUTURE_ONLY = RouterOptions.FUTURE_ONLY | {"bias_update", "bias_update_rate", "sequence_counts"}
 
     k: int = Field(2, ge=1)  # experts of every token
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    score: Literal["sigmoid", "softmax"] = "sigmoid"  # of a token for an expert, from its logits
     renormalize: bool = True  # gates of a token sum to route_scale
-    route_scale: float = Field(2.5, gt=0)
+    route_scale: float = Field(2.5, gt=0)  # factor on all gates
     bias_update: Literal["sign", "quantile"] = "sign"  # by gamma towards the mean load, or quantile balancing
     bias_update_rate: float = Field(1e-3, ge=0)  # gamma, of sign
-    num_groups: int = Field(1, ge=1)
-    groups_per_token: int = Field(1, ge=1)
+    num_groups: int = Field(1, ge=1)  # into which experts are cut, in order
+    groups_per_token: int = Field(1, ge=1)  # of these a token chooses its experts from so many
     group_score_experts: int = Field(2, ge=1)  # largest biased scores of a group whose sum ranks it
     sequence_coefficient: float = Field(1e-4, ge=0)  # alpha
     sequence_counts: Literal["scores", "routes"] = "scores"  # top-k of the scores alone, or the actual routes

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 import pytest
 from pydantic import BaseModel, Field
 
 from dsmoe.config.describe import keys_text, type_name
-from dsmoe.config.schema import SECTIONS
+from dsmoe.config.schema import SECTIONS, BlendPart, Section, UserPath
 from dsmoe.config.shipped import configs_folder, find_config
 from dsmoe.errors import ConfigError
 from dsmoe.routers.registry import option_classes
@@ -21,6 +22,8 @@ class Options(BaseModel):
     choice: Literal["a", "b"] = "b"
     flags: list[Literal[0, 1]] = [1]
     truth: bool = True  # fmt: skip
+    place: UserPath = "here"
+    places: UserPath | list[BlendPart] | None = None
     needed: str
 
 
@@ -33,6 +36,8 @@ class Options(BaseModel):
         ("choice", "a | b"),
         ("flags", "list of 0 | 1"),
         ("truth", "true or false"),
+        ("place", "path"),
+        ("places", "path or list of {path, weight} or null"),
         ("needed", "text"),
     ],
 )
@@ -57,6 +62,17 @@ def test_all_keys_are_there():
         assert f"with router.name={router}:" in text
         assert all(f"  router.{key}  (" in text for key in options.model_fields)
     assert "optimizer steps of the whole run, resumed parts included" in text
+
+
+def test_every_key_is_described_in_the_words_of_a_configuration():
+    lines = [*keys_text("all", option_classes()).splitlines(), ""]
+    keys = [place for place, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
+    assert len(keys) > 100
+    assert [lines[place] for place in keys if not lines[place + 1].startswith(" " * 6)] == []
+    classes = {cls.__name__ for cls in Section.__subclasses__()}
+    types = " ".join(lines[place].partition("(")[2] for place in keys)
+    assert classes & set(re.findall(r"\w+", types)) == set() and "BlendPart" in classes
+    assert "Annotated" not in types and "  data.path  (path or list of {path, weight}; default data/corpus)" in lines
 
 
 def test_a_mistyped_section_gets_the_nearest_name():
