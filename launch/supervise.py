@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from os.path import expanduser
 from pathlib import Path
 
 from dsmoe.checkpoint.files import newest_checkpoint, newest_whole, step_of
@@ -85,7 +86,7 @@ class RunFolder:
 def run_folder(arguments: list[str]) -> Path:
     """Of the run that the training script's arguments describe. Raises `ConfigError`."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("--config", type=expanduser, default="configs/quickstart.yaml")
     known, rest = parser.parse_known_args(arguments)
     return Path(load_config(known.config, [text for text in rest if "=" in text]).logging.run_dir)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dsmoe.runtime.command_line import run
+from dsmoe.runtime.command_line import run, user_path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYER = [
@@ -188,7 +188,7 @@ def write_verdict(model: str, commit: str, outcomes: dict[str, dict], path: Path
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/gpu-first-hour"), help="default: %(default)s")
+    parser.add_argument("--folder", type=user_path, default=Path("runs/gpu-first-hour"), help="default: %(default)s")
     folder = parser.parse_args().folder.resolve()
     from dsmoe.errors import ConfigError
     from dsmoe.runtime.device import gpu_count, gpu_model, on_gpu

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+from dsmoe.runtime.command_line import user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: dict[str, Any] = dict(type=int, metavar="N")
     parser.add_argument("--step", action="store_true", help="whole training steps instead of a layer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--experts", type=_integers, metavar="N,...", help="default: 8,32,128,512,1024; steps: 16,64")
     parser.add_argument("--only", type=_words, default=[], metavar="NAME,...", help="cases with that in their name")
     parser.add_argument("--quick", action="store_true", help="a few minutes: fewer cases and 3 rounds")

@@ -10,10 +10,10 @@ What an export holds and how it is checked: docs/huggingface.md. What a checkpoi
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from os.path import expanduser
 
 from dsmoe.errors import CheckpointError, ConversionError
-from dsmoe.runtime.command_line import quiet_libraries, require_path
+from dsmoe.runtime.command_line import quiet_libraries, require_path, user_path
 from dsmoe.runtime.exit_codes import REFUSED
 
 RUN = "a run folder or one of its checkpoints"
@@ -42,14 +42,16 @@ def _add_export(commands) -> None:
         "    dsmoe export runs/first fewer --set theta=0.1"
     )
     command = _add(commands, "export", "write a run as a Hugging Face model", examples)
-    command.add_argument("run", type=Path, metavar="RUN", help="a run folder, or one of its checkpoints")
-    command.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist")
+    command.add_argument("run", type=user_path, metavar="RUN", help="a run folder, or one of its checkpoints")
+    command.add_argument("out", type=user_path, metavar="OUT", help="the folder to write; it must not exist")
     command.add_argument("--format", default="dsmoe", metavar="NAME",
                          help="dsmoe: any router, with code of its own; an architecture of transformers that holds the "
                               "model exactly, such as mixtral; or auto for any (default: %(default)s)")  # fmt: skip
     command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     command.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one file (default: %(default)s)")
-    command.add_argument("--data", metavar="DATASET", help="prepared held-out text for the checks (default: the run's)")
+    command.add_argument(
+        "--data", type=expanduser, metavar="DATASET", help="prepared held-out text for the checks (default: the run's)"
+    )
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
                          help="k, p or theta of the router at inference, as chosen from the sweep of dsmoe inspect "
                               "(default: as trained)")  # fmt: skip
@@ -76,13 +78,13 @@ def _add_import(commands) -> None:
         "    dsmoe import downloads/Qwen3-0.6B-Base runs/upcycled --experts 8"
     )
     command = _add(commands, "import", "make a run of a Hugging Face model, or an MoE of a dense one", examples)
-    command.add_argument("folder", type=Path, metavar="HF_DIR", help="Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, dots1, or "
-                         "an export of dsmoe; LLaMA or Qwen3 to be upcycled")  # fmt: skip
-    command.add_argument("run", type=Path, metavar="RUN", help="the run folder to make; it must not exist")
+    command.add_argument("folder", type=user_path, metavar="HF_DIR", help="Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, "
+                         "dots1, or an export of dsmoe; LLaMA or Qwen3 to be upcycled")  # fmt: skip
+    command.add_argument("run", type=user_path, metavar="RUN", help="the run folder to make; it must not exist")
     command.add_argument("--router", metavar="NAME", help="of an MoE: another router with a gate, which starts from "
                          "the model's; upcycling: any router (default: topk, k 2, gates sum to 1)")  # fmt: skip
-    command.add_argument("--config", type=Path, metavar="YAML", help="training, data and other sections of the run's "
-                         "configuration, such as configs/recipes/router_surgery.yaml")  # fmt: skip
+    command.add_argument("--config", type=user_path, metavar="YAML", help="training, data and other sections of the "
+                         "run's configuration, such as configs/recipes/router_surgery.yaml")  # fmt: skip
     upcycling = command.add_argument_group("upcycling of a dense model")
     upcycling.add_argument("--experts", type=int, metavar="E", help="of a layer (default: 8)")
     upcycling.add_argument("--granularity", type=int, metavar="G", help="cut each MLP into G (default: 1)")
@@ -114,7 +116,7 @@ def _import(arguments) -> int:
 def _add_verify(commands) -> None:
     examples = "    dsmoe verify runs/first --all"
     command = _add(commands, "verify", "prove that a checkpoint is whole, tensor by tensor", examples)
-    command.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT")
+    command.add_argument("path", type=user_path, metavar="RUN_OR_CHECKPOINT")
     command.add_argument("--all", action="store_true", help="every checkpoint of the run, not only the newest")
     command.set_defaults(act=_verify)
 

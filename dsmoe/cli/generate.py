@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from os.path import expanduser
 
 from dsmoe.errors import CheckpointError
 from dsmoe.runtime.command_line import quiet_libraries, require_path
@@ -14,7 +15,7 @@ from dsmoe.runtime.command_line import quiet_libraries, require_path
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run folder, or one of its checkpoints")
+    parser.add_argument("run", type=expanduser, help="a run folder, or one of its checkpoints")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--tokens", type=int, default=128, help="how many to write at most (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")

@@ -15,21 +15,21 @@ import json
 from pathlib import Path
 
 from dsmoe.errors import CheckpointError, ConfigError
-from dsmoe.runtime.command_line import quiet_libraries, require_path
+from dsmoe.runtime.command_line import quiet_libraries, require_path, user_path
 
 PAGE = Path("inspect.html")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a run folder, one of its checkpoints, an export, or a folder of a "
-                        "Mixtral, OLMoE or Qwen3-MoE")  # fmt: skip
+    parser.add_argument("model", type=user_path, help="a run folder, one of its checkpoints, an export, or a folder of "
+                        "a Mixtral, OLMoE or Qwen3-MoE")  # fmt: skip
     parser.add_argument("--text", action="append", required=True, metavar="FILE|TEXT", dest="texts",
                         help="what the model reads; may be given again, each is a domain of its own")  # fmt: skip
     parser.add_argument("--windows", type=int, default=1, metavar="N", help="read a text longer than the model's "
                         "context in up to N windows (default: 1)")  # fmt: skip
     parser.add_argument("--step", type=int, metavar="N", help="the run's checkpoint of that step (default: the newest)")
-    parser.add_argument("--compare", type=Path, metavar="OTHER", help="a second model, side by side")
+    parser.add_argument("--compare", type=user_path, metavar="OTHER", help="a second model, side by side")
     parser.add_argument("--sweep", action="append", nargs="?", const="", default=[], metavar="NAME[=V,...]",
                         dest="sweeps", help="loss and experts per token for values of k, p or theta at inference; "
                         "alone: what the router has, around its value; may be given again")  # fmt: skip
@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> int:
                         "compare routes with, at most (default: %(default)s)")  # fmt: skip
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="to compute in (default: fp32 for a run, else as the "
                         "folder says)")  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="PAGE", help=f"the HTML page (default: {PAGE}, unless --plain, "
-                        "--json or --csv is given)")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--csv", type=Path, metavar="FOLDER", help="write them there, a file a figure")
+    parser.add_argument("--out", type=user_path, metavar="PAGE", help=f"the HTML page (default: {PAGE}, unless "
+                        "--plain, --json or --csv is given)")  # fmt: skip
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--csv", type=user_path, metavar="FOLDER", help="write them there, a file a figure")
     parser.add_argument("--plain", action="store_true", help="show the coloured text and the main figures here")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code of the model's folder that is not dsmoe's own"

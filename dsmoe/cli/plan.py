@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from dsmoe.cli.options import router_options
 from dsmoe.config.shipped import configs_folder
 from dsmoe.errors import DataError
-from dsmoe.runtime.command_line import require_path
+from dsmoe.runtime.command_line import require_path, user_path
 from dsmoe.runtime.exit_codes import FINISHED, REFUSED
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_calibrate(commands.add_parser("calibrate", help="measure this machine and write its hardware file"))
     _add_validate(commands.add_parser("validate", help="hold predictions for this machine to real runs"))
     published = commands.add_parser("published", help="figures of other projects beside predictions")
-    published.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    published.add_argument("--json", type=user_path, metavar="FILE", help="write every number")
     published.set_defaults(run=show_published)
     _add_replay(commands.add_parser("replay", help="a recorded step on other numbers of ranks"))
     arguments = parser.parse_args(spelled_out(sys.argv[1:] if argv is None else argv))
@@ -57,12 +57,12 @@ def spelled_out(words: list[str]) -> list[str]:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, type=Path, metavar="YAML", help="of the run")
+    parser.add_argument("--config", required=True, type=user_path, metavar="YAML", help="of the run")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="configuration keys, such as model.vocab_size=32000"
     )
     parser.add_argument(
-        "--hardware", required=True, type=Path, metavar="YAML", help="configs/hardware/*.yaml, or your own"
+        "--hardware", required=True, type=user_path, metavar="YAML", help="configs/hardware/*.yaml, or your own"
     )
     parser.add_argument(
         "--nodes", type=_integers, default=[1], metavar="N", help="equal nodes (default: 1); several with --search"
@@ -75,11 +75,11 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
         "--imbalance", type=float, default=1.0, metavar="X", help="load of the busiest rank over the mean"
     )
     load.add_argument("--skew", metavar="P:N", help="P %% of all routes on N experts, for example 30:4")
-    load.add_argument("--trace", type=Path, metavar="RUN", help="imbalance as in a run with logging.trace")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    load.add_argument("--trace", type=user_path, metavar="RUN", help="imbalance as in a run with logging.trace")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write every number")
     parser.add_argument(
         "--write-config",
-        type=Path,
+        type=user_path,
         metavar="YAML",
         help="write the layout's configuration, or that of the fastest",
     )
@@ -190,11 +190,15 @@ def all_or_every_mistake(readers: dict[Path, Callable[[], object]]) -> list:
 
 def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path("here.yaml"), metavar="YAML", help="the file to write (default: here.yaml)"
+        "--out",
+        type=user_path,
+        default=Path("here.yaml"),
+        metavar="YAML",
+        help="the file to write (default: here.yaml)",
     )
     _add_devices(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, too")
-    parser.add_argument("--again", type=Path, metavar="FILE", help="fit again what an earlier --json measured")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write what was measured, too")
+    parser.add_argument("--again", type=user_path, metavar="FILE", help="fit again what an earlier --json measured")
     parser.set_defaults(run=calibrate)
 
 
@@ -245,10 +249,10 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hardware", required=True, type=Path, metavar="YAML", help="what `calibrate` wrote here")
-    parser.add_argument("--again", type=Path, metavar="FILE", help="predict again what an earlier --json measured")
+    parser.add_argument("--hardware", required=True, type=user_path, metavar="YAML", help="what `calibrate` wrote here")
+    parser.add_argument("--again", type=user_path, metavar="FILE", help="predict again what an earlier --json measured")
     _add_devices(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write every number")
     parser.set_defaults(run=validate)
 
 
@@ -284,18 +288,18 @@ def show_published(arguments: argparse.Namespace) -> None:
 
 
 def _add_replay(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", type=Path, metavar="TRACE", help="a .npz of logging.trace, or the run's folder")
+    parser.add_argument("trace", type=user_path, metavar="TRACE", help="a .npz of logging.trace, or the run's folder")
     parser.add_argument("--ep", required=True, type=_integers, metavar="N,...", help="expert-parallel sizes")
     parser.add_argument("--skew", metavar="P:N", help="instead of the recorded load: P %% of the routes on N experts")
     parser.add_argument("--hidden", type=int, metavar="H", help="width of a row (default: the run's)")
     parser.add_argument("--ffn", type=int, metavar="F", help="width of an expert (default: the run's)")
     parser.add_argument("--dtype", choices=BYTES, help="of a row on its way (default: the run's)")
-    parser.add_argument("--hardware", type=Path, metavar="YAML", help="adds seconds, and bytes between nodes")
+    parser.add_argument("--hardware", type=user_path, metavar="YAML", help="adds seconds, and bytes between nodes")
     parser.add_argument(
         "--dispatcher", choices=("auto", "all_to_all"), default="auto",
         help="as model.token_dispatcher: auto is two_level where a group spans nodes (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write every number")
     parser.set_defaults(run=replay)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from os.path import expanduser
 from pathlib import Path
 
 
@@ -21,10 +22,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="text or JSON-lines file (plain, .gz or .zst), folder, quoted glob, or 'stdlib': the sources of this "
         "Python's standard library",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="dataset folder to make")
+    parser.add_argument("--output", type=expanduser, required=True, metavar="FOLDER", help="dataset folder to make")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the tokenizer (default: 4096)")
     parser.add_argument(
         "--tokenizer",
+        type=expanduser,
         metavar="PATH",
         help="use this one instead of training one: a SentencePiece model, a tokenizer.json, or the folder of a run or "
         "of a Hugging Face model",

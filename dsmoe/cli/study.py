@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from os.path import expanduser
 from pathlib import Path
+
+from dsmoe.runtime.command_line import user_path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,14 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands.add_parser("run", help="train what is not finished yet"))
     report = commands.add_parser("report", help="write tables, pictures and CSV of what is finished, and an HTML page")
-    report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of studies that were run")
-    report.add_argument("--target", type=Path, metavar="DIR", help="where it goes (default: report/ in the first DIR)")
+    report.add_argument("folders", nargs="+", type=user_path, metavar="DIR", help="folders of studies that were run")
+    report.add_argument(
+        "--target", type=user_path, metavar="DIR", help="where it goes (default: report/ in the first DIR)"
+    )
     rebuild = commands.add_parser("rebuild", help="write a report again from the CSV files that it left")
-    rebuild.add_argument("target", type=Path, metavar="DIR", help="where a report was written")
-    rebuild.add_argument("--html", type=Path, metavar="FILE", help="also the page with all pictures, in one file")
+    rebuild.add_argument("target", type=user_path, metavar="DIR", help="where a report was written")
+    rebuild.add_argument("--html", type=user_path, metavar="FILE", help="also the page with all pictures, in one file")
     for command in (report, rebuild):
         command.add_argument(
-            "--limits", type=Path, metavar="PAGE.md", help="a page that shows the limits, between marks"
+            "--limits", type=user_path, metavar="PAGE.md", help="a page that shows the limits, between marks"
         )
     _add_corpus(commands.add_parser("corpus", help="make the studies' dataset of what this machine has installed"))
     arguments = parser.parse_args(argv)
@@ -39,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY.yaml", help="or a plan of the earlier compare_routers")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the study's runs")
+    parser.add_argument("study", type=expanduser, metavar="STUDY.yaml", help="or a plan of the earlier compare_routers")
+    parser.add_argument("--out", required=True, type=user_path, metavar="DIR", help="folder of the study's runs")
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     parser.add_argument("--retry", action="store_true", help="also run again what failed")
     parser.add_argument(
@@ -51,8 +56,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_corpus(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("data/study"), metavar="FOLDER", help="default: data/study")
-    parser.add_argument("--linux", type=Path, metavar="FILE", help="default: /usr/src/linux-source-*.tar.xz, if there")
+    parser.add_argument(
+        "--output", type=user_path, default=Path("data/study"), metavar="FOLDER", help="default: data/study"
+    )
+    parser.add_argument(
+        "--linux", type=user_path, metavar="FILE", help="default: /usr/src/linux-source-*.tar.xz, if there"
+    )
     parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="default: 2048")
     parser.add_argument("--limit-mb", type=float, metavar="X", help="use X MB of text (default: all, about 430)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that tokenize (default: 2)")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from os.path import expanduser
 
 from dsmoe.cli.options import optimizer_options, router_options
 from dsmoe.runtime.command_line import quiet_libraries
@@ -22,7 +23,8 @@ from dsmoe.runtime.foreground import take_foreground
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="YAML file (default: %(default)s)")
+    parser.add_argument("--config", type=expanduser, default="configs/quickstart.yaml", metavar="YAML",
+                        help="default: %(default)s")  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("--help-config", nargs="?", const="all", metavar="SECTION", help="list the keys of a "
                         "configuration, or of one of its sections, and exit")  # fmt: skip

@@ -61,6 +61,12 @@ def require_path(path: str | Path, expected: str, error: type[DsmoeError]) -> No
         raise error(f"{path} does not exist; expected {expected}")
 
 
+def user_path(text: str) -> Path:
+    """A path of the command line, as `type` of its option: ~ is the home folder also in --out=~/x and between quotes,
+    where a shell leaves it alone. `os.path.expanduser` is the same for an option that stays a string."""
+    return Path(os.path.expanduser(text))
+
+
 def quiet_libraries() -> None:
     """Keep the frameworks' start-up chatter off the screen; DSMOE_VERBOSE=1 lets it through."""
     if os.environ.get("DSMOE_VERBOSE"):

@@ -47,7 +47,7 @@ def read_texts(arguments: list[str]) -> list[Text]:
     """
     texts: list[Text] = []
     for number, argument in enumerate(arguments, 1):
-        path = Path(argument)
+        path = Path(os.path.expanduser(argument))
         if argument and len(os.fsencode(argument)) <= LONGEST_NAME and path.is_file():
             try:
                 texts.append(Text(path.name, path.read_text(encoding="utf-8")))

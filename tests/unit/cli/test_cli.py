@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from dsmoe import __version__
 from dsmoe.cli import COMMANDS, main
+from dsmoe.runtime.command_line import user_path
 
 ALL = {name: entry for group in COMMANDS.values() for name, entry in group.items()}
 
@@ -72,3 +77,41 @@ def test_output_that_nobody_reads_on_is_no_error():
     script = f"{sys.executable} -m dsmoe train --help-config | head -n 1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("model: ") and done.stderr == ""
+
+
+class Built(Exception):
+    """A command's parser, before it reads anything."""
+
+
+def options_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from options_of(subparser)
+        else:
+            yield action
+
+
+@pytest.mark.parametrize("module", sorted({module for module, *_ in ALL.values()}))
+def test_every_path_on_a_command_line_may_begin_with_the_home_folder(module, monkeypatch):
+    """A shell leaves ~ alone in --out=~/x and between quotes."""
+
+    def built(parser, *_):
+        raise Built(parser)
+
+    for method in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, built)
+    with pytest.raises(Built) as caught:
+        import_module(f"dsmoe.cli.{module}").main([])
+    (parser,) = caught.value.args
+    named = re.compile(r"FILE|FOLDER|PATH|RUN|EXPORT|DIR|YAML|DATASET|PAGE|TRACE|OUT|OTHER|STUDY", re.IGNORECASE)
+    read_elsewhere = {"sources", "valid", "texts"}  # each a path or something else: `find_files` and `read_texts`
+    for option in options_of(parser):
+        is_path = option.type is Path or isinstance(option.default, Path) or option.dest in ("model", "run", "config")
+        if is_path or (named.search(option.metavar or "") and option.dest not in read_elsewhere):
+            assert option.type in (user_path, os.path.expanduser), option.option_strings or option.dest
+
+
+def test_the_home_folder_in_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert user_path("~/x") == Path("/home/somebody/x") and user_path("here/~") == Path("here/~")

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from statistics import mean
 
-from dsmoe.runtime.command_line import run
+from dsmoe.runtime.command_line import run, user_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dsmoe.lab.study.probe", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or a checkpoint of it")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="a run's folder, or a checkpoint of it")
     parser.add_argument("--data", metavar="PATH", help="a dataset (default: the run's own)")
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of held-out text (default: 4096)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write (default: RUN/probe.json)")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="where to write (default: RUN/probe.json)")
     arguments = parser.parse_args()
 
     from dsmoe.lab.study.probe import FILE, probe
