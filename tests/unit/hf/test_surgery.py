@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +123,15 @@ def test_a_recipe_gives_what_is_not_the_models(groups, folder, tmp_path):
         import_model(folder, tmp_path / "other", ImportOptions(config=recipe, check=False))
     shipped = load_config("configs/recipes/router_surgery.yaml")
     assert shipped.training.steps == 200
+
+
+def test_the_recipe_has_the_options_that_were_measured():
+    header = Path("configs/recipes/router_surgery.yaml").read_text()
+    options = re.findall(r"--set (\S+)", header)
+    pages = Path("docs/huggingface.md").read_text().splitlines()
+    measured = next(line for line in pages if line.startswith("| `relu`, `--set"))
+    assert options == re.findall(r"router\.\w+=[\w.-]+", measured) and len(options) == 2
+    assert load_config(None, ["router.name=relu", *options], option_classes()).router.lambda_factor == 1.03
 
 
 @pytest.mark.parametrize("router", [name for name in OWN if name not in WITH_GATE])
