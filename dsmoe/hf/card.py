@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def write_card(folder: Path, config: RunConfig, report: dict[str, Any], card: Ca
         *_routing(folder, config, card.routes),
         _data(config, report, card.dataset, identity),
         _evaluation(report, card.metrics),
-        _limits(config, report, identity),
+        _limits(config, report, identity, _fixed_experts(folder)),
         _loading(report),
     )
     text = f"---\n{front}---\n\n# {report['run']}\n\n" + "\n\n".join(sections) + "\n"
@@ -138,7 +139,12 @@ def _evaluation(report: dict[str, Any], metrics: dict[str, Any] | None) -> str:
     )
 
 
-def _limits(config: RunConfig, report: dict[str, Any], identity: Identity | None) -> str:
+def _fixed_experts(folder: Path) -> int | None:
+    """Experts of every token, where a kernel for a fixed number of them can take the experts' place."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_experts_per_tok")
+
+
+def _limits(config: RunConfig, report: dict[str, Any], identity: Identity | None, fixed: int | None) -> str:
     lines = [
         "It continues text; dsmoe does not tune to follow instructions or to be safe. It repeats what its data holds.",
         f"It was trained on sequences of {config.model.sequence_length:,} tokens; longer ones are untested.",
@@ -153,7 +159,10 @@ def _limits(config: RunConfig, report: dict[str, Any], identity: Identity | None
     if report["architecture"] == "dsmoe":
         lines += [
             "Fine-tuning with this code has the language-model loss only: no router losses, no controller.",
-            "Engines that replace experts by a kernel for a fixed number of experts per token cannot run it.",
+            "Engines that replace experts by a kernel for a fixed number of experts per token cannot run it."
+            if fixed is None
+            else f"Every token takes {fixed} experts, in a module that engines may replace by a kernel, as vLLM's "
+            "Transformers backend does; it was tried with a stand-in, not in such an engine.",
         ]
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 

@@ -146,6 +146,16 @@ def test_the_card(exported):
     assert f"{report['parameters']['total']:,}" in card and "trust_remote_code=True" in card
     assert str(out.parent) not in card and "2603.11535" in card
     assert '<img src="routing.png"' in card and card.index("## Routing") < card.index("## Training")
+    assert "a fixed number of experts per token cannot run it" in card and "vLLM" not in card
+
+
+def test_the_card_of_a_fixed_k_names_the_engines_that_may_run_it(tmp_path, dataset, groups):
+    made_up_run(tmp_path / "run", dataset, {"name": "topk", "k": 3})
+    export(tmp_path / "run", tmp_path / "out", ExportOptions())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_experts_per_tok"] == 3
+    assert "Every token takes 3 experts" in card and "vLLM's Transformers backend" in card
+    assert "cannot run it" not in card
 
 
 def test_the_picture_says_what_the_routes_are(tmp_path):
