@@ -108,9 +108,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def notes(arguments: argparse.Namespace, dataset) -> list[str]:
     """What a user would want to know and did not ask: files that were not read, a split that misses its aim."""
-    from dsmoe.data.sources import passed_over
+    from dsmoe.data.sources import other_splits, passed_over
 
     lines = []
+    others = [shlex.quote(str(path)) for path in other_splits(arguments.sources)]
+    if others and not arguments.valid:
+        lines.append(f"only 'train' of the splits was read; --valid {others[0]} holds a split out")
+        lines[-1] += f" (there are {', '.join(others)})" if len(others) > 1 else ""
     skipped = passed_over([*arguments.sources, *arguments.valid])
     if skipped:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.items())

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from dsmoe.data.saved_datasets import to_read
 from dsmoe.errors import DataError
 
 STDLIB = "stdlib"  # the sources of the running interpreter's standard library
@@ -49,7 +50,8 @@ def find_files(sources: Sequence[str]) -> list[SourceFile]:
     """Every file of the sources, once, in an order that depends on names only.
 
     Args:
-        sources: each a file, a folder (searched with all its subfolders), a glob (`**` allowed) or `stdlib`.
+        sources: each a file, a folder (searched with all its subfolders; of one that `datasets` wrote its split
+            `train`), a glob (`**` allowed) or `stdlib`.
 
     Raises:
         DataError: a source does not exist or has no file; the message says what was looked for.
@@ -71,6 +73,15 @@ def passed_over(sources: Sequence[str]) -> dict[str, int]:
             names = (name for name in _walk(Path(source)) if _content_suffix(name) not in FOLDER_SUFFIXES)
             counts.update(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)
     return dict(counts.most_common())
+
+
+def other_splits(sources: Sequence[str]) -> list[Path]:
+    """Splits of `datasets` folders that are not read, each a source of its own: a folder or a file."""
+    paths: list[Path] = []
+    for source in map(os.path.expanduser, sources):
+        if source != STDLIB and os.path.isdir(source):
+            paths += (folder / name for folder, _, others in _folders(Path(source)) for name in others)
+    return sorted(paths)
 
 
 def _files_of(source: str) -> list[SourceFile]:
@@ -109,10 +120,20 @@ def _walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[str]:
 
     Hidden files and folders are left out: they are caches and version control, nothing a model should learn.
     """
+    for folder, files, _ in _folders(root, skip):
+        relative = folder.relative_to(root)
+        yield from ((relative / name).as_posix() for name in files)
+
+
+def _folders(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder that is searched, its files that are read, and its entries of other splits."""
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        relative = Path(folder).relative_to(root)
-        yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
+        folders[:], files, others = to_read(
+            Path(folder),
+            [name for name in folders if name not in skip and not name.startswith(".")],
+            [name for name in files if not name.startswith(".")],
+        )
+        yield Path(folder), files, others
 
 
 def _content_suffix(name: str) -> str:

@@ -15,7 +15,7 @@ from dsmoe.cli.prepare_data import main
 from dsmoe.config import validate_config
 from dsmoe.data.description import DatasetDescription
 from dsmoe.data.documents import read_documents, separator_of
-from dsmoe.data.sources import find_files, passed_over
+from dsmoe.data.sources import find_files, other_splits, passed_over
 from dsmoe.errors import DataError
 
 OPTIONS = ["--vocab-size", "300", "--workers", "1"]
@@ -169,3 +169,70 @@ def test_tables_that_cannot_be_read(tmp_path):
     (tmp_path / "c.arrow").write_bytes(b"nothing")
     with pytest.raises(DataError, match="c.arrow is damaged or no .arrow data"):
         documents(tmp_path / "c.arrow")
+
+
+def save_to_disk(folder: Path, texts: list[str], cached: list[str] | None = None) -> None:
+    """A dataset as `datasets` saves it, and the file that `map` leaves beside it."""
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {"text": {"dtype": "string", "_type": "Value"}}}))
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_fingerprint": "acc23f7d", "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    write_stream(folder / "data-00000-of-00001.arrow", texts)
+    if cached is not None:
+        write_stream(folder / "cache-d514257e9abe4321.arrow", cached)
+
+
+def write_stream(path: Path, texts: list[str]) -> None:
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table([]).schema) as out:
+        out.write_table(table(texts))
+
+
+def test_what_map_cached_beside_a_saved_dataset_is_not_read_twice(tmp_path):
+    save_to_disk(tmp_path / "saved", ["one", "two"], ["ONE", "TWO"])
+    assert documents(tmp_path / "saved") == ["one", "two"]
+    assert passed_over([str(tmp_path / "saved")]) == {}
+    assert documents(tmp_path / "saved" / "cache-d514257e9abe4321.arrow") == ["ONE", "TWO"]  # by its own name
+
+
+def test_of_a_saved_dictionary_of_splits_train_is_read(tmp_path, capsys):
+    root = tmp_path / "dictionary"
+    for place, split in enumerate(("train", "test", "validation")):
+        save_to_disk(root / split, SENTENCES[place * 100 : place * 100 + 100], ["cached"])
+    (root / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test", "validation"]}))
+    assert sorted(documents(root)) == sorted(SENTENCES[:100])
+    assert documents(root / "test") == SENTENCES[100:200]
+    assert other_splits([str(root)]) == [root / "test", root / "validation"]
+    assert main([str(root), "--output", str(tmp_path / "out"), *OPTIONS]) == 0
+    said = capsys.readouterr().out
+    assert f"only 'train' of the splits was read; --valid {root / 'test'} holds a split out" in said
+    held = ["--valid", str(root / "validation")]
+    assert main([str(root), *held, "--output", str(tmp_path / "held"), *OPTIONS]) == 0
+    splits = prepared(tmp_path / "held").splits
+    assert (splits["train"].documents, splits["valid"].documents) == (100, 100)
+    assert "of the splits was read" not in capsys.readouterr().out
+    (root / "dataset_dict.json").write_text(json.dumps({"splits": ["test", "validation"]}))
+    with pytest.raises(DataError, match=r"no split 'train' \(found: test, validation\); name one: .*/SPLIT"):
+        documents(root)
+    (root / "dataset_dict.json").write_text("[]")
+    with pytest.raises(DataError, match=r"cannot read .*dataset_dict.json, which Hugging Face's datasets wrote"):
+        documents(root)
+
+
+def test_folders_of_the_installed_datasets(tmp_path, monkeypatch):
+    """The same from the library itself, and what `load_dataset` prepares, where splits are files of one folder."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    library = pytest.importorskip("datasets", reason="datasets is not installed")
+    names = ("train", "test")
+    saved = {name: library.Dataset.from_dict({"text": [f"{name} {n}" for n in range(3)]}) for name in names}
+    library.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    library.load_from_disk(tmp_path / "saved").map(lambda row: {"text": row["text"].upper()})
+    assert list((tmp_path / "saved" / "train").glob("cache-*.arrow"))
+    assert documents(tmp_path / "saved") == ["train 0", "train 1", "train 2"]
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in names}
+    for name, path in files.items():
+        Path(path).write_text(json.dumps({"text": name}) + "\n")
+    library.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache")).map(lambda row: row | {"n": 1})
+    assert list((tmp_path / "cache").rglob("cache-*.arrow"))
+    assert documents(tmp_path / "cache") == ["train"]
+    (other,) = other_splits([str(tmp_path / "cache")])
+    assert documents(other) == ["test"]
