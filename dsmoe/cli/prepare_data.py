@@ -47,8 +47,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="what separates documents in a text file: 'blank' lines, or a regular expression (default: nothing)",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes that tokenize (default: one a core)")
-    parser.add_argument("--field", "--json-keys", default="text", metavar="KEY",
-                        help="of the text in JSON lines; Megatron's name works too (default: text)")  # fmt: skip
+    parser.add_argument("--field", action="append", metavar="KEY", dest="fields",
+                        help="of the text in JSON lines and tables (default: text); of several, each with a --field of "
+                        "its own, the texts are one document with a blank line between them")  # fmt: skip
+    parser.add_argument("--json-keys", action="extend", nargs="+", metavar="KEY", dest="fields",
+                        help="the same, as Megatron writes it; after the sources")  # fmt: skip
     parser.add_argument("--limit-mb", type=float, metavar="X", help="use the first X MB of text")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of held-out documents")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     from dsmoe.data.prepare import prepare
     from dsmoe.errors import DsmoeError
 
-    console = Console()
+    console, fields = Console(), arguments.fields or ["text"]
     try:
         dataset = prepare(
             arguments.sources,
@@ -75,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             valid_sources=arguments.valid,
             split_documents=arguments.split_documents,
             workers=arguments.workers,
-            field=arguments.field,
+            field=fields[0] if len(fields) == 1 else fields,
             seed=arguments.seed,
             limit_bytes=None if arguments.limit_mb is None else int(arguments.limit_mb * 1e6),
             overwrite=arguments.overwrite,

@@ -49,7 +49,7 @@ class DatasetDescription(BaseModel):
     sources: list[str]
     valid_sources: list[str] = []  # what was held out; none: chosen by `valid_fraction`
     split_documents: str | None = None  # what separates documents in a text file
-    field: str  # key of the text in JSON lines
+    field: str | list[str]  # key of the text in JSON lines and tables, or several whose texts are one document
     seed: int
     valid_fraction: float
     limit_bytes: int | None

@@ -29,7 +29,7 @@ LONGEST_WINDOW = 1 << 31  # bytes; what `zstd --long=31` writes
 
 def read_documents(
     files: Sequence[SourceFile],
-    field: str = "text",
+    field: str | Sequence[str] = "text",
     progress: Callable[[int], None] | None = None,
     separator: re.Pattern | None = None,
 ) -> Iterator[str]:
@@ -37,7 +37,8 @@ def read_documents(
 
     Args:
         files: from `find_files`.
-        field: key of the text in a JSON line, or column of a table.
+        field: key of the text in a JSON line, or column of a table. Of several the texts are one document, with a blank
+            line between them, so that a title stays with its text whichever split they are in.
         progress: called with the number of bytes read from disk (before decompression) since its last call.
         separator: what ends a document in a text file, and belongs to none (`separator_of`); None: a file is one.
 
@@ -45,11 +46,12 @@ def read_documents(
         DataError: a file is unreadable, damaged or no UTF-8 (a `stdlib` file that Python itself could not decode is
             left out), or a line is no JSON object with a string under `field`; names file and line.
     """
+    fields = (field,) if isinstance(field, str) else tuple(field)
     for file in files:
         with _explained(file):
             with open(file.path, "rb") as raw:
                 size, reported = os.fstat(raw.fileno()).st_size, 0
-                for text in _documents_of(file, raw, field, separator):
+                for text in _documents_of(file, raw, fields, separator):
                     if progress:
                         position = raw.tell()
                         progress(position - reported)
@@ -82,9 +84,11 @@ def _split(text: str, separator: re.Pattern) -> Iterator[str]:
     yield text[start:]
 
 
-def _documents_of(file: SourceFile, raw: BinaryIO, field: str, separator: re.Pattern | None) -> Iterator[str]:
+def _documents_of(
+    file: SourceFile, raw: BinaryIO, fields: Sequence[str], separator: re.Pattern | None
+) -> Iterator[str]:
     if file.is_table:
-        yield from table_documents(file.path, field)
+        yield from map(_joined, table_documents(file.path, fields))
         return
     if file.is_stdlib:
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # test data that is broken on purpose
@@ -94,7 +98,7 @@ def _documents_of(file: SourceFile, raw: BinaryIO, field: str, separator: re.Pat
     # newline="": line ends are part of a text and are kept as they are; utf-8-sig drops a byte order mark.
     with _decompressed(file, raw) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as text:
         if file.is_json_lines:
-            yield from _json_documents(file, text, field)
+            yield from map(_joined, _json_documents(file, text, fields))
         elif separator is not None:
             yield from _split(text.read(), separator)
         else:
@@ -140,7 +144,11 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def _json_documents(file: SourceFile, lines: TextIO, field: str) -> Iterator[str]:
+def _joined(texts: list[str]) -> str:
+    return "\n\n".join(filter(None, texts))
+
+
+def _json_documents(file: SourceFile, lines: TextIO, fields: Sequence[str]) -> Iterator[list[str]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -152,12 +160,15 @@ def _json_documents(file: SourceFile, lines: TextIO, field: str) -> Iterator[str
         except RecursionError as error:
             raise DataError(f"{where}: nested too deeply; expected one JSON object a line") from error
         if not isinstance(record, dict):
-            raise DataError(f"{where}: found a JSON {type(record).__name__}, expected an object with the key {field!r}")
-        if field not in record:
-            raise DataError(f"{where}: no key {field!r} (found: {', '.join(map(repr, record))}); name it with --field")
-        if not isinstance(record[field], str):
-            raise DataError(f"{where}: {field!r} is {type(record[field]).__name__}, expected a string")
-        yield record[field]
+            found = type(record).__name__
+            raise DataError(f"{where}: found a JSON {found}, expected an object with the key {fields[0]!r}")
+        for field in fields:
+            if field not in record:
+                found = ", ".join(map(repr, record))
+                raise DataError(f"{where}: no key {field!r} (found: {found}); name it with --field")
+            if not isinstance(record[field], str):
+                raise DataError(f"{where}: {field!r} is {type(record[field]).__name__}, expected a string")
+        yield [record[field] for field in fields]
 
 
 def _short_integer(digits: str) -> int:

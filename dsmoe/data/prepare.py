@@ -50,7 +50,7 @@ def prepare(
     valid_sources: Sequence[str] = (),
     split_documents: str | None = None,
     workers: int | None = None,
-    field: str = "text",
+    field: str | Sequence[str] = "text",
     seed: int = 0,
     limit_bytes: int | None = None,
     overwrite: bool = False,
@@ -68,7 +68,7 @@ def prepare(
         split_documents: what separates documents in a text file: "blank" (lines) or a regular expression; None: a file
             is one document.
         workers: processes that tokenize; None: one for each core this process may use.
-        field: key of the text in JSON lines.
+        field: key of the text in JSON lines, or several; see `read_documents`.
         seed: of the choice of held-out documents and of the text the tokenizer learns from.
         limit_bytes: use the first documents up to so many bytes of text.
         overwrite: replace an existing dataset.
@@ -94,7 +94,7 @@ def prepare(
             sources=[printable(str(source)) for source in sources],
             valid_sources=[printable(str(source)) for source in valid_sources],
             split_documents=split_documents,
-            field=field,
+            field=field if isinstance(field, str) else list(field),
             seed=seed,
             valid_fraction=valid_fraction,
             limit_bytes=limit_bytes,
@@ -124,7 +124,7 @@ class _Texts:
     """The corpus as the options describe it; it is read twice."""
 
     files: Sequence[SourceFile]
-    field: str
+    field: str | Sequence[str]
     limit_bytes: int | None
     separator: re.Pattern | None = None
     held_out: _Texts | None = None  # comes after the rest

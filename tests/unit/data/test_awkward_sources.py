@@ -236,3 +236,29 @@ def test_folders_of_the_installed_datasets(tmp_path, monkeypatch):
     assert documents(tmp_path / "cache") == ["train"]
     (other,) = other_splits([str(tmp_path / "cache")])
     assert documents(other) == ["test"]
+
+
+def test_the_texts_of_several_keys_are_one_document(tmp_path, capsys):
+    """Megatron's `--json-keys title text`."""
+    rows = [{"title": f"Title {n}", "text": SENTENCES[n] * 3, "id": n} for n in range(60)]
+    rows[0]["title"] = ""
+    expected = [rows[0]["text"], *(f"Title {n}\n\n{SENTENCES[n] * 3}" for n in range(1, 60))]
+    lines, parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([rows[0] | {"title": None}, *rows[1:]]), parquet)
+    assert documents(lines, field=["title", "text"]) == documents(parquet, field=["title", "text"]) == expected
+    assert documents(parquet, field=["text", "title"])[1] == f"{SENTENCES[1] * 3}\n\nTitle 1"
+    with pytest.raises(DataError, match="line 1: no key 'body'"):
+        documents(lines, field=["title", "body"])
+    with pytest.raises(DataError, match="a.parquet: no key 'body'"):
+        documents(parquet, field=["title", "body"])
+    for number, words in enumerate((["--json-keys", "title", "text"], ["--field", "title", "--field", "text"])):
+        assert main([str(lines), "--output", str(tmp_path / str(number)), *OPTIONS, *words]) == 0
+        description = prepared(tmp_path / str(number))
+        assert description.field == ["title", "text"]
+        splits = description.splits.values()
+        assert sum(split.documents for split in splits) == 60
+        assert sum(split.bytes for split in splits) == sum(map(len, expected))
+    assert (tmp_path / "0" / "train.bin").read_bytes() == (tmp_path / "1" / "train.bin").read_bytes()
+    assert main([str(lines), "--output", str(tmp_path / "one"), *OPTIONS]) == 0
+    assert prepared(tmp_path / "one").field == "text"
