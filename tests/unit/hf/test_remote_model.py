@@ -193,6 +193,64 @@ def test_generate_in_a_padded_batch_is_generate_alone(relu):
     assert torch.equal(together, torch.stack(alone))
 
 
+GENERATED_FROM = pytest.mark.parametrize("models", ["topk", "relu", "routing_free"], indirect=True)
+
+
+@torch.no_grad()
+@GENERATED_FROM
+def test_beams_have_the_scores_of_dsmoes_own_model(models):
+    """Prompts of two lengths in one batch; a beam that takes over another's cache has what it would have alone."""
+    ours, theirs = models
+    prompts, tokens, mask = [text(1, 6), text(1, 4, seed=1)], torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6)
+    tokens[0], tokens[1, 2:], mask[1, :2] = prompts[0], prompts[1], 0
+    out = theirs.generate(
+        tokens, attention_mask=mask.long(), max_new_tokens=8, do_sample=False, num_beams=4, num_return_sequences=4,
+        pad_token_id=0, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    assert out.beam_indices[:, :8].diff().any()  # beams took over others'
+    for i, (written, score) in enumerate(zip(out.sequences, out.sequences_scores, strict=True)):
+        prompt, new = prompts[i // 4], written[None, 6:]
+        logits = logits_of(ours, torch.cat((prompt, new), dim=1))[:, prompt.size(1) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, new.unsqueeze(-1)).mean()
+        assert score.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@torch.no_grad()
+@GENERATED_FROM
+def test_samples_are_drawn_from_dsmoes_own_distribution(models):
+    ours, theirs = models
+    tokens = text(2, 6)
+    torch.manual_seed(5)
+    written = theirs.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=True, temperature=0.7, top_k=0
+    )
+    torch.manual_seed(5)
+    for _ in range(8):
+        probs = (logits_of(ours, tokens)[:, -1] / 0.7).softmax(-1)
+        tokens = torch.cat((tokens, torch.multinomial(probs, 1)), dim=1)
+    assert torch.equal(written, tokens)
+
+
+@torch.no_grad()
+@GENERATED_FROM
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "prefill_chunk_size": 5},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+    ],
+    ids=["static cache", "prompt in chunks", "prompt lookup", "no cache"],
+)
+def test_every_way_to_be_greedy_writes_the_same(models, options):
+    """The text repeats itself, so that its prompt has something to look up."""
+    _, theirs = models
+    tokens = text(1, 6).repeat(1, 2)
+    common = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(theirs.generate(tokens, **common, **options), theirs.generate(tokens, **common))
+
+
 @torch.no_grad()
 def test_labels_give_the_loss_of_the_next_token(relu):
     tokens = text(2, 10)
