@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -16,23 +19,38 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dsmoe.checkpoint.load import CheckpointReader
 from dsmoe.checkpoint.restore import TrainedModel
 from dsmoe.config import load_config
-from dsmoe.errors import ConversionError
+from dsmoe.data.tokenizer import Tokenizer
+from dsmoe.errors import CheckpointError, ConversionError
 from dsmoe.hf.export import ExportOptions, export
 from dsmoe.hf.importing import ImportOptions, import_model
+from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
 
 pytestmark = pytest.mark.slow
-ROUTERS = ["topk_bias", "relu", "dtop_p", "quantile"]  # of each kind of controller
+ROUTERS = {  # of each kind of controller, and experts that score themselves
+    "topk_bias": {"k": 2}, "relu": {"k": 2}, "dtop_p": {"k": 2}, "quantile": {"k": 2}, "expert_threshold": {"k": 2},
+    "aoe": {"k": 2, "rank": 8}, "routing_free": {"rank": 8, "threshold": 0.5},
+}  # fmt: skip
+of_relu = pytest.mark.parametrize("exported", ["relu"], indirect=True)
 TOKENS = torch.randint(0, 310, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module", params=ROUTERS)
-def exported(request, tmp_path_factory, dataset, groups) -> tuple[Path, Path]:  # noqa: F811
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, dataset, groups) -> Callable[[str], tuple[Path, Path]]:  # noqa: F811
+    @cache
+    def export_of(router: str) -> tuple[Path, Path]:
+        place = tmp_path_factory.mktemp("exported")
+        made_up_run(place / "run", dataset, {"name": router, **ROUTERS[router]})
+        export(place / "run", place / "hf", ExportOptions(license="mit"))
+        return place / "run", place / "hf"
+
+    return export_of
+
+
+@pytest.fixture
+def exported(request, exports) -> tuple[Path, Path]:
     """A run and its export."""
-    place = tmp_path_factory.mktemp("exported")
-    made_up_run(place / "run", dataset, {"name": request.param, "k": 2})
-    export(place / "run", place / "hf", ExportOptions(license="mit"))
-    return place / "run", place / "hf"
+    return exports(request.param)
 
 
 def load(folder: Path, kind=AutoModelForCausalLM, **options):
@@ -69,15 +87,40 @@ def resized(model, folder: Path):
     return model
 
 
-def cast(model, folder: Path):
-    model.to(torch.bfloat16).save_pretrained(folder)
+def grown(model, folder: Path):
+    """Saved over a copy of the export, where the tokenizer's first file stays."""
+    shutil.copytree(model.name_or_path, folder)
+    tokenizer = tokenizer_of(folder)
+    tokenizer.add_tokens([f"<tool {number}>" for number in range(328 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    return resized(model, folder)
+
+
+def untied(model, folder: Path):
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(1.5 * model.lm_head.weight.detach())
+    train_a_little(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def cast(model, folder: Path, dtype: torch.dtype = torch.bfloat16):
+    model.to(dtype).save_pretrained(folder)
     return model.float()
 
 
-WAYS = {"fine-tuned": fine_tuned, "merged": merged, "resized": resized, "cast": cast}
+WAYS = {
+    "fine-tuned": fine_tuned, "merged": merged, "resized": resized, "grown": grown, "untied": untied, "cast": cast,
+    "cast to float16": partial(cast, dtype=torch.float16),
+}  # fmt: skip
+CASES = [("fine-tuned", router) for router in ROUTERS] + [
+    ("merged", "topk_bias"), ("merged", "routing_free"), ("resized", "aoe"), ("grown", "relu"), ("untied", "relu"),
+    ("cast", "topk_bias"), ("cast", "dtop_p"), ("cast", "quantile"), ("cast", "expert_threshold"),
+    ("cast to float16", "topk_bias"), ("cast to float16", "dtop_p"), ("cast to float16", "routing_free"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "exported"), CASES, indirect=["exported"])
 def test_it_comes_back(groups, exported, tmp_path, way):
     """Held to what transformers computes: here, and by the import itself."""
     _, hf = exported
@@ -90,12 +133,21 @@ def test_it_comes_back(groups, exported, tmp_path, way):
     assert report["parity"]["gate"] and report["base_model"] == "hf"
     lost = "\n".join(report["lost"])
     config = load_config(tmp_path / "back" / "config.yaml", routers=option_classes())
-    assert "the router's controller (training_state.json)" in lost
-    assert ("begins anew" in lost) == (config.router.name == "relu")
-    assert ("beyond bfloat16" in lost) == (way == "cast")
-    assert config.model.vocab_size == (328 if way == "resized" else 320)
+    router = get(config.router.name)
+    controller = router.make_controller(router.Options.model_validate(config.router.options), 2, 4)
+    without_state = controller is not None and way != "grown"  # which keeps the export's other files
+    assert ("the router's controller (training_state.json)" in lost) == without_state
+    assert ("begins anew" in lost) == (without_state and router.name in ("relu", "routing_free"))
+    assert ("beyond bfloat16" in lost, "beyond float16" in lost) == (way == "cast", way == "cast to float16")
+    assert config.model.vocab_size == (328 if way in ("resized", "grown") else 320)
+    assert config.model.tie_embeddings == (way != "untied")
+    if way == "grown":
+        own, theirs = Tokenizer.load(Path(config.data.tokenizer)), tokenizer_of(tmp_path / "hf")
+        assert own.vocab_size == len(theirs) == 328 and own.decode([327]) == theirs.decode([327])
+        assert own.path == tmp_path / "back" / "tokenizer.json"
 
 
+@pytest.mark.parametrize("exported", ["topk_bias", "relu", "dtop_p", "quantile", "expert_threshold"], indirect=True)
 def test_the_controller_continues_from_what_the_weights_hold(groups, exported, tmp_path):
     run, hf = exported
     load(hf).save_pretrained(tmp_path / "hf")
@@ -105,7 +157,7 @@ def test_the_controller_continues_from_what_the_weights_hold(groups, exported, t
     name = load_config(tmp_path / "back" / "config.yaml", routers=option_classes()).router.name
     if name == "relu":
         assert after["lambda"] == torch.tensor(1e-8)
-    elif name == "quantile":
+    elif name in ("quantile", "expert_threshold"):
         models = [TrainedModel.load(place).model for place in (run, tmp_path / "back")]
         values = [torch.stack([model.controller.value_E(layer) for layer in range(2)]) for model in models]
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
@@ -114,6 +166,7 @@ def test_the_controller_continues_from_what_the_weights_hold(groups, exported, t
         assert torch.equal(before[key], after[key])
 
 
+@of_relu
 def test_a_trainers_folder_counts_as_fine_tuning(groups, exported, tmp_path):
     run, hf = exported
     model = load(hf)
@@ -134,7 +187,7 @@ def test_a_trainers_folder_counts_as_fine_tuning(groups, exported, tmp_path):
 
 
 def tokenizer_of(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 def made_from(run: Path) -> str:
@@ -142,6 +195,7 @@ def made_from(run: Path) -> str:
     return CheckpointReader(run / "checkpoints" / "step_00000000").manifest.config["data"]["path"]
 
 
+@of_relu
 def test_a_classifier_leaves_its_head(groups, exported, tmp_path):
     _, hf = exported
     model = load(hf, AutoModelForSequenceClassification, num_labels=3)
@@ -151,8 +205,13 @@ def test_a_classifier_leaves_its_head(groups, exported, tmp_path):
     with torch.no_grad():
         actual = TrainedModel.load(tmp_path / "back").model(TOKENS)
         torch.testing.assert_close(actual, load(hf)(TOKENS).logits, rtol=1e-4, atol=1e-4)
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(tmp_path / "untied")
+    with pytest.raises(CheckpointError, match="missing: 1 tensor .lm_head.weight"):
+        import_model(tmp_path / "untied", tmp_path / "no", ImportOptions(check=False))
 
 
+@of_relu
 def test_an_adapter_alone_says_how_to_merge_it(exported, tmp_path):
     from peft import LoraConfig, get_peft_model
 
