@@ -1,4 +1,5 @@
-"""A Hugging Face model becomes a run by the real command, and two processes with half the experts each train it."""
+"""A Hugging Face model becomes a run by the real command, and two processes with half the experts each train it; it
+leaves as what it was fine-tuned from, and comes back with another router."""
 
 from __future__ import annotations
 
@@ -69,6 +70,40 @@ def test_an_imported_run_trains_on_at_another_layout(imported, folder, corpus):
     assert metrics(run_dir)[-1]["val_loss"] == pytest.approx(loss_of_transformers(folder, corpus), abs=1e-4)
     verified = forked(CONVERT, "verify", str(run_dir), "--all")
     assert verified.code == 0, verified.output
+
+
+def test_a_trained_import_leaves_and_comes_back_with_another_router(imported, place, corpus):
+    """Steps count as fine-tuning of the model that each run was imported from. Two exports, which run their models."""
+    run_dir, _ = imported
+    if not (run_dir / "checkpoints" / "step_00000001").is_dir():  # the test before trains it
+        train(run_dir, corpus, 1)
+    assert "held to the run" in convert("export", run_dir, place / "exported")
+    card = (place / "exported" / "README.md").read_text()
+    assert "Fine-tuned from `a model of the hub`: 1 optimizer steps, 128 tokens" in card
+    operated = place / "runs" / "operated"
+    options = ["--router", "relu", "--skip-check", "--set", "training.global_batch_size=4"]
+    assert "router relu from the gates of topk" in convert("import", place / "exported", operated, *options)
+    train(operated, corpus, 2)
+    assert [line["step"] for line in metrics(operated)] == [1, 2]
+    convert("export", operated, place / "of relu")
+    report = json.loads((place / "of relu" / "export_report.json").read_text())
+    assert (report["router"], report["step"], report["fine_tuned_from"]) == ("relu", 2, "exported")
+    assert report["parity"]["fp32"]["greedy_equal"] and report["held_out"]["experts_per_token"] > 0
+    card = (place / "of relu" / "README.md").read_text()
+    assert "Fine-tuned from `exported`: 2 optimizer steps, 256 tokens" in card and "base_model: exported" in card
+
+
+def convert(*arguments) -> str:
+    result = forked(CONVERT, *map(str, arguments), loaded=True)
+    assert result.code == 0, result.output
+    return result.output
+
+
+def train(run_dir, corpus, steps: int) -> None:
+    options = [f"data.path={corpus}", f"training.steps={steps}", "training.eval_sequences=2"]
+    parallel = "parallel.expert_parallel=1"
+    result = forked(TRAIN, "--config", str(run_dir / "config.yaml"), parallel, "logging.tensorboard=false", *options)
+    assert result.code == 0, result.output
 
 
 @torch.no_grad()
