@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from dsmoe.hf.export import routing_file, write_code
 from dsmoe.hf.remote import modeling_dsmoe
 from dsmoe.hf.remote.configuration_dsmoe import DsmoeConfig
 from dsmoe.hf.remote.modeling_dsmoe import DsmoeForCausalLM, DsmoeForSequenceClassification, load_balancing_loss
@@ -194,17 +196,40 @@ class FusedKernel(nn.Module):
         return out
 
 
+def attend_in_rows(module, query, key, value, mask, scaling=None, attention_instances=None, **kwargs):
+    """What it registers as an attention: tokens in rows [S, heads * head_dim] without a batch, and an object of each
+    layer that comes through the model's keyword arguments."""
+    attention_instances[module.layer_idx].append(query.shape)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).reshape(query.size(2), -1), None
+
+
 @torch.no_grad()
-def test_a_fixed_k_serves_as_vllm_calls_it(router, model):
-    served = copy.deepcopy(model)
-    modules = [name for name, _ in served.named_modules() if name.endswith(".experts")]
+def test_a_fixed_k_serves_as_vllm_calls_it(router, model, tmp_path):
+    """The base model, by its entry in auto_map."""
     if get(router).fixed_experts_per_token(get(router).Options()) is None:
-        assert not modules and model.config.num_experts_per_tok is None
+        assert not any(name.endswith(".experts") for name, _ in model.named_modules())
+        assert model.config.num_experts_per_tok is None
         return
+    model.save_pretrained(tmp_path)
+    write_code(tmp_path, routing_file(get(router)))
+    content = json.loads((tmp_path / "config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_dsmoe.DsmoeConfig", "AutoModel": "modeling_dsmoe.DsmoeModel"}
+    (tmp_path / "config.json").write_text(json.dumps(content | {"auto_map": auto_map}))
+    AttentionInterface.register("in rows", attend_in_rows)
+    served = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, attn_implementation="in rows").eval()
+    modules = [name for name, _ in served.named_modules() if name.endswith(".experts")]
     assert len(modules) == 2 and served.config.num_experts_per_tok and served.config.moe_intermediate_size
     for name in modules:
         served.set_submodule(name, FusedKernel(served.get_submodule(name)))
-    assert torch.allclose(served(TOKENS).logits, model(TOKENS).logits, atol=1e-5)
+    calls = {0: [], 1: []}
+    for tokens in TOKENS.split(1):
+        hidden, *_ = served(
+            input_ids=tokens, position_ids=torch.arange(12).unsqueeze(0), use_cache=False, return_dict=False,
+            attention_instances=calls,
+        )  # fmt: skip
+        assert torch.allclose(model.lm_head(hidden), model(tokens).logits, atol=1e-5)
+    assert calls == dict.fromkeys(calls, [(1, 4, 12, 16)] * 2)
 
 
 @torch.no_grad()
