@@ -26,12 +26,13 @@ CONSTANTS = {"bias": 0.0, "scale": 1.0, "p": 1.0, "cutoffs": 0.0}  # of routers,
 
 def config(router: str, **changes) -> DsmoeConfig:
     options = get(router).Options()
-    return DsmoeConfig(
+    values = dict(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_experts=8, moe_intermediate_size=64, expert_rank=get(router).latent_rank(options),
         router={"name": router, **options.model_dump(mode="json")}, initializer_range=STD,
-        num_experts_per_tok=get(router).fixed_experts_per_token(options), pad_token_id=0, **changes,
+        num_experts_per_tok=get(router).fixed_experts_per_token(options), pad_token_id=0,
     )  # fmt: skip
+    return DsmoeConfig(**values | changes)
 
 
 @pytest.fixture(scope="module", params=OWN)
@@ -77,24 +78,27 @@ def test_weights_that_a_folder_lacks_begin_anew(model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "experts"),
-    [
-        ("topk", {}),  # fixed k
-        ("relu", {}),  # any number
-        ("routing_free", {}),  # experts of a latent
+    ("name", "changes"),
+    [(name, {}) for name in OWN]  # fixed k, any number, experts of a latent
+    + [
         ("relu", {"expert_activation": "swigluoai", "expert_bias": True}),
         ("relu", {"expert_activation": "relu2", "expert_bias": True}),
         ("routing_free", {"expert_activation": "reglu", "expert_bias": True}),
+        ("relu", {"dtype": torch.bfloat16}),
     ],
 )
-def test_it_compiles_in_one_graph(name, experts):
+def test_it_compiles_in_one_graph(name, changes):
     """Training: loss, gradients of all weights. The compiler's own code is not at stake, so it is left out."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = DsmoeForCausalLM(config(name, **experts))
+    model = DsmoeForCausalLM(config(name, num_hidden_layers=1, **changes))
     for name, parameter in model.named_parameters():
         if name.endswith("_bias"):
             parameter.data.normal_()
+    bf16 = "dtype" in changes
+    if bf16:  # but for the router, as from_pretrained has it
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data if ".routing." in name else parameter.data.bfloat16()
     plain, compiled = copy.deepcopy(model).train(), copy.deepcopy(model).train()
     graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     losses = [m(TOKENS, labels=TOKENS).loss for m in (plain, graph)]
@@ -103,13 +107,20 @@ def test_it_compiles_in_one_graph(name, experts):
         loss.backward()
     for (name, parameter), other in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         if parameter.grad is not None:
-            assert torch.allclose(parameter.grad, other.grad, atol=1e-5, rtol=1e-3), name
+            error, size = (parameter.grad - other.grad).norm(), parameter.grad.norm()
+            assert error <= (0.02 if bf16 else 1e-4) * size + 1e-6, name
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["topk", "relu", "routing_free"])
-def test_it_exports(name):
-    model = DsmoeForCausalLM(config(name)).eval()
+def test_it_compiles_for_evaluation():
+    torch._dynamo.reset()
+    model = DsmoeForCausalLM(config("expert_threshold", num_hidden_layers=1)).eval()
+    graph = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(graph(TOKENS, use_cache=False).logits, model(TOKENS).logits, atol=1e-5)
+
+
+@torch.no_grad()
+def test_it_exports(model):
     program = torch.export.export(model, (TOKENS,), {"use_cache": False}, strict=False)
     out = program.module()(TOKENS, use_cache=False)
     assert torch.allclose(out.logits, model(TOKENS, use_cache=False).logits, atol=1e-5)
@@ -118,11 +129,15 @@ def test_it_exports(name):
 @pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_agrees():
-    model = DsmoeForCausalLM(config("relu")).eval()
-    expected = model(TOKENS).logits
-    other = copy.deepcopy(model)
-    other.set_attn_implementation("flex_attention")
-    assert torch.allclose(other(TOKENS).logits, expected, atol=1e-4)
+    """With a sequence that is padded on the left, and one that is not. transformers compiles it, once for all."""
+    mask = torch.ones_like(TOKENS)
+    mask[1, :5] = 0
+    for name in ("relu", "topk"):
+        model = DsmoeForCausalLM(config(name)).eval()
+        expected = model(TOKENS, attention_mask=mask).logits
+        model.set_attn_implementation("flex_attention")
+        actual = model(TOKENS, attention_mask=mask).logits
+        assert torch.allclose(actual[mask.bool()], expected[mask.bool()], atol=1e-4), name
 
 
 def test_router_outputs_and_balance_loss(router, model):
