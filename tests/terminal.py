@@ -76,6 +76,17 @@ class Terminal:
         os.close(self._slave)
 
 
+def take_terminal(path: str, environment: dict[str, str]) -> None:
+    """Make it this process's own, which was forked for it; `environment` is added to that of a colour terminal."""
+    os.setsid()
+    screen = os.open(path, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(screen, descriptor)
+    for name in ("NO_COLOR", "COLUMNS", "LINES"):  # pytest-xdist sets the size of its own terminal
+        os.environ.pop(name, None)
+    os.environ.update({"TERM": "xterm-256color"} | environment)
+
+
 def panels(text: str) -> list[list[str]]:
     """What was drawn between one redrawing and the next, as lines without escape sequences."""
     return [[line.rstrip() for line in ESCAPES.sub("", part).splitlines()] for part in REDRAWN.split(text)]

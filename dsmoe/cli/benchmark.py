@@ -28,11 +28,10 @@ def main(argv: list[str] | None = None) -> int:
 
             raise mistake("--require-gpu: found no CUDA device, expected one")
 
-    from rich.console import Console
-
     from dsmoe.lab.benchmark.report import circumstances, show_circumstances
+    from dsmoe.runtime.screen import make_console
 
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     tree = circumstances(sys.argv) | {"huge_pages": not arguments.no_huge_pages}
     show_circumstances(tree, console)
     if arguments.step:

@@ -123,12 +123,12 @@ def _add_verify(commands) -> None:
 
 def _verify(arguments) -> int:
     require_path(arguments.path, RUN, CheckpointError)
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dsmoe.checkpoint.verify import checkpoints_of, verify_checkpoint
+    from dsmoe.runtime.screen import make_console
 
-    console, damaged = Console(), 0
+    console, damaged = make_console(), 0
     for folder in checkpoints_of(arguments.path, arguments.all):
         columns = (TextColumn(folder.name), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:

@@ -392,10 +392,10 @@ def _ranks(arguments: argparse.Namespace) -> int:
 
 
 def _console():
-    from rich.console import Console
+    from dsmoe.runtime.screen import make_console
 
     width = None if sys.stdout.isatty() else 140  # in a file, tables are as wide as they need to be
-    return Console(highlight=False, soft_wrap=True, width=width)
+    return make_console(highlight=False, soft_wrap=True, width=width)
 
 
 def _write(path: Path | None, content) -> None:

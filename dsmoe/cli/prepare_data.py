@@ -61,13 +61,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     # Imported here: --help and a mistyped option answer at once.
-    from rich.console import Console
     from rich.table import Table
 
     from dsmoe.data.prepare import prepare
     from dsmoe.errors import DsmoeError
+    from dsmoe.runtime.screen import make_console
 
-    console, fields = Console(), arguments.fields or ["text"]
+    console, fields = make_console(), arguments.fields or ["text"]
     try:
         dataset = prepare(
             arguments.sources,

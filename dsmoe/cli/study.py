@@ -94,14 +94,13 @@ def write_report(arguments: argparse.Namespace) -> int:
 
 
 def make_corpus(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from dsmoe.lab.study.corpus import build_corpus
+    from dsmoe.runtime.screen import make_console
 
     limit = None if arguments.limit_mb is None else int(arguments.limit_mb * 1e6)
     description = build_corpus(
         arguments.output, linux=arguments.linux, vocab_size=arguments.vocab_size, limit_bytes=limit,
-        workers=arguments.workers, overwrite=arguments.overwrite, console=Console(),
+        workers=arguments.workers, overwrite=arguments.overwrite, console=make_console(),
     )  # fmt: skip
     for name, split in description.splits.items():
         print(f"{name}: {split.documents:,} documents, {split.tokens:,} tokens")

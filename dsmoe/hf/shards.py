@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from torch import Tensor
 from dsmoe.checkpoint.files import complete_file, plain_name
 from dsmoe.errors import CheckpointError
 from dsmoe.runtime.files import sync_folder, write_atomically
+from dsmoe.runtime.screen import make_console
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ def parse_size(text: str) -> int:
 
 def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """The items, with a progress bar on a terminal's stderr."""
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield from bar.track(items, total=total)

@@ -164,9 +164,9 @@ def as_json(environment: Environment) -> str:
 
 def show(environment: Environment) -> None:
     """Print the environment for people, in 80 columns."""
-    from rich.console import Console
+    from dsmoe.runtime.screen import make_console
 
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     console.print(_package_table(environment.packages))
     console.print(_device_table(environment.host, environment.deepspeed))
     console.print(_acceleration_table(environment.accelerations))

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 
+from dsmoe.runtime.screen import make_console
 from dsmoe.training.panel import Pace, Panel
 
 REFRESH = 1  # panels a second: drawing one takes up to two milliseconds of the processor that trains
@@ -35,14 +35,13 @@ class TrainingProgress:
     ):  # fmt: skip
         self.silence, self.step = silence, first
         self._said, self._done = time.monotonic(), threading.Event()
-        self.console = Console(quiet=not active, soft_wrap=True)
+        self.console = make_console(quiet=not active, soft_wrap=True)
         self.steps, self.first = steps, first
         self._pace = Pace(until or steps)
         self._live: Live | None = None
-        console = self.console
-        if active and console.is_terminal and not console.is_dumb_terminal and not console.no_color:
+        if active and self.console.is_terminal:
             self._panel = Panel(steps, first, self._pace, target_density, steered)
-            self._live = Live(self._panel, console=console, refresh_per_second=REFRESH)
+            self._live = Live(self._panel, console=self.console, refresh_per_second=REFRESH)
 
     def __enter__(self) -> TrainingProgress:
         self._pace.mark(self.first)

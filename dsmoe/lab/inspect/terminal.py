@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dsmoe.runtime.screen import make_console
+
 # Viridis, told apart by the colour-blind and by lightness alone; the first is for no expert.
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 SHOWN = 400  # tokens of each text
@@ -21,7 +23,7 @@ LIGHT = 5  # from this place of RAMP on, letters are black
 
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or make_console(highlight=False, soft_wrap=True)
     coloured = console.color_system is not None and not console.no_color
     for model in report["models"]:
         _show_model(model, console, coloured)

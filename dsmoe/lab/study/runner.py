@@ -34,6 +34,7 @@ from dsmoe.lab.study.grid import Cell, Study
 from dsmoe.lab.study.results import finished, matching_steps, read_result, run_lines
 from dsmoe.lab.study.settings import cell_config, cell_overrides, config_file
 from dsmoe.runtime.files import write_atomically
+from dsmoe.runtime.screen import make_console
 from dsmoe.training.schedule import decay_start
 
 RECORD, LOG, COPY, PROBE = "cell.json", "log.txt", "study.yaml", "probe.json"
@@ -118,7 +119,7 @@ class StudyRunner:
         before: list[str] | None = None,
     ):  # fmt: skip
         self.study, self.cells, self.out, self.parallel = study, study.cells(), out, parallel
-        self.console = console or Console(soft_wrap=True)
+        self.console = console or make_console(soft_wrap=True)
         self.before = before
         self.notes = {"machine": machine(), "commit": commit()}
         self.lock: int | None = None

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 
 import pytest
 from forked import call
 from rich.console import Console
-from terminal import Terminal, panels
+from terminal import Terminal, panels, take_terminal
 
 from dsmoe.training.panel import BLOCKS, Curve, Pace, Panel
 from dsmoe.training.progress import TrainingProgress
@@ -25,13 +24,7 @@ def metrics_of(step: int) -> dict:
 
 def show_progress(terminal: str | None, environment: dict[str, str]) -> None:
     """In a process of its own whose terminal this is."""
-    os.setsid()
-    screen = os.open(terminal, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(screen, descriptor)
-    for name in ("NO_COLOR", "COLUMNS", "LINES"):  # pytest-xdist sets the size of its own terminal
-        os.environ.pop(name, None)
-    os.environ.update({"TERM": "xterm-256color"} | environment)
+    take_terminal(terminal, environment)
     with TrainingProgress(STEPS, 0, True, target_density=0.25, steered=("lambda",)) as progress:
         for step in range(1, STEPS + 1):
             progress.update(step, metrics_of(step))

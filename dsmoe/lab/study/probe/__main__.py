@@ -29,10 +29,11 @@ def main() -> None:
 
 def _show(result: dict) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    from dsmoe.runtime.screen import make_console
+
+    console = make_console(highlight=False, soft_wrap=True)
     console.print(f"[bold]step {result['step']}[/], {result['tokens']:,} held-out tokens")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     headings = ("layer", "experts", "load", "dead", "cosine", "CKA", "weights", "flips", "bf16", "gradient")
