@@ -82,7 +82,7 @@ def loss_over_compute(results: StudyResults) -> Picture | None:
             ends.append((compute.max(), loss.min(), name, colors[arm]))
     axis.set(xscale="log", xlabel="training FLOP, as realised", ylabel="held-out loss (nats per token)")
     label_ends(axis, ends)
-    caption = f"Lines are power laws through the lengths of a run. {_seeds(runs)}"
+    caption = f"Lines are power laws through the lengths of a run. {_seeds(runs, means=False)}"
     headings = ["arm", "x", "length", "seed", "FLOP", "held-out loss"]
     return Picture("loss_over_compute", "Held-out loss over compute", caption, headings, rows, figure)
 
@@ -115,7 +115,7 @@ def speedup(results: StudyResults) -> Picture | None:
     axes[0, 0].set_ylabel("effective speedup in compute")
     caption = (
         "Compute that the reference's law needs for a cell's loss, over the compute it took. Stronger lines are longer "
-        f"runs. {_seeds([run.run for run in valued])}"
+        f"runs. {_seeds([run.run for run in valued], means=False)}"
     )
     headings = ["reference", "arm", "x", "length", "speedup"]
     return Picture("speedup", "Effective speedup", caption, headings, rows, figure)
@@ -146,7 +146,7 @@ def leverage(results: StudyResults) -> Picture | None:
     label_ends(axis, ends)
     caption = (
         "Dense compute over the cell's at equal loss, full length. Ling (arXiv 2507.17702) reports that it rises as "
-        f"the activation ratio falls. {_seeds([run.run for run in valued])}"
+        f"the activation ratio falls. {_seeds([run.run for run in valued], means=False)}"
     )
     return Picture("leverage", "Efficiency leverage", caption, ["arm", "activation ratio", "leverage"], rows, figure)
 
@@ -181,6 +181,8 @@ def iso_memory(results: StudyResults) -> Picture | None:
     return Picture("iso_memory", "Held-out loss over memory", caption, headings, rows, figure)
 
 
-def _seeds(runs: list[Measured]) -> str:
+def _seeds(runs: list[Measured], means: bool = True) -> str:
     seeds = len({run.cell.seed for run in runs})
-    return "One seed: there is no interval." if seeds == 1 else f"Means over {seeds} seeds."
+    if seeds == 1:
+        return "One seed: there is no interval."
+    return f"Means over {seeds} seeds." if means else f"Each point is a run, of {seeds} seeds."

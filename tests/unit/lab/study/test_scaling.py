@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -262,6 +263,7 @@ def test_rows_beyond_equal_compute_are_marked_and_speedups_counted(study_file, t
     assert "### Effective speedup" in text and "\u2020: more than 2% above topk's compute" in text
     assert "num_experts 4, length 0.5" in text and "### Held-out loss over compute" in text
     assert "### Joint law" in text
+    assert_one_seed(tmp_path / "report")
 
 
 def test_arms_are_ranked_by_loss_and_those_that_used_more_are_not(study_file, tmp_path):
@@ -279,8 +281,21 @@ def test_arms_are_ranked_by_loss_and_those_that_used_more_are_not(study_file, tm
     assert [row[:2] for row in first] == [["1", "topk"], ["\u2020", "relu"]]
     assert float(first[1][4]) < float(first[0][4]) and float(first[1][5]) > 1.02
     assert "\u2020: more than 2% above topk's compute, so not ranked." in table
-    # One seed is no mean and no first one.
-    assert "means over seeds" not in text and "First seed" not in text and "One seed" in text
+    assert_one_seed(tmp_path / "report")
+
+
+def assert_one_seed(report) -> None:
+    """One seed is no mean and no first one, and has no interval: captions, notes and rows of the page say so."""
+    page = html.unescape((report / "index.html").read_text())
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, re.DOTALL)
+    assert len(captions) >= 4 and any("One seed" in caption for caption in captions)
+    for caption in captions:
+        words = caption.replace("One seed: there is no interval.", "")
+        assert not re.search(r"over (\d+ )?seeds|[Ff]irst seed|of \d+ seeds|interval|bands|bars are|±", words), caption
+    text = (report / "report.md").read_text()
+    assert "over seeds" not in text and "First seed" not in text and "One seed" in text
+    losses = text.partition("All cells")[2].partition("###")[0]
+    assert "one seed" in losses.partition("\n")[0] and "±" not in losses
 
 
 def test_losses_on_two_corpora_are_not_averaged(study_file, tmp_path):
