@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from browser import OVERFLOW, SIZES, visit
 from commands import forked
 
@@ -58,6 +60,44 @@ def two(alone, of_two, tmp_path_factory) -> Inspected:
     """Beside another run that has the same tokenizer."""
     folder = tmp_path_factory.mktemp("inspected") / "two"
     return inspect(folder, str(alone[0]), "--text", PROSE, "--compare", str(of_two), "--windows", "3")
+
+
+@pytest.fixture(scope="module")
+def hosted(corpus, tmp_path_factory) -> Inspected:
+    """A model of transformers with a fixed k, whose first layer is dense, with the tokenizer of the corpus."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=24, moe_intermediate_size=16, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True,
+        mlp_only_layers=[0], max_position_embeddings=32, initializer_range=0.2, eos_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hosted")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "a model of the hub")
+    shutil.copyfile(corpus / "tokenizer.model", folder / "a model of the hub" / "tokenizer.model")
+    texts = ["--text", PROSE, "--text", CODE, "--windows", "3", "--sweep"]
+    return inspect(folder / "inspected", str(folder / "a model of the hub"), *texts)
+
+
+def test_a_model_of_transformers(hosted):
+    """Layers have the numbers that they have in the model; every token has k experts, whose weights sum to 1."""
+    (model,) = hosted.report()["models"]
+    assert (model["kind"], model["architecture"], model["router"]) == ("huggingface", "qwen3_moe", "topk")
+    assert (model["k"], model["layers"]) == (2, [1, 2])
+    tokens, routes = hosted.table("tokens"), hosted.table("routes")
+    assert "".join(row["token"] for row in tokens) == PROSE + CODE and len(routes) == len(tokens) * 2 * 2
+    weights = {}
+    for row in routes:
+        key = row["layer"], row["token"]
+        weights[key] = weights.get(key, 0.0) + float(row["weight"])
+    assert len(weights) == len(tokens) * 2 and list(weights.values()) == pytest.approx([1.0] * len(weights), abs=1e-4)
+    assert {row["layer"] for row in hosted.table("experts")} == {"1", "2"}
+    sweep = hosted.table("sweep")
+    assert {row["setting"] for row in sweep} == {"k"}
+    assert [float(row["experts_per_token"]) for row in sweep[:2]] == [2.0, 1.0]
+    assert "effective experts" in hosted.output and "a model of the hub" in hosted.output
 
 
 def test_files_agree(one):
@@ -232,6 +272,35 @@ def test_two_models_side_by_side_in_a_browser(browser, two, size):
     assert page.evaluate(OVERFLOW) <= 0 and not any(chart["broken"] for chart in page.evaluate(SHAPES))
     assert seen.complaints == [] and seen.requests == [two.page.as_uri()]
     page.screenshot(path=str(two.folder / f"{size}.png"), full_page=True)
+    page.context.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_model_with_a_fixed_k_in_a_browser(browser, hosted, size):
+    """Effective experts take the place of experts, whose number says nothing; layers have the model's numbers."""
+    (model,) = hosted.report()["models"]
+    seen = visit(browser, hosted.page, size, "light")
+    page = seen.page
+    claim = page.locator(".claim").first.text_content()
+    assert claim.startswith("Every token has 2 experts, so their number cannot follow the loss. Effective experts")
+    assert page.locator("#mode").input_value() == "effective" and len(set(page.evaluate(COLOURS))) > 2
+    page.locator("#layer").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#layer-name").text_content() == "layer 1" and len(set(page.evaluate(COLOURS))) > 10
+    token = page.locator("#text-0 span").nth(4)
+    token.tap() if size == "phone" else token.hover()
+    details = page.locator("#details-0").text_content()
+    for expert, weight in model["per_token"]["routes"][0][4]:
+        assert f"expert {expert}{weight:.2f}" in details
+    assert page.locator("#details-0 .scroll").evaluate("(part) => part.scrollWidth <= part.clientWidth")
+    charts = page.evaluate(SHAPES)
+    names = [chart["name"] for chart in charts]
+    assert {"effective experts by layer", "effective experts by kind", "sweep of k"} <= set(names)
+    assert not any(chart["broken"] or not chart["shapes"] for chart in charts) and page.evaluate(OVERFLOW) <= 0
+    text = page.locator("body").inner_text()
+    assert not any(words in text for words in ("inside kinds of tokens", "bars are standard errors"))
+    assert seen.complaints == [] and seen.requests == [hosted.page.as_uri()]
+    page.screenshot(path=str(hosted.folder / f"{size}.png"), full_page=True)
     page.context.close()
 
 

@@ -250,11 +250,11 @@ function textCard() {
   redraw.push(paint);
 }
 
-// Of the colours, the same for both models. A layer's begin at 0 experts; of means, and of losses but for the few
-// largest, the range is used up.
+// Of the colours, the same for both models. A layer's begin at 0 experts; of means, of effective experts, and of losses
+// but for the few largest, the range is used up.
 function bounds(panes, { mode, layer }) {
   const known = panes.flatMap((pane) => pane.spans.map((span) => pane.value(Number(span.dataset.token)))).filter((value) => value !== null).sort((a, b) => a - b);
-  const low = mode === "loss" || layer > 0 ? 0 : known[0];
+  const low = mode === "loss" || (layer > 0 && mode === "experts") ? 0 : known[0];
   let high = mode === "loss" ? known[Math.floor(0.95 * (known.length - 1))] : known[known.length - 1];
   if (layer > 0 && mode === "experts") high = largest(models.map((model) => largest(model.per_token.experts.map(largest))));
   return [low, high > low ? high : low + 1];
@@ -334,14 +334,14 @@ class Pane {
     const rows = this.model.layers.map((number, layer) => el("tr", { class: layer === chosen ? "chosen" : null },
       el("td", {}, `layer ${number}`), el("td", {}, String(tokens.experts[layer][at])),
       el("td", { class: "words" }, ...(tokens.routes[layer][at].length ? tokens.routes[layer][at].map(([expert, weight]) =>
-        el("span", { class: "route" }, `expert ${expert}`, el("i", { style: `width: ${(2.2 * weight / heaviest).toFixed(2)}rem` }), fixed(weight)))
+        el("span", { class: "route" }, `expert ${expert}`, el("i", { style: `width: ${(1.2 * weight / heaviest).toFixed(2)}rem` }), fixed(weight)))
         : ["no expert"]))));
     if (chosen >= 0) rows.unshift(rows.splice(chosen, 1)[0]);
     this.details.replaceChildren(
       el("code", {}, visible(tokens.token[at])), ` ${tokens.kind[at]}, position ${tokens.position[at]}; its loss `,
       el("b", {}, tokens.loss[at] === null ? "unknown (nothing before it)" : `${fixed(tokens.loss[at])} nats`),
       ", of the next token ", el("b", {}, tokens.next_loss[at] === null ? "unknown" : `${fixed(tokens.next_loss[at])} nats`),
-      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", {}, "experts"), el("th", { style: "text-align: left" }, "which, with weight"))), el("tbody", {}, ...rows))));
+      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", {}, "experts"), el("th", { style: "text-align: left; white-space: normal" }, "which, with weight"))), el("tbody", {}, ...rows))));
   }
 }
 
@@ -404,7 +404,7 @@ function hardnessCard() {
   })));
   const gap = 0.12 * (Math.max(...ends) - Math.min(...ends)) || 0.5, range = [Math.max(0, Math.min(...ends) - gap), Math.max(...ends) + gap];
   const rho = (entry) => (entry.rho === null ? "rank correlation: none" : `rank correlation ${fixed(entry.rho)} (95 % ${fixed(entry.low)} to ${fixed(entry.high)}, ${count(entry.tokens)} tokens)`);
-  card("Do harder tokens take more experts?", "Tokens in ten groups of equal size by their loss, easy to hard; bars are standard errors. Intervals come from a block bootstrap (blocks of 16 tokens in a row).",
+  card("Do harder tokens take more experts?", `Tokens in ten groups of equal size by their loss, easy to hard${models.every((model) => model.k !== null) ? "" : "; bars are standard errors"}. Intervals come from a block bootstrap (blocks of 16 tokens in a row).`,
     columns((model) => {
       const chart = (which, name) => [el("h3", {}, name), drawn((width) => lines(width, name, "tenth of the tokens, easy to hard", MODES[what(model)],
         [{ points: model.hardness[which].deciles.map((group, place) => [place + 1, group[what(model)], width > 420 || place % 3 === 0 ? fixed(group[what(model)]) : null, what(model) === "experts" ? group.error : null]) }],
