@@ -53,14 +53,15 @@ def dataset(tmp_path_factory) -> Path:
     return folder
 
 
-def made_up_run(folder: Path, dataset: Path, router: dict, **model) -> RunConfig:
-    """A run folder with a checkpoint of drawn weights, and a controller that has moved."""
+def made_up_run(folder: Path, dataset: Path, router: dict, logit_scale: float = 1.0, **model) -> RunConfig:
+    """A run folder with a checkpoint of drawn weights, and a controller that has moved. `logit_scale`: of an output
+    matrix of its own."""
     tree = {"model": MODEL | model, "router": router, "data": {"path": str(dataset)}}
     config = validate_config(tree, option_classes())
     shapes = logical_shapes(config.model, config.router)
     generator = torch.Generator().manual_seed(1)
     tensors = (
-        (name, 0.15 * torch.randn(shape, generator=generator) + (1.0 if len(shape) == 1 else 0.0))
+        (name, _scale(name, logit_scale) * 0.15 * torch.randn(shape, generator=generator) + float(len(shape) == 1))
         for name, shape in shapes.items()
     )
     router_class = get(config.router.name)
@@ -77,6 +78,10 @@ def made_up_run(folder: Path, dataset: Path, router: dict, **model) -> RunConfig
     write_weights(folder, config, shapes, tensors, state)
     Tokenizer.load(dataset).copy_to(folder)
     return config
+
+
+def _scale(name: str, logit_scale: float) -> float:
+    return logit_scale if name == "gpt.output_layer.weight" else 1.0
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +238,15 @@ def test_what_computes_something_else_never_appears(run, tmp_path, monkeypatch, 
     with pytest.raises(ConversionError, match="does not compute what its source does: logits differ by up to"):
         export(run, target / "out", ExportOptions())
     assert list(target.iterdir()) == []
+
+
+def test_a_sound_run_with_large_logits_is_exported(tmp_path, dataset, groups):
+    """What rounding is follows the logits' size; to a fixed limit of 1e-4 they differ."""
+    made_up_run(tmp_path / "run", dataset, {"name": "relu", "k": 1}, logit_scale=3e4, tie_embeddings=False)
+    parity = export(tmp_path / "run", tmp_path / "out", ExportOptions())["parity"]
+    assert parity["fp32"]["max_logit_difference"] > 1e-3
+    equality = parity["equality"]
+    assert equality["difference"] <= equality["allowed"] < 1e-3 * equality["logit_scale"]
 
 
 def test_code_that_does_not_load_is_named(run, tmp_path, monkeypatch, groups, new_observers):
