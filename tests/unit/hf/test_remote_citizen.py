@@ -76,6 +76,23 @@ def test_weights_that_a_folder_lacks_begin_anew(model, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items() if name not in missing)
 
 
+@torch.no_grad()
+def test_embeddings_are_resized_and_stay_tied(model, tmp_path):
+    """Tied as they were: one matrix. Untied: two, and both grow."""
+    for tied in (True, False):
+        resized = copy.deepcopy(model)
+        if not tied:
+            resized.config.tie_word_embeddings = False
+            resized.lm_head.weight = nn.Parameter(2 * model.lm_head.weight)
+        expected = resized(TOKENS).logits
+        resized.resize_token_embeddings(80, mean_resizing=False)
+        resized.save_pretrained(tmp_path / str(tied))
+        for changed in (resized, DsmoeForCausalLM.from_pretrained(tmp_path / str(tied))):
+            assert (changed.lm_head.weight is changed.model.embed_tokens.weight) == tied
+            assert changed.config.vocab_size == 80 and changed.get_output_embeddings().weight.shape == (80, 64)
+            torch.testing.assert_close(changed(TOKENS).logits[..., :64], expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
