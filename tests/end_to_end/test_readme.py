@@ -102,6 +102,8 @@ def test_command(command, checkout):
     """More than 20 s where cores are shared: new interpreters import torch and transformers."""
     result = shell_or_fork(command, checkout)
     assert result.code == 0, result.output
+    own = [line for line in result.output.splitlines() if not (line.startswith("[") and "deepspeed " in command)]
+    assert not any(re.search(r"Warning|WARNING", line) for line in own), result.output  # of a library
     if command == "make quickstart":
         check_quickstart(result.output, checkout)
 

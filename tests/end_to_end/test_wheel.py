@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -77,7 +78,7 @@ def run(python: Path, place: Path, *command: str) -> Result:
     """A command of the new environment, in a folder that is no checkout."""
     environment = {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
     result = finish(start([str(python.with_name(command[0])), *command[1:]], place, environment))
-    assert result.code == 0, f"{command}\n{result.output}"
+    assert result.code == 0 and not re.search(r"Warning|WARNING", result.output), f"{command}\n{result.output}"
     return result
 
 

@@ -3,7 +3,7 @@
     python tests/unit/hf/transformers_suite.py TESTS ROUTER [pytest arguments]
 
 TESTS is the folder `tests` of transformers' source distribution; ROUTER is a key of `ROUTERS`. The source distribution
-leaves out the mixins for generation and export, which test_remote_model.py covers.
+leaves out the mixins for generation and export, which test_remote_model.py and test_remote_citizen.py cover.
 """
 
 from __future__ import annotations
