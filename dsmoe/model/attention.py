@@ -114,12 +114,13 @@ def torch_attention(
     [seen + S, B, g, d]; queries and keys turned by `angles` first -> [S, B, n, d]."""
     query, key = rotary.turn(query, angles), rotary.turn(key, angles)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    # A mask keeps torch from flash attention: none is made where causality says it, or a lone new token sees all.
     allowed = None
-    if mask is not None or seen:
+    if mask is not None or (seen and query.size(2) > 1):
         masked = query.new_zeros(query.size(2), key.size(2)).bool() if mask is None else mask
         allowed = (~masked).tril(seen)
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=scale,
+        query, key, value, attn_mask=allowed, is_causal=allowed is None and not seen, scale=scale,
         enable_gqa=query.size(1) != key.size(1),
     )  # fmt: skip
     return out.permute(2, 0, 1, 3)

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +26,10 @@ from dsmoe.runtime.device import device_name, gpu_count, gpu_model, on_gpu
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+HEAD_SIZES = (64, 128, 256)  # of attention, which backends are asked about
+FUSED_ATTENTION = {"flash", "cudnn"}  # without the S x S scores in memory, and with grouped queries as they are
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,38 @@ def _grouped_gemm() -> Finding:
     return Finding(True, f"torch's grouped_mm runs all experts in one call on {device}", torch.__version__)
 
 
+def _attention() -> Finding:
+    """What torch's scaled_dot_product_attention itself picks for training: bf16, causal, grouped queries, no mask."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    device = device_name()
+    if not on_gpu():
+        from dsmoe.native import unavailable
+
+        ours = "" if unavailable() else "dsmoe's C++ kernel or, where faster, "
+        return Finding(True, f"{ours}torch's operators, on {device}", torch.__version__)
+    taken: dict[str, list[int]] = {}
+    objections: set[str] = set()
+    for size in HEAD_SIZES:
+        query, key = (
+            torch.ones(1, heads, 128, size, dtype=torch.bfloat16, device=device, requires_grad=True) for heads in (4, 2)
+        )
+        choice = torch._fused_sdp_choice(query, key, key, is_causal=True, enable_gqa=True)
+        backend = SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
+        taken.setdefault(backend, []).append(size)
+        if backend not in FUSED_ATTENTION:
+            with warnings.catch_warnings(record=True) as refused:
+                warnings.simplefilter("always")
+                params = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, True)
+                torch.backends.cuda.can_use_flash_attention(params, debug=True)
+            objections |= {_first_line(warning.message) for warning in refused}
+    reason = "; ".join(f"{backend} for heads of {', '.join(map(str, sizes))}" for backend, sizes in taken.items())
+    reason += "".join(f" ({text})" for text in sorted(objections))
+    reason = f"bf16, causal, grouped queries on {device}: {reason}"
+    return Finding(taken.keys() <= FUSED_ATTENTION, reason, torch.__version__)
+
+
 def _cpu_kernels() -> Finding:
     from dsmoe.native import unavailable
 
@@ -229,6 +266,7 @@ PROBES: dict[str, Callable[[], Finding]] = {
     "Transformer Engine": _transformer_engine,
     "NVIDIA Apex": _apex,
     "grouped GEMM": _grouped_gemm,
+    "attention": _attention,
     "C++ kernels": _cpu_kernels,
     "fused AdamW": _fused_adamw,
     "core binding": _core_binding,

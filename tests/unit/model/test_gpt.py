@@ -237,6 +237,25 @@ def test_attention_goes_on_from_a_cache(first):
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+def test_flash_attention_is_asked_for_in_training_and_for_each_new_token(groups, monkeypatch):
+    """A mask, or keys repeated for grouped queries, would keep torch from it on a GPU."""
+    asked = []
+
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, *args, plain=F.scaled_dot_product_attention, **how):
+        dtypes = {x.dtype for x in (query, key, value)}
+        asked.append((attn_mask, dropout_p, how["is_causal"], how["enable_gqa"], dtypes))
+        return plain(query, key, value, attn_mask, dropout_p, *args, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    config = config_of(num_layers=1)
+    model = build(config, groups).bfloat16()
+    tokens = text(config)
+    model(tokens, tokens, padding_mask=torch.zeros_like(tokens, dtype=torch.bool))[0].backward()
+    with KeyValueCache().of(model), torch.no_grad():
+        model(tokens[:, :8]), model(tokens[:, 8:9])
+    assert asked == [(None, 0.0, causal, True, {torch.bfloat16}) for causal in (True, True, False)]
+
+
 class Plain:
     """The whole forward pass written out, for one sequence at a time and a router that was asked already."""
 

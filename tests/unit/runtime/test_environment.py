@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsmoe.model.native_norm import RMSNorm
 from dsmoe.runtime import accelerations
@@ -21,6 +23,7 @@ ACCELERATIONS = [
     "Transformer Engine",
     "NVIDIA Apex",
     "grouped GEMM",
+    "attention",
     "C++ kernels",
     "fused AdamW",
     "core binding",
@@ -100,6 +103,38 @@ def test_torch_without_grouped_gemm_names_the_setting_to_use(monkeypatch):
     actual = acceleration("grouped GEMM")
     assert not actual.active
     assert "model.experts_implementation=loop" in actual.reason
+
+
+def test_attention_on_a_cpu_is_the_faster_of_two(monkeypatch):
+    with_cuda(monkeypatch, False)
+    assert "dsmoe's C++ kernel or" in acceleration("attention").reason
+    monkeypatch.setattr("dsmoe.native.unavailable", lambda: "no compiler")
+    assert acceleration("attention").reason == "torch's operators, on cpu"
+
+
+def test_attention_on_a_gpu_names_what_torch_picks_and_what_it_has_against_flash(monkeypatch):
+    """With a stand-in for torch's answers: flash for small heads, the plain formula beyond."""
+    asked = []
+
+    def choice(query, key, value, *, is_causal, enable_gqa):
+        asked.append((query.dtype, query.requires_grad, query.size(1) > key.size(1), is_causal, enable_gqa))
+        return 1 if query.size(-1) <= largest else 0
+
+    def refuse(params, debug):
+        warnings.warn(f"Flash attention requires at most {largest}", stacklevel=1)
+        return False
+
+    with_cuda(monkeypatch, True)
+    monkeypatch.setattr("torch._fused_sdp_choice", choice)
+    monkeypatch.setattr("torch.backends.cuda.can_use_flash_attention", refuse)
+    largest = 256
+    actual = acceleration("attention")
+    assert actual.active and actual.reason.endswith(": flash for heads of 64, 128, 256")
+    largest = 128
+    actual = acceleration("attention")
+    assert not actual.active
+    assert "flash for heads of 64, 128; math for heads of 256 (Flash attention requires at most 128)" in actual.reason
+    assert set(asked) == {(torch.bfloat16, True, True, True, True)}
 
 
 def test_an_impostor_of_apex_is_named_and_not_run(packages):
