@@ -170,6 +170,7 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(16, ge=1)  # sequences per optimizer step, over all ranks
     gradient_accumulation: int = Field(1, ge=1)  # micro-steps per optimizer step
     precision: Literal["fp32", "bf16"] = "fp32"  # routers, losses and optimizer state are fp32 in both
+    tf32: bool = False  # on a GPU: fp32 products, routers' included, by tensor cores with operands rounded to 10 bits
     lr: float = Field(1e-3, gt=0)  # highest learning rate, after warm-up
     min_lr: float | None = Field(None, ge=0)  # at the last step; None: a tenth of lr
     warmup_steps: int = Field(10, ge=0)  # optimizer steps in which the rate rises from 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.runtime.device import gpu_capability
+from dsmoe.runtime.device import gpu_capability, uses_tf32
 
 MAX_GROUPS = 1023  # of one call of torch's grouped_mm on CUDA
 # From this compute capability on grouped_mm's kernel leaves, as the gradient of a weight without rows, what lay in
@@ -93,9 +93,11 @@ def transformer_engine_linear(rows_RK: Tensor, weight_eNK: Tensor, ends_e: Tenso
     Megatron-Core's grouped experts are made of. The module itself owns a parameter for each expert; its product takes
     views of one. Synchronises with the host, which it wants the sizes from.
 
-    Only half precision: Transformer Engine multiplies fp32 as TF32, asked or not, so that goes through `loop_linear`.
+    Transformer Engine multiplies fp32 as TF32, asked or not: where it is not asked for (`training.tf32`), that goes
+    through `loop_linear`.
     """
-    if rows_RK.dtype not in (torch.bfloat16, torch.float16):
+    as_asked = uses_tf32() if rows_RK.dtype == torch.float32 else rows_RK.dtype in (torch.bfloat16, torch.float16)
+    if not as_asked:
         return loop_linear(rows_RK, weight_eNK, ends_e)
     return _TransformerEngineLinear.apply(rows_RK, weight_eNK, ends_e)
 

@@ -96,6 +96,22 @@ def gpu_memory_bytes(index: int = 0) -> int:
     return accelerator().total_memory(index)
 
 
+def use_tf32(yes: bool) -> None:
+    """Whether this process's fp32 products on a GPU are TF32, or fp32 as elsewhere."""
+    if on_gpu():
+        import torch
+
+        # This name, since it keeps torch's older and newer settings equal; either may be read by a library.
+        torch.backends.cuda.matmul.allow_tf32 = yes
+
+
+def uses_tf32() -> bool:
+    """What `use_tf32` has been told; False on a CPU."""
+    import torch
+
+    return on_gpu() and torch.backends.cuda.matmul.allow_tf32
+
+
 def synchronize() -> None:
     """Wait for everything queued on the current GPU; nothing on a CPU."""
     if on_gpu():

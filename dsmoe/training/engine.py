@@ -13,7 +13,7 @@ from dsmoe.optim.groups import parameter_groups
 from dsmoe.optim.registry import optimizer_class
 from dsmoe.parallel.groups import ParallelGroups, check_world
 from dsmoe.routers import get
-from dsmoe.runtime.device import device_name, on_gpu
+from dsmoe.runtime.device import device_name, on_gpu, use_tf32
 from dsmoe.training.dead_expert_reset import DeadExpertReset
 
 # On a CPU. DeepSpeed's 500M elements are a fresh 2-GB buffer in every step, whose pages the kernel must zero, and each
@@ -29,6 +29,7 @@ def build_engine(config: RunConfig, groups: ParallelGroups):
     """
     training = config.training
     check_world(groups.dp_size, groups.ep_size, training.global_batch_size, training.gradient_accumulation)
+    use_tf32(training.tf32)
     router_class = get(config.router.name)
     options = router_class.Options.model_validate(config.router.options)
     model = LanguageModel(config.model, (router_class, options), groups, training.seed)

@@ -148,7 +148,8 @@ def describe(
         f"run     {world} process{'es' if world > 1 else ''}, expert parallel {parallel.expert_parallel}, "
         f"ZeRO {parallel.zero_stage}, {training.precision}; {training.steps} steps {start}"
         + (
-            "\nnote    fp32 on a GPU is slow: one call an expert, no tensor cores; see training.precision"
+            f"\nnote    fp32 on a GPU is slow: one call an expert{'' if training.tf32 else ', no tensor cores'}; see "
+            "training.precision"
             if in_fp32
             else ""
         )

@@ -65,12 +65,14 @@ def train_on_gpu(place: Path) -> dict:
         with pretended.watching() as watch:
             summary = train(config_of(place, f"gpu {name}", stage, router, precision="fp32"))
         train(config_of(place, f"bf16 {name}", stage, router, overlap=True))
-        train(config_of(place, f"half {name}", stage, router, stop_at=2))
+        train(config_of(place, f"half {name}", stage, router, stop_at=2, tf32=True))  # bf16: changes no product here
+        tf32 = [torch.backends.cuda.matmul.fp32_precision]
         resumed = train(config_of(place, f"half {name}", stage, router))
+        tf32.append(torch.backends.cuda.matmul.fp32_precision)
         results[name] = {
             "gpu": losses(place, f"gpu {name}"), "gpu held-out": summary.metrics["val_loss"],
             "bf16": losses(place, f"bf16 {name}"), "resumed": losses(place, f"half {name}"),
-            "finished": resumed.finished, "waits": watch.where("sync", "h2d", "wait"),
+            "finished": resumed.finished, "tf32": tf32, "waits": watch.where("sync", "h2d", "wait"),
             "never waited": watch.where("never waited"), "concurrent": watch.where("concurrent"),
             "collectives": [(event.op, *event.detail.split("|")) for event in watch.of("communicator")],
         }  # fmt: skip
@@ -144,6 +146,7 @@ def test_a_resumed_run_is_the_one_that_never_stopped_and_overlapped_its_reductio
     for results in trained:
         actual = results[name]
         assert actual["finished"] and actual["resumed"] == actual["bf16"]
+        assert actual["tf32"] == ["tf32", "ieee"]  # as each configuration asks
 
 
 def test_evaluation_and_generation_on_a_gpu_are_the_cpus(trained):

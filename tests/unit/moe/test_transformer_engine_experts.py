@@ -13,7 +13,7 @@ import torch
 from dsmoe.errors import ConfigError
 from dsmoe.moe.experts import GroupedExperts, LowRankExperts
 from dsmoe.moe.linear import loop_linear, transformer_engine_linear
-from dsmoe.runtime import accelerations
+from dsmoe.runtime import accelerations, device
 from dsmoe.runtime.device import on_gpu
 
 COUNTS = [[3, 0, 5, 1], [0, 0, 0, 7], [7, 0, 0, 0], [2, 2, 2, 2], [0, 0, 0, 0], [1], [0]]
@@ -73,14 +73,27 @@ def test_the_product_is_the_loop(transformer_engine, counts):
         assert gradient.any() == (count > 0), "an expert without rows must get a gradient, and it must be exactly 0"
 
 
-def test_fp32_is_not_multiplied_as_tf32(monkeypatch):
-    """Without the stand-in: Transformer Engine would not be called."""
-    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+@pytest.mark.parametrize("asked", [False, True])
+def test_fp32_is_multiplied_as_tf32_where_that_is_asked_for(asked, transformer_engine, monkeypatch):
+    called, extensions = [], sys.modules["transformer_engine.pytorch.cpp_extensions"]
+    monkeypatch.setattr(
+        extensions, "general_grouped_gemm", lambda *x, **how: called.append(x) or general_grouped_gemm(*x, **how)
+    )
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
     rows, weight = random_tensor(9, HIDDEN, seed=0, dtype=torch.float32), random_tensor(2, FFN, HIDDEN, seed=1).float()
     ends_e = torch.tensor([4, 9], dtype=torch.int32)
-    torch.testing.assert_close(
-        transformer_engine_linear(rows, weight, ends_e), loop_linear(rows, weight, ends_e), rtol=0, atol=0
-    )
+    expected = loop_linear(rows, weight, ends_e)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for wanted in (not asked, asked):  # the last word counts
+            device.use_tf32(wanted)
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if asked else "ieee")
+        actual = transformer_engine_linear(rows, weight, ends_e)
+    finally:
+        device.use_tf32(False)
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(called) == asked
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)  # the stand-in rounds nothing
 
 
 @pytest.mark.skipif(on_gpu(), reason="on a GPU the package itself is called, below")

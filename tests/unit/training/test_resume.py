@@ -49,6 +49,7 @@ FUTURE = [
     {"training": {"precision": "bf16"}}, {"parallel": {"zero_stage": 3}}, {"parallel": {"expert_parallel": 2}},
     {"router": {"balance_coefficient": 0.1}}, {"checkpoint": {"interval": 7}}, {"logging": {"run_dir": "elsewhere"}},
     {"model": {"recompute": "moe"}}, {"model": {"moe_chunks": 2}}, {"training": {"adam_beta2": 0.9}},
+    {"training": {"tf32": True}},
     {"data": {"path": "moved"}}, {"deepspeed": {"steps_per_print": 5}},
 ]  # fmt: skip
 
