@@ -10,12 +10,12 @@ import torch
 from dsmoe.config import validate_config
 from dsmoe.model.gpt import LanguageModel
 from dsmoe.parallel.groups import ParallelGroups, create_groups, start_processes
-from dsmoe.routers import get
+from dsmoe.routers import available, get
 from dsmoe.routers.base import Router
 from dsmoe.routers.registry import option_classes
 from dsmoe.runtime.device import device_name
 
-ROUTERS = ("topk", "topk_bias", "top_p", "dtop_p", "relu", "expert_threshold", "aoe", "routing_free")
+ROUTERS = [name for name, router in available().items() if router.__module__.startswith("dsmoe.")]
 SIZES = dict(
     num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, sequence_length=32, num_experts=8,
     moe_ffn_hidden_size=48, vocab_size=128, init_std=0.06, experts_implementation="grouped_mm",
