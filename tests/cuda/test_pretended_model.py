@@ -6,6 +6,7 @@ Up to a minute, of which compiling the pretence takes 15 s once: 72 models of tw
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from itertools import pairwise
 
@@ -14,6 +15,9 @@ import pretended_model as pm
 import pytest
 import torch
 from ranks import once, run_ranks
+
+from dsmoe.moe.layer import MoELayer
+from dsmoe.parallel.topology import NODE_NAME
 
 pytestmark = pretended.needs_cpu_torch
 LAYERS = pm.SIZES["num_layers"]
@@ -44,6 +48,16 @@ def in_fp32(router: str, ep: int, model: dict) -> dict:
         "kernels": watch.kernels,
         "rank": rank,
     }
+
+
+def in_two_levels(nodes: str) -> dict:
+    """Four ranks on two nodes, where `auto` relays rows inside each."""
+    os.environ[NODE_NAME] = nodes[torch.distributed.get_rank()]
+    pretended.start()
+    groups, _ = pm.join(4)
+    model = pm.build("relu", groups, torch.float32, 4, num_layers=1)
+    (dispatcher,) = {type(m.token_dispatcher) for m in model.modules() if isinstance(m, MoELayer)}
+    return in_fp32("relu", 4, pm.VARIANTS["recompute, parts, shared"]) | {"dispatcher": dispatcher.__name__}
 
 
 def in_bf16(router: str, ep: int, model: dict) -> dict:
@@ -139,6 +153,18 @@ def test_fp32_is_the_cpus_and_waits_once_a_layer(ep, router, more):
         waits = Counter(line.split(" at ")[0] for line in actual["waits"])
         assert waits == {"wait event": LAYERS}, actual["waits"]
         assert actual["devices"] == {f"cuda:{rank}"}
+
+
+def test_two_levels_are_the_cpus_wait_once_a_layer_and_keep_their_order():
+    pretended.library()
+    ranks = run_ranks(4, in_two_levels, "aabb")
+    for actual in ranks:
+        assert actual["dispatcher"] == "TwoLevelDispatcher"
+        assert actual["loss"] < 1e-5 and actual["worst gradient"] < 1e-5
+        assert actual["same gradients"] and actual["same counts"] and not actual["never waited"]
+        waits = Counter(line.split(" at ")[0] for line in actual["waits"])
+        assert waits == {"wait event": LAYERS, "h2d copy_": 2}, actual["waits"]  # what `Grid` holds, once a model
+        assert actual["exchanges"] == ranks[0]["exchanges"] and len(actual["exchanges"]) > 16
 
 
 @pytest.mark.parametrize("more", pm.VARIANTS)
