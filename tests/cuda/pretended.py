@@ -8,6 +8,7 @@ in place of NCCL. A torch that is built with CUDA has kernels of its own for it,
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import subprocess
@@ -33,6 +34,10 @@ SOURCE = Path(__file__).with_name("pretended.cpp")
 FLAGS = ("-O0", "-shared", "-fPIC", "-std=c++20", "-w")
 PACKAGES = [Path(package.__file__).parent for package in (dsmoe, deepspeed)]
 DEVICES = 8  # as pretended.cpp has it
+COLLECTIVES = (
+    "all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter",
+    "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "gather", "scatter",
+)  # fmt: skip
 LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p)
 
 needs_cpu_torch = pytest.mark.skipif(
@@ -103,6 +108,8 @@ def start() -> None:
     if _library is not None:
         return
     _record_groups()
+    for name in COLLECTIVES:
+        setattr(torch.distributed, name, _on_devices_alone(getattr(torch.distributed, name)))
     torch.cuda._lazy_init = lambda: None  # Python's factories call it before they dispatch
     torch.cuda.device_count = lambda: DEVICES
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
@@ -140,6 +147,22 @@ def devices() -> list[int]:
 
 # Each that this process has made since `start`: its ranks (None: all), and whether by these ranks alone.
 groups: list[tuple[tuple[int, ...] | None, bool]] = []
+
+
+def _on_devices_alone(collective):
+    """NCCL has nothing for tensors of the CPU, which gloo takes. Collectives of objects place theirs as a backend
+    wants, and reach torch's functions by another way."""
+
+    @functools.wraps(collective)
+    def checked(*args, **kwargs):
+        if _watch is None:  # a model on the CPU, beside which another is put
+            return collective(*args, **kwargs)
+        given = (each for x in (*args, *kwargs.values()) for each in (x if isinstance(x, list) else [x]))
+        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in given):
+            raise RuntimeError(f"{collective.__name__}: NCCL takes no tensor of the CPU")
+        return collective(*args, **kwargs)
+
+    return checked
 
 
 def _record_groups() -> None:

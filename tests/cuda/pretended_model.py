@@ -86,7 +86,7 @@ def to_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def over_all_ranks(value: int) -> int:
-    total = torch.tensor(value)
+    total = torch.tensor(value, device=device_name())
     torch.distributed.all_reduce(total)
     return int(total)
 
