@@ -1,9 +1,10 @@
 """Everything that a machine with GPUs has to show, in one command of about 40 minutes: `make gpu-first-hour`.
 
 Environment, tests on the GPU, Triton kernels beside their references, layer and step benchmarks beside every peer that
-is installed, 200 steps of training on all GPUs. Writes FOLDER/report.md and report.json with the bars beside the
-numbers, and a log for each part; what fails stays in the report. Where tests and kernels pass, the GPU is written into
-dsmoe/triton/verdicts.json, and model.fused_kernels: auto uses the kernels on it from then on.
+is installed, 200 steps of training on all GPUs, a profile of five on one. Writes FOLDER/report.md and report.json with
+the bars beside the numbers, the profile's trace, and a log for each part; what fails stays in the report. Where tests
+and kernels pass, the GPU is written into dsmoe/triton/verdicts.json, and model.fused_kernels: auto uses the kernels on
+it from then on.
 """
 
 from __future__ import annotations
@@ -79,6 +80,12 @@ def parts(folder: Path, gpus: int) -> list[Part]:
         Part(
             "training", [*python, *launcher, "launch/train.py", "--config", str(folder / "train.yaml")], 600,
             folder / "run" / "metrics.jsonl",
+        ),
+        Part(
+            "profile",
+            [*python, "tools/profile_steps.py", "--config", str(folder / "train.yaml"), "--trace",
+             str(folder / "trace.json.gz"), "--json", str(folder / "profile.json"), "parallel.expert_parallel=1",
+             "training.global_batch_size=8", "model.num_layers=2"], 300, folder / "profile.json",
         ),
     ]  # fmt: skip
 
@@ -158,8 +165,10 @@ def _bar(what: str, number: float | None, expected: str, passes: Callable[[float
     return Bar(what, number, expected, None if number is None else passes(number))
 
 
-def report(machine: str, commit: str, outcomes: dict[str, dict], measured: list[Bar]) -> str:
-    """The page."""
+def report(
+    machine: str, commit: str, outcomes: dict[str, dict], measured: list[Bar], profile: dict | None = None
+) -> str:
+    """The page. `profile`: what profile_steps.py wrote."""
     shown = {True: "reached", False: "**missed**", None: "not measured"}
     lines = [f"# First hour of {machine}", "", f"Commit {commit}, `make gpu-first-hour`.", "",
              "| what | measured | expected | |", "|---|---|---|---|"]  # fmt: skip
@@ -170,6 +179,12 @@ def report(machine: str, commit: str, outcomes: dict[str, dict], measured: list[
     for name, outcome in outcomes.items():
         status = "passed" if outcome["status"] == 0 else f"**failed**: {outcome['status']}"
         lines.append(f"| {name} | {status} | {outcome['seconds']} | {outcome['log']} |")
+    if profile is not None:
+        lines += ["", f"{profile['steps']} steps of two layers kept {profile['device']} busy for "
+                  f"{profile['total_ms']:.1f} ms; all of it over time: trace.json.gz, for ui.perfetto.dev", "",
+                  "| operator | ms | share | calls |", "|---|---|---|---|"]  # fmt: skip
+        for row in profile["operators"]:
+            lines.append(f"| `{row['name']}` | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -224,9 +239,10 @@ def main() -> int:
     lines = read_lines(metrics) if metrics.exists() else []
     measured = bars(read(folder / "layer.json"), read(folder / "kernels.log"), lines, rate)
     machine = f"{gpus} x {model}"
-    page = report(machine, commit(), outcomes, measured)
+    profile = read(folder / "profile.json")
+    page = report(machine, commit(), outcomes, measured, profile)
     (folder / "report.md").write_text(page)
-    summary = {"machine": machine, "commit": commit(), "matmul_tflops": rate, "parts": outcomes}
+    summary = {"machine": machine, "commit": commit(), "matmul_tflops": rate, "parts": outcomes, "profile": profile}
     (folder / "report.json").write_text(json.dumps(summary | {"bars": [vars(bar) for bar in measured]}, indent=2))
     print(page)
     if write_verdict(model, commit(), outcomes, VERDICTS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import forked
 
 from dsmoe.config import validate_config
 from dsmoe.routers.registry import option_classes
@@ -49,7 +51,10 @@ def test_bars_tell_reached_from_missed_and_from_not_measured(hour):
     bad = hour.bars(rows(1.03, 1.0, 250), {"kernels": [{"right": False}]}, lines(0.2), 600)
     assert [bar.reached for bar in bad] == [False] * 5 + [True, False]
     assert {bar.reached for bar in hour.bars(None, None, [], None)} == {None}
-    page = hour.report("8 x H100", "abc1234", {"tests": {"status": 0, "seconds": 3, "log": "tests.log"}}, bad)
+    operator = {"name": "aten::mm", "ms": 41.257, "share": 0.4125, "calls": 90}
+    profile = {"steps": 5, "device": "cuda:0", "total_ms": 100.0, "operators": [operator]}
+    page = hour.report("8 x H100", "abc1234", {"tests": {"status": 0, "seconds": 3, "log": "tests.log"}}, bad, profile)
+    assert "| `aten::mm` | 41.26 | 41.2% | 90 |" in page
     assert "**missed**" in page and "| tests | passed | 3 |" in page and "First hour of 8 x H100" in page
 
 
@@ -60,6 +65,8 @@ def test_its_configuration_is_valid_and_its_commands_exist(hour, tmp_path):
         assert config.training.steps == hour.STEPS and config.parallel.expert_parallel == gpus
     parts = hour.parts(tmp_path, 8)
     assert sum(part.limit for part in parts) < 60 * 60
+    names = ["environment", "tests", "kernels", "layer", "step", "training", "profile"]
+    assert [part.name for part in parts] == names
     for part in parts:
         assert part.command[0] == sys.executable
         for argument in part.command[1:]:
@@ -69,6 +76,23 @@ def test_its_configuration_is_valid_and_its_commands_exist(hour, tmp_path):
     ).stdout  # fmt: skip
     used = {argument for part in parts if "tools/benchmark_moe.py" in part.command for argument in part.command}
     assert all(option in options for option in used if option.startswith("--"))
+
+
+def test_the_profile_names_the_ten_dearest_operators_of_five_steps(hour, tmp_path):
+    """As the part runs it, with a small model on the CPU."""
+    (part,) = (part for part in hour.parts(tmp_path, 1) if part.name == "profile")
+    tree = hour.training_config(tmp_path, 1)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(tree))
+    small = {"hidden_size": 64, "sequence_length": 32, "num_experts": 4, "moe_ffn_hidden_size": 32, "vocab_size": 64}
+    small = [f"model.{key}={value}" for key, value in small.items()]
+    done = forked(*part.command[1:], *small, "router.k=1")
+    assert done.code == 0, done.output
+    actual = json.loads(part.result.read_text())
+    times = [row["ms"] for row in actual["operators"]]
+    assert len(times) == 10 and times == sorted(times, reverse=True) and 0 < sum(times) < actual["total_ms"]
+    assert {"aten::mm", "aten::_grouped_mm"} & {row["name"] for row in actual["operators"]}
+    with gzip.open(tmp_path / "trace.json.gz") as trace:
+        assert json.load(trace)["traceEvents"]
 
 
 def test_a_part_that_fails_or_hangs_is_a_line_of_the_report(hour, tmp_path):
