@@ -9,6 +9,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dsmoe.config.schema import LoggingConfig
@@ -17,7 +18,7 @@ from dsmoe.routers.recorder import RoutingTotals
 from dsmoe.routers.routing import RoutingResult
 from dsmoe.training.metrics import MetricsWriter, layer_metrics, worst_layer
 from dsmoe.training.monitor import FirstSequence, RoutingMonitor
-from dsmoe.training.pictures import COLUMNS, VERMILION, coloured_text, load_heat_map
+from dsmoe.training.pictures import COLUMNS, VERMILION, VIRIDIS, coloured_text, load_heat_map
 
 COUNTS = [[8, 0, 4, 4], [4, 4, 4, 4], [16, 0, 0, 0]]
 
@@ -195,7 +196,8 @@ def test_wandb_gets_every_curve_although_deepspeed_counts_samples(wandb_monitor,
         wandb_monitor.write_events([("Train/Samples/lr", 0.1, 8 * step)])
         routing.after_step(step, totals(), layer_metrics(totals()))
         metrics.write({"step": step, "loss": 1.0 / step})
-    routing.text(4, torch.tensor(tokenizer.encode("def")), torch.ones(2, len(tokenizer.encode("def"))))
+    ids = tokenizer.encode("def main(λ)")
+    routing.text(4, torch.tensor(ids), torch.arange(2 * len(ids)).view(2, -1))
     wandb.finish()
     rows = wandb_history(tmp_path)
 
@@ -205,5 +207,13 @@ def test_wandb_gets_every_curve_although_deepspeed_counts_samples(wandb_monitor,
     assert curve("Train/Samples", "Train/Samples/lr") == [(8, 0.1), (16, 0.1), (24, 0.1), (32, 0.1)]
     assert curve("dsmoe/step", "dsmoe/loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25)]
     assert curve("dsmoe/step", "dsmoe/layers/expert_imbalance/02") == [(2, 4.0), (4, 4.0)]
-    assert [row["dsmoe/step"] for row in rows for name in row if name.startswith("load of experts/path")] == [4]
+    for name in ("load of experts", "experts per token"):
+        assert [(row["dsmoe/step"], row[f"{name}/_type"]) for row in rows if f"{name}/path" in row] == [
+            (4, "image-file")
+        ]
+    (picture,) = tmp_path.glob("wandb/offline-run-*/files/media/images/experts per token*.png")
+    pixels = np.asarray(Image.open(picture).convert("RGB"))
+    assert all((pixels == end).all(-1).sum() > 20 for end in VIRIDIS[[0, -1]]), (
+        "its first token is dark, its last light"
+    )
     assert not said
