@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 import yaml
 from browser import OVERFLOW, SIZES, visit
 from commands import forked, metrics
+from PIL import Image
 
 TOOL = "tools/scaling_study.py"
 
@@ -49,10 +52,36 @@ PICTURES = """() => [...document.querySelectorAll("figure svg")].filter((svg) =>
 })"""
 
 
+# Of every text outside pictures, with what it stands on; 4.5 is what WCAG asks for.
+CONTRASTS = """() => {
+  const numbers = (colour) => colour.match(/[0-9.]+/g).map(Number);
+  const light = (colour) => {
+    const [r, g, b] = numbers(colour).map((x) => x / 255)
+      .map((x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ground = (element) => {
+    const colour = getComputedStyle(element).backgroundColor;
+    return numbers(colour)[3] === 0 && element.parentElement ? ground(element.parentElement) : colour;
+  };
+  const texts = [...document.body.querySelectorAll("*:not(svg *)")].filter((element) =>
+    element.checkVisibility() && [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim()));
+  return texts.map((element) => {
+    const [high, low] = [light(getComputedStyle(element).color), light(ground(element))].sort((a, b) => b - a);
+    return (high + 0.05) / (low + 0.05);
+  });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_report_in_a_browser(browser, place, size):
+def test_the_report_in_a_browser(browser, place, size, scheme):
     """Of the study above: every picture is on the page once and whole, with text that can be read, at any width."""
-    seen = visit(browser, place / "report" / "index.html", size, "light")
+    seen = visit(browser, place / "report" / "index.html", size, scheme)
+    contrasts = seen.page.evaluate(CONTRASTS)
+    assert len(contrasts) > 20 and min(contrasts) >= 4.5
+    shown = seen.page.locator("figure svg:visible").first.screenshot()
+    assert (np.median(np.asarray(Image.open(io.BytesIO(shown)).convert("L"))) < 100) == (scheme == "dark")
     pictures = seen.page.evaluate(PICTURES)
     assert len(pictures) == seen.page.locator("figure").count() > 3
     assert all(picture["inside"] and picture["smallest"] > 8 and not picture["cut"] for picture in pictures), pictures
