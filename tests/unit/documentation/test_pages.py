@@ -15,6 +15,7 @@ from dsmoe.routers.registry import option_classes
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+RESULTS = sorted((ROOT / "docs" / "results").rglob("*.md"))
 
 
 def anchors(page: Path) -> set[str]:
@@ -23,7 +24,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
