@@ -1,4 +1,5 @@
-"""Every command in a ```bash block of README.md runs, in a fresh copy of the checkout whose path has spaces.
+"""Every command in a ```bash block of README.md runs, in a fresh copy of the checkout whose path has spaces; and
+those of docs/tutorial.md, one after another, in an empty folder.
 
 The commands are the page's own; `SHORTER` lists what is appended to make them short. The first of each program starts
 as a reader would start it; a later one of the same program, and what `make quickstart` starts, runs in forked
@@ -20,9 +21,19 @@ import pytest
 from commands import ROOT, Result, beside_python, forked, free_port, loaded_programs, run
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SCRIPTS = [re.sub(r" \\\n +", " ", block) for kind, block in BLOCKS if kind == "bash"]  # one line a command
-COMMANDS = [line for script in SCRIPTS for line in script.splitlines()]
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """One line each."""
+    scripts = [re.sub(r" \\\n +", " ", block) for kind, block in blocks(text) if kind == "bash"]
+    return [line for script in scripts for line in script.splitlines()]
+
+
+COMMANDS = commands(README)
 
 TINY = (
     "model.num_layers=1 model.hidden_size=32 model.sequence_length=64 model.moe_ffn_hidden_size=16 "
@@ -30,6 +41,7 @@ TINY = (
 )
 SHORTER = [  # what a command contains -> what is appended; the first that fits
     ("prepare-data stdlib", "--limit-mb 0.4"),
+    ("training.steps=200", f"{TINY} training.steps=4"),
     ("training.steps=450", f"{TINY} training.steps=3"),
     ("launch/train.py", f"{TINY} training.steps=2"),
     ("make quickstart", f"ARGS='{TINY} training.steps=4'"),
@@ -108,6 +120,19 @@ def test_command(command, checkout):
         check_quickstart(result.output, checkout)
 
 
+def test_the_tutorial(tmp_path):
+    """All but the export, whose like README.md has."""
+    lines = [line for line in commands((ROOT / "docs" / "tutorial.md").read_text()) if line.startswith("dsmoe ")]
+    assert [line.split()[1] for line in lines] == ["prepare-data", "train", "inspect", "export", "prune"]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for command in (line for line in lines if not line.startswith("dsmoe export")):
+        words = [beside_python("dsmoe"), *shlex.split(shortened(command))[1:]]
+        done = forked(*words, cwd=tmp_path)
+        assert done.code == 0, done.output
+    assert (tmp_path / "page.html").read_text().rstrip().endswith("</html>")
+    assert "8 -> 6 experts a layer" in done.output and (tmp_path / "runs" / "smaller" / "config.yaml").is_file()
+
+
 def check_quickstart(output: str, checkout: Path) -> None:
     for stage in ("1/4  Prepare the data", "2/4  Train half of the steps", "3/4  Resume and finish", "4/4  Generate"):
         assert stage in output
@@ -118,7 +143,7 @@ def check_quickstart(output: str, checkout: Path) -> None:
     assert (checkout / "runs" / "quickstart" / "checkpoints" / "step_00000004").is_dir()
 
 
-@pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "console"])
+@pytest.mark.parametrize("block", [block for kind, block in blocks(README) if kind == "console"])
 def test_output_shown(block, checkout):
     command, _, expected = block.partition("\n")
     assert command.startswith("$ ")

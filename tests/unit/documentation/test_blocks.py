@@ -1,6 +1,6 @@
 """Code on pages: parsers take the command lines, make has the targets, YAML and TOML mean something, Python runs.
 
-What commands of README.md do is run by tests/end_to_end/test_readme.py.
+What commands of README.md and docs/tutorial.md do is run by tests/end_to_end/test_readme.py.
 """
 
 from __future__ import annotations
