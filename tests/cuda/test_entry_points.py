@@ -20,9 +20,10 @@ import deepspeed.comm
 import pretended
 import pretended_model as pm
 import pytest
+import torch
 import yaml
 from commands import beside_python, free_port, python, torchrun
-from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator import get_accelerator, real_accelerator
 from forked import call, call_each
 from ranks import once
 
@@ -186,3 +187,22 @@ def test_a_device_is_set_before_it_is_asked_for(launcher, command, place):
         assert actual["local rank"] == rank == actual["device"]
         assert actual["asked too early"] == []
         assert actual["worked on"] == [rank]
+
+
+def leave_the_gpus_alone(place: Path) -> str:
+    """On a machine where torch finds eight, whose driver must not be started."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    real_accelerator.ds_accelerator = None  # chosen anew
+
+    def start_driver() -> None:
+        raise AssertionError("a GPU is used with DS_ACCELERATOR=cpu")
+
+    torch.cuda.is_available, torch.cuda.device_count, torch.cuda._lazy_init = lambda: True, lambda: 8, start_driver
+    train(place, [], 1, "on the cpu")
+    evaluate(place, [], 1)
+    generate(place, [], 1)
+    return get_accelerator().device_name()
+
+
+def test_a_machine_with_gpus_works_on_its_cpu_where_it_is_told_to(place):
+    assert call(leave_the_gpus_alone, place, deadline=200) == "cpu"
