@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 HEAD_SIZES = (64, 128, 256)  # of attention, which backends are asked about
+SHAPES_SHOWN = 12  # of kernels that were measured here
 FUSED_ATTENTION = {"flash", "cudnn"}  # without the S x S scores in memory, and with grouped queries as they are
 
 
@@ -204,8 +206,21 @@ def _cpu_kernels() -> Finding:
         return Finding(False, f"{reason}; torch's operators instead")
     from dsmoe.native.ways import choices
 
-    measured = "".join(f"; {key}: {seconds}" for key, seconds in choices().items())
-    return Finding(True, f"experts, bf16 gates, attention, norms and vocabulary loss, compiled for this CPU{measured}")
+    reason = "experts, bf16 gates, attention, norms and vocabulary loss, compiled for this CPU"
+    return Finding(True, reason + "".join(f"; {text}" for text in _measured(choices())))
+
+
+def _measured(choices: dict[str, str]) -> list[str]:
+    """What was chosen between kernels here, shape by shape; of many shapes how often each way won."""
+    if len(choices) <= SHAPES_SHOWN:
+        return [f"{shape}: {seconds}" for shape, seconds in choices.items()]
+    won: dict[str, Counter[str]] = {}
+    for shape, seconds in choices.items():
+        won.setdefault(shape.partition(",")[0], Counter())[seconds.split()[0]] += 1
+    return [
+        f"{kernel}, {sum(ways.values())} shapes: " + ", ".join(f"{way} {count}" for way, count in ways.most_common())
+        for kernel, ways in won.items()
+    ]
 
 
 def _fused_adamw() -> Finding:

@@ -186,6 +186,15 @@ def test_mpi_that_aborts_is_an_answer(monkeypatch):
     assert "PMIX ERROR: no such server" in actual.reason
 
 
+def test_many_measured_shapes_are_counted():
+    few = {"experts, H=8, 2 threads": "native 1.00 ms, loop 2.00 ms"}
+    assert accelerations._measured(few) == ["experts, H=8, 2 threads: native 1.00 ms, loop 2.00 ms"]
+    many = {f"experts, H={n}": f"{'native' if n % 3 else 'loop'} 1.00 ms, blocked 2.00 ms" for n in range(30)}
+    assert accelerations._measured(many | {"loss, T=4": "torch 1.00 ms"}) == [
+        "experts, 30 shapes: native 20, loop 10", "loss, 1 shapes: torch 1"
+    ]  # fmt: skip
+
+
 def test_no_compiler_is_said_with_what_needs_it(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
     actual = accelerations._probe("C++ compiler, ninja")
