@@ -75,7 +75,7 @@ def test_a_save_that_torchrun_would_not_wait_for_survives_the_request_to_stop(ho
     jobs = supervise(hosts, arguments, "--nnodes", "2", "--grace", "90", **slow)
     wait_for_step(run_dir, 3, jobs)
     for name in NAMES:
-        hosts.kill(name, "launch/supervise.py", signal.SIGTERM)
+        hosts.kill(name, "launch/supervise.py", signal.SIGTERM, but="nsenter")  # which has the exit code
     ended = finish_all(jobs)
     step = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
     assert f"stopped by a signal at step {step}" in ended[0].output

@@ -19,7 +19,7 @@ from dsmoe.lab.study.results import END, finished, flops_per_token, history, rea
 from dsmoe.lab.study.runner import read_record
 
 SMOOTH = 0.02  # of a run, each way
-POINTS = 60  # of a curve over training that are stored
+POINTS = 40  # of a curve over training that are stored
 CURVE = ("step", "tokens", "flops", "seconds", "loss", "experts_per_token")
 SPIKE_WINDOW, SPIKE_SIZE = 20, 6.0  # steps before, and median absolute deviations above their median
 PAUSE = 5.0  # a step that took this many times its neighbours' median was interrupted

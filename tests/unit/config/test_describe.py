@@ -65,7 +65,8 @@ def test_all_keys_are_there():
 
 
 def test_every_key_is_described_in_the_words_of_a_configuration():
-    lines = [*keys_text("all", option_classes()).splitlines(), ""]
+    own = {name: cls for name, cls in option_classes().items() if cls.__module__.startswith("dsmoe.")}
+    lines = [*keys_text("all", own).splitlines(), ""]
     keys = [place for place, line in enumerate(lines) if line.startswith("  ") and line[2] != " "]
     assert len(keys) > 100
     assert [lines[place] for place in keys if not lines[place + 1].startswith(" " * 6)] == []
