@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dsmoe.runtime.command_line import run
+from dsmoe.runtime.command_line import run, user_path
 
 WARM, STEPS, OPERATORS = 2, 5, 10
 
@@ -45,13 +45,13 @@ def profile(config, trace: Path) -> dict:
         step()
     synchronize()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu()
-    with torch.profiler.profile(activities=activities) as actual:
+    with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(STEPS):
             step()
         synchronize()
-    actual.export_chrome_trace(str(trace))
+    profiler.export_chrome_trace(str(trace))
     kind, clock = (DeviceType.CUDA, "self_device_time_total") if on_gpu() else (DeviceType.CPU, "self_cpu_time_total")
-    rows = [row for row in actual.key_averages() if not row.is_user_annotation]
+    rows = [row for row in profiler.key_averages() if not row.is_user_annotation]
     total = sum(getattr(row, clock) for row in rows if row.device_type == kind)
     operators = [row for row in rows if row.device_type == DeviceType.CPU]
     operators.sort(key=lambda row: getattr(row, clock), reverse=True)
@@ -70,8 +70,8 @@ def profile(config, trace: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="YAML, with model.vocab_size")
-    parser.add_argument("--trace", type=Path, required=True, help="where the trace goes, .json or .json.gz")
-    parser.add_argument("--json", type=Path, required=True, help="where the operators go")
+    parser.add_argument("--trace", type=user_path, required=True, help="where the trace goes, .json or .json.gz")
+    parser.add_argument("--json", type=user_path, required=True, help="where the operators go")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="instead of the configuration's")
     arguments = parser.parse_args()
     from dsmoe.config import load_config

@@ -89,9 +89,8 @@ class DsmoeAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain_attention)
         scaling = self.head_dim**-0.5
         out, weights = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
-        return self.o_proj(
-            out.reshape(*hidden_BSH.shape[:2], -1)
-        ), weights  # vLLM's attention gives rows without a batch
+        out = out.reshape(*hidden_BSH.shape[:2], -1)  # vLLM's attention gives rows without a batch
+        return self.o_proj(out), weights
 
 
 class DsmoeMLP(nn.Module):

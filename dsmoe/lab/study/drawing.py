@@ -59,7 +59,7 @@ def x_title(study) -> str:
 
 
 def colors_of(results: StudyResults) -> dict[str, str]:
-    return {arm.name: PALETTE[place % len(PALETTE)] for place, arm in enumerate(results.study.arms)}
+    return {arm: look["color"] for arm, look in looks_of(results).items()}
 
 
 def looks_of(results: StudyResults, line: bool = True, dots: bool = False) -> dict[str, dict[str, str]]:

@@ -75,13 +75,13 @@ def test_what_ranks_must_have_the_same_follows_configuration_data_and_checkpoint
         }  # fmt: skip
         return Start.read(validate_config(tree, option_classes())).equal
 
-    one, other = write_tokens(tmp_path / "one", 0), write_tokens(tmp_path / "other", 1)
-    first = said(one)
-    assert first == said(one)
-    assert changed(first, said(one, lr=1e-5)) == {"configuration"}
-    assert "data" in changed(first, said(other))
+    data, other_data = write_tokens(tmp_path / "data", 0), write_tokens(tmp_path / "other", 1)
+    first = said(data)
+    assert first == said(data)
+    assert changed(first, said(data, lr=1e-5)) == {"configuration"}
+    assert "data" in changed(first, said(other_data))
     shutil.copytree(ROOT / "tests/fixtures/run_of_0031a16/checkpoints", tmp_path / "run/checkpoints")
-    assert changed(first, said(one)) == {"checkpoint to resume"}
+    assert changed(first, said(data)) == {"checkpoint to resume"}
 
 
 def changed(first: dict[str, str], second: dict[str, str]) -> set[str]:
