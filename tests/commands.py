@@ -49,6 +49,14 @@ class Result:
     seconds: float
 
 
+# What a group of processes in this one has set: a command is not one of them.
+PLACE = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in PLACE}
+
+
 def run(command: Sequence[str], cwd: Path = ROOT, environment: dict[str, str] | None = None) -> Result:
     return finish(start(command, cwd, environment))
 
@@ -56,7 +64,7 @@ def run(command: Sequence[str], cwd: Path = ROOT, environment: dict[str, str] | 
 def start(command: Sequence[str], cwd: Path = ROOT, environment: dict[str, str] | None = None) -> subprocess.Popen:
     """Start a command as the leader of a process group, as a shell does."""
     return subprocess.Popen(
-        command, cwd=cwd, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        command, cwd=cwd, env={**inherited(), **(environment or {})}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -89,7 +97,7 @@ def forked(
     has no effect here.
     """
     began, port = time.monotonic(), free_port()
-    variables = {**os.environ, **(environment or {}), **(loaded_programs() if loaded else {})}
+    variables = {**inherited(), **(environment or {}), **(loaded_programs() if loaded else {})}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "output")
         log.touch()
