@@ -217,7 +217,12 @@ def _moe_spec(model: ModelConfig, router, groups: ParallelGroups) -> ModuleSpec:
             "recompute": model.recompute != "none",
             "chunks": model.moe_chunks,
             "token_dispatcher": build_dispatcher(
-                model.token_dispatcher, groups, model.num_experts, EXCHANGE_DTYPES[model.moe_exchange_dtype], fused
+                model.token_dispatcher,
+                groups,
+                model.num_experts,
+                options.target_experts_per_token(model),
+                EXCHANGE_DTYPES[model.moe_exchange_dtype],
+                fused,
             ),
         },
         submodules=MoESubmodules(

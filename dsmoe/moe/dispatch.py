@@ -189,15 +189,22 @@ class LocalDispatcher(TokenDispatcher):
 
 
 def build_dispatcher(
-    name: str, groups: ParallelGroups, num_experts: int, exchange_dtype: torch.dtype | None = None, fused: bool = False
+    name: str,
+    groups: ParallelGroups,
+    num_experts: int,
+    experts_per_token: float,
+    exchange_dtype: torch.dtype | None = None,
+    fused: bool = False,
 ) -> TokenDispatcher:
     """The dispatcher of a model.
 
     Args:
         name: a registered one, or "auto" (`dsmoe.moe.expected_rows.resolve_dispatcher`).
+        experts_per_token: what the router aims at, by which "auto" chooses.
 
     Raises:
         ConfigError: no dispatcher has that name; says which there are.
     """
-    name = resolve_dispatcher(name, groups.ep_size, None if groups.node is None else groups.node.size())
+    ranks_per_node = None if groups.node is None else groups.node.size()
+    name = resolve_dispatcher(name, num_experts, experts_per_token, groups.ep_size, ranks_per_node)
     return token_dispatchers.get(name)(groups, num_experts, exchange_dtype, fused)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# Of the rows between nodes that `all_to_all` sends, for "two_level" to pay: two hosts of two ranks at 100 Mbit/s broke
+# even at 0.74 and were 9 % of a step faster at 0.66 (docs/results/two_level.md).
+TWO_LEVELS_PAY = 0.7
+
 
 class ExpectedRows(NamedTuple):
     """Mean over tokens, in one direction of one layer."""
@@ -12,21 +16,30 @@ class ExpectedRows(NamedTuple):
     between_nodes: float
 
 
-def resolve_dispatcher(name: str, expert_parallel: int, ranks_per_node: int | None) -> str:
+def resolve_dispatcher(
+    name: str, num_experts: int, experts_per_token: float, expert_parallel: int, ranks_per_node: int | None
+) -> str:
     """The registered dispatcher that `model.token_dispatcher` means.
 
     "auto" is "local" where expert parallelism is 1. It is "two_level" where an expert-parallel group spans nodes with
-    several ranks on each, which saves bytes between nodes whenever a token needs more than one rank of a node, and else
+    several ranks on each and is expected to send at most `TWO_LEVELS_PAY` of the rows between nodes so, and else
     "all_to_all".
 
     Args:
+        experts_per_token: what the router aims at.
         ranks_per_node: of an expert-parallel group; None: not the same on all of its nodes.
     """
     if name != "auto":
         return name
     if expert_parallel == 1:
         return "local"
-    return "two_level" if ranks_per_node is not None and 1 < ranks_per_node < expert_parallel else "all_to_all"
+    if ranks_per_node is None or not 1 < ranks_per_node < expert_parallel:
+        return "all_to_all"
+    direct, relayed = (
+        expected_rows(way, num_experts, experts_per_token, expert_parallel, ranks_per_node).between_nodes
+        for way in ("all_to_all", "two_level")
+    )
+    return "two_level" if relayed <= TWO_LEVELS_PAY * direct else "all_to_all"
 
 
 def expected_rows(

@@ -24,8 +24,8 @@ def describe_placement(config: RunConfig, groups: ParallelGroups) -> str | None:
     listed = ", ".join("+".join(map(str, ranks)) for ranks in spanning[:MAX_GROUPS])
     listed += ", ..." if len(spanning) > MAX_GROUPS else ""
     ranks_per_node = None if groups.node is None else groups.node.size()
-    dispatcher = resolve_dispatcher(model.token_dispatcher, groups.ep_size, ranks_per_node)
     experts = get(config.router.name).Options.model_validate(config.router.options).target_experts_per_token(model)
+    dispatcher = resolve_dispatcher(model.token_dispatcher, model.num_experts, experts, groups.ep_size, ranks_per_node)
     per_node = ranks_per_node or groups.ep_size / len(topology.split_by_node(spanning[0]))
     rows = expected_rows(dispatcher, model.num_experts, experts, groups.ep_size, per_node)
     share = rows.between_nodes / (rows.within_node + rows.between_nodes)

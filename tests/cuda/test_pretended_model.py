@@ -51,13 +51,14 @@ def in_fp32(router: str, ep: int, model: dict) -> dict:
 
 
 def in_two_levels(nodes: str) -> dict:
-    """Four ranks on two nodes, where `auto` relays rows inside each."""
+    """Four ranks on two nodes, rows relayed inside each."""
     os.environ[NODE_NAME] = nodes[torch.distributed.get_rank()]
     pretended.start()
     groups, _ = pm.join(4)
-    model = pm.build("relu", groups, torch.float32, 4, num_layers=1)
+    model = pm.build("relu", groups, torch.float32, 4, num_layers=1, token_dispatcher="two_level")
     (dispatcher,) = {type(m.token_dispatcher) for m in model.modules() if isinstance(m, MoELayer)}
-    return in_fp32("relu", 4, pm.VARIANTS["recompute, parts, shared"]) | {"dispatcher": dispatcher.__name__}
+    variant = {**pm.VARIANTS["recompute, parts, shared"], "token_dispatcher": "two_level"}
+    return in_fp32("relu", 4, variant) | {"dispatcher": dispatcher.__name__}
 
 
 def in_bf16(router: str, ep: int, model: dict) -> dict:

@@ -81,7 +81,7 @@ def retains(case: tuple) -> bool:
 def each_case(name: str, nodes: str) -> list[tuple]:
     """For every case: output and gradients of a rank beside the loop's, what its experts got, and bytes sent."""
     groups = create_groups(RANKS, topology=Topology.from_names(list(nodes)))
-    dispatcher = build_dispatcher(name, groups, EXPERTS)
+    dispatcher = build_dispatcher(name, groups, EXPERTS, experts_per_token=2)
     results = []
     for case in CASES:
         leaves = random_case(groups.dp_rank, *case)

@@ -17,7 +17,10 @@ from jobs import TRAIN, finish_all, metrics, torchrun
 
 RATE = "100mbit"
 STEPS, WARMUP = 7, 2
-ROUTERS = {"topk": ["router.k=2"], "relu": ["router.k=2.0"]}  # ReLU begins with about half of all experts for a token
+ROUTERS = {  # ReLU begins with about half of all experts for a token
+    **{f"topk {k}": ["router.name=topk", f"router.k={k}"] for k in (2, 3, 4, 8)},
+    "relu": ["router.name=relu", "router.k=2.0"],
+}
 RUN = [
     "model.num_layers=2", "model.hidden_size=256", "model.num_attention_heads=4", "model.sequence_length=128",
     "model.num_experts=16", "model.moe_ffn_hidden_size=256", "model.vocab_size=64", "parallel.expert_parallel=4",
@@ -27,8 +30,8 @@ RUN = [
 
 
 def measure(hosts: Hosts, data: Path, router: str, dispatcher: str) -> list[str]:
-    run_dir = data.parent / f"{router}-{dispatcher}"
-    keys = [f"data.path={data / 'text'}", f"logging.run_dir={run_dir}", f"router.name={router}", *ROUTERS[router]]
+    run_dir = data.parent / f"{router.replace(' ', '-')}-{dispatcher}"
+    keys = [f"data.path={data / 'text'}", f"logging.run_dir={run_dir}", *ROUTERS[router]]
     ended = finish_all(torchrun(hosts, 2, [TRAIN, *RUN, *keys, f"model.token_dispatcher={dispatcher}"]))
     if any(end.code for end in ended):
         raise SystemExit(ended[0].output)

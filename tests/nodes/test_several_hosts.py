@@ -23,7 +23,9 @@ def test_a_rank_on_each_host_and_experts_on_both(launcher, hosts, train, of_one_
 def test_two_ranks_on_each_host(launcher, experts, hosts, train, of_one_host):
     """Experts shared inside each host, or by all ranks over both; sums run in another order than on two ranks. How many
     ranks a host gets, sbatch learns from Slurm."""
-    run_dir, arguments = train(launcher.__name__, f"parallel.expert_parallel={experts}")
+    run_dir, arguments = train(
+        launcher.__name__, f"parallel.expert_parallel={experts}", "model.token_dispatcher=two_level"
+    )
     output = check(launcher(hosts, 2, arguments))
     assert f"4 processes, expert parallel {experts}" in output
     assert losses(run_dir) == pytest.approx(of_one_host, abs=1e-5)

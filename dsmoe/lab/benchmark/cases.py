@@ -135,7 +135,7 @@ def build_layer(
         config=transformer_config(model, groups.ep_size),
         submodules=MoESubmodules(router=partial(router_class, options=options), experts=experts, shared_experts=None),
         pg_collection=groups.for_megatron(),
-        token_dispatcher=build_dispatcher("auto", groups, problem.experts),
+        token_dispatcher=build_dispatcher("auto", groups, problem.experts, problem.k),
         chunks=chunks,
     )
     _share_weights(world, layer)

@@ -159,7 +159,11 @@ class Layout:
 
     @property
     def dispatcher(self) -> str:
-        return resolve_dispatcher(self.model.token_dispatcher, self.ep, self.ranks_per_node)
+        """As training chooses it: by what the router aims at, whatever `experts_per_token` is planned for."""
+        aim = self.options.target_experts_per_token(self.model)
+        return resolve_dispatcher(
+            self.model.token_dispatcher, self.model.num_experts, aim, self.ep, self.ranks_per_node
+        )
 
     def expected_rows(self) -> ExpectedRows:
         """Of a token in one layer and direction."""

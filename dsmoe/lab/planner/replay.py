@@ -181,10 +181,11 @@ def replay(
     real = [routes_of(offsets, experts) for offsets, experts in trace.layers]
     balanced = [(token_N, dealt(len(token_N), trace.num_experts)) for token_N, _ in real]
     sizes = len(trace.tokens_T), trace.num_experts
+    mean_k = float(np.mean([len(expert_N) for _, expert_N in real])) / len(trace.tokens_T)
     rows: list[Replayed] = []
     for count in ranks:
         node = per_node or count
-        known = resolve_dispatcher(dispatcher, count, None if count % node else node)
+        known = resolve_dispatcher(dispatcher, trace.num_experts, mean_k, count, None if count % node else node)
         rows.append(_replayed("forced balance", balanced, sizes, count, contiguous, node, known))
         rows += [_replayed(None, real, sizes, count, place, node, known) for place in PLACEMENTS]
     return rows

@@ -34,7 +34,9 @@ def install(tmp_path, monkeypatch, value: str) -> None:
 def test_a_dispatcher_of_an_installed_package_is_selected_by_its_name(tmp_path, monkeypatch, groups):
     install(tmp_path, monkeypatch, f"{__name__}:Elsewhere")
     config = validate_config({"model": {"token_dispatcher": "elsewhere"}}, option_classes())
-    assert type(build_dispatcher(config.model.token_dispatcher, groups, num_experts=4)) is Elsewhere
+    assert (
+        type(build_dispatcher(config.model.token_dispatcher, groups, num_experts=4, experts_per_token=2)) is Elsewhere
+    )
     assert Elsewhere.name == "elsewhere"
 
 
@@ -62,7 +64,7 @@ def test_an_unknown_name_is_one_of_all_mistakes_and_names_what_there_is():
 
 def test_a_model_that_is_built_without_validation_names_it_as_well(groups):
     with pytest.raises(ConfigError, match="model.token_dispatcher: found 'nothing', expected one of .*local"):
-        build_dispatcher("nothing", groups, num_experts=4)
+        build_dispatcher("nothing", groups, num_experts=4, experts_per_token=2)
 
 
 def test_a_name_is_given_once():

@@ -139,8 +139,11 @@ def test_bytes_leave_the_node_where_ranks_do(hardware):
     assert across.between / across.bytes == pytest.approx(8 / 15)
     # A row for each other node, of which there is one, and not for each of its 8 ranks.
     dense = dict(experts_per_token=32)
+    assert layout(hardware, *ep16, "router.k=2").dispatcher == "all_to_all"
+    assert layout(hardware, *ep16, "router.k=8").dispatcher == "two_level"
     direct, two_level = (
-        exchange(layout(hardware, *ep16, f"model.token_dispatcher={name}", **dense)) for name in ("all_to_all", "auto")
+        exchange(layout(hardware, *ep16, f"model.token_dispatcher={name}", **dense))
+        for name in ("all_to_all", "two_level")
     )
     assert 6.5 < direct.between / two_level.between < 8 and two_level.within > direct.within
     assert two_level.calls_within and not direct.calls_within
