@@ -27,6 +27,7 @@ SECONDS = 0.3  # of one candidate, after which its rounds end
 
 _chosen: dict[str, str] = {}
 _seconds: dict[str, dict[str, float]] = {}  # of every candidate of what this process has measured or read
+_measuring = False  # in this process, which holds the machine's lock then and lets the job wait for its answer
 
 
 def fastest(
@@ -44,6 +45,8 @@ def fastest(
         return next(iter(candidates))
     key = f"{kernel}, {shape}, {torch.get_num_threads()} threads"
     choice = f"{kernel}, {agreed_for or shape}, {torch.get_num_threads()} threads, of {' '.join(sorted(candidates))}"
+    if _measuring and choice not in _chosen:
+        return _for_a_candidate(key, candidates)
     if choice not in _chosen:
         _chosen[choice] = _agreed(choice, lambda: _remembered(key, candidates))
     return _chosen[choice]
@@ -83,8 +86,27 @@ def _remembered(key: str, candidates: Mapping[str, Callable[[], object]]) -> str
         with build.locked(file.parent):  # one measurement at a time on a machine
             seconds = _read(file).get(key, {})
             if set(seconds) != set(candidates):
-                seconds = measure(candidates)
+                seconds = _undisturbed(candidates)
                 _write(file, _read(file) | {key: seconds})
+    _seconds[key] = seconds
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _undisturbed(candidates: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    global _measuring
+    _measuring = True
+    try:
+        return measure(candidates)
+    finally:
+        _measuring = False
+
+
+def _for_a_candidate(key: str, candidates: Mapping[str, Callable[[], object]]) -> str:
+    """An answer for a candidate that asks something itself while it is measured. To wait for the lock or for another
+    rank, which may wait for it, would never end; so nothing is agreed on, and who asks outside of it measures anew."""
+    seconds = _seconds.get(key) or _read(_file()).get(key, {})
+    if set(seconds) != set(candidates):
+        seconds = measure(candidates)
     _seconds[key] = seconds
     return min(seconds, key=seconds.__getitem__)
 

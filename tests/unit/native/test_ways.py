@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from forked import call
 
 from dsmoe.native import ways
 
@@ -50,6 +51,24 @@ def test_shapes_and_candidates_are_told_apart():
 
 def test_one_candidate_is_not_measured():
     assert ways.fastest("sum", "8", {"only": lambda: 1 / 0}) == "only"
+
+
+def test_a_candidate_may_ask_something_itself():
+    """As the vocabulary loss does, in bf16: on a new machine it waited for ever for the lock that it held."""
+    seen = call(ask_within, deadline=20)
+    assert seen["answers"] == {"fast"} and seen["outer"] == "asking"
+    assert seen["inner measured"] == 2, "once while the outer question was measured and once for the job"
+
+
+def ask_within() -> dict:
+    log, answers = [], set()
+
+    def asks():
+        answers.add(ways.fastest("inner", "8", timed(log, slow=5, fast=1)))
+
+    outer = ways.fastest("outer", "8", {"asking": asks, "idle": lambda: time.sleep(0.05)})
+    answers.add(ways.fastest("inner", "8", timed(log, slow=5, fast=1)))
+    return {"answers": answers, "outer": outer, "inner measured": log.count("slow") // (ways.ROUNDS + 1)}
 
 
 def test_a_slow_candidate_does_not_get_all_rounds():
