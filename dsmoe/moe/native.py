@@ -21,7 +21,7 @@ from dsmoe.native import require, run, supports
 DTYPES = (torch.float32, torch.bfloat16)
 MIN_ROWS = 512  # of a part of an expert that several threads work on
 SLICE = 512  # of F at a time (swiglu.cpp)
-FEW = 12  # rows of an expert, up to which products of its own can be faster than micro-kernels
+FEW = 16  # rows of an expert, up to which products of its own can be faster than micro-kernels
 ITEM = np.dtype(
     [
         *((name, "i8") for name in ("expert", "low", "high", "adds", "fp32")),

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace c10 {
@@ -24,11 +25,15 @@ namespace {
 
 typedef uint16_t Half;  // the bits of a bf16 number
 
-// A matrix in memory: a row-major left operand, or a right operand, row-major in fp32 and in bf16 VNNI: [K / 2][N][2].
+constexpr int64_t PANEL = 64;  // columns of a bf16 right operand that lie together; AMX is half as fast with wide lines
+
+// A matrix in memory: a row-major left operand, or a right operand, row-major in fp32 and in bf16 VNNI, [K / 2][N][2], all
+// of it or each PANEL columns of N.
 template <class T>
 struct Matrix {
   const T* data;
   int64_t stride;
+  int64_t panel = 0;  // numbers from a panel to the next; 0: there is one
 };
 
 // C [M][N] (+)= A [M][K] B [K][N], sums in fp32.
@@ -39,8 +44,10 @@ inline void multiply(int64_t M, int64_t N, int64_t K, Matrix<float> a, Matrix<fl
 
 inline void multiply(int64_t M, int64_t N, int64_t K, Matrix<Half> a, Matrix<Half> b, float* c, int64_t stride,
                      bool add = false) {
-  at::native::cpublas::brgemm(M, N, K + K % 2, a.stride, b.stride, stride, add, (const c10::BFloat16*)a.data,
-                              (const c10::BFloat16*)b.data, c, true);
+  const int64_t width = b.panel ? PANEL : N;
+  for (int64_t n = 0; n < N; n += width, b.data += b.panel, c += width)
+    at::native::cpublas::brgemm(M, std::min(width, N - n), K + K % 2, a.stride, b.stride, stride, add,
+                                (const c10::BFloat16*)a.data, (const c10::BFloat16*)b.data, c, true);
 }
 
 }  // namespace

@@ -27,6 +27,7 @@ constexpr int64_t GROUP = 64;   // rows that become columns together
 constexpr int64_t BLOCK = 64;   // rows of a weight that are multiplied at a time
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
 typedef Half HalfVector __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 #define INLINE inline __attribute__((always_inline))
 
@@ -83,26 +84,38 @@ INLINE void stream(Half* to, const float* from) {
 }
 #endif
 
-// e^x with a relative error near 1e-7; 0 below -87, and e^87 above 87. Cody and Waite's reduction, then a Taylor
-// polynomial on [-ln 2 / 2, ln 2 / 2].
-INLINE float exponential(float x) {
+INLINE Unsigned float_to_bits(Vector x) { return (Unsigned)x; }
+INLINE Vector bits_to_float(Unsigned bits) { return (Vector)bits; }
+
+// e^x for |x| <= 87, e^-87 or e^87 beyond, with a relative error near 1e-7; any number for NaN. Cody and Waite's reduction,
+// then a Taylor polynomial on [-ln 2 / 2, ln 2 / 2]. T: float or Vector.
+template <class T>
+INLINE T bounded_exponential(T x) {
   const float shift = 12582912.0f;  // 1.5 * 2^23: rounds to integers
-  const float bounded = x > 87.0f ? 87.0f : x < -87.0f ? -87.0f : x;
-  const float shifted = bounded * 1.44269504f + shift, n = shifted - shift;
-  const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.0f / 5040;
-  p = p * r + 1.0f / 720;
+  const T low = 87.0f < x ? T{} + 87.0f : x, bounded = -87.0f > low ? T{} - 87.0f : low;
+  const T shifted = bounded * 1.44269504f + shift, n = shifted - shift;
+  const T r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
+  T p = r * (1.0f / 5040) + 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const float power = bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+  return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+}
+
+// The same, but 0 below -87, and NaN for NaN.
+INLINE float exponential(float x) {
+  const float power = bounded_exponential(x);
   return x < -87.0f ? 0.0f : x == x ? power : x;
 }
 
-INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// Of a number; any number for NaN: what multiplies it by x gets NaN all the same.
+template <class T>
+INLINE T sigmoid(T x) {
+  return 1.0f / (1.0f + bounded_exponential(-x));
+}
 
 // ---- layouts --------------------------------------------------------------------------------------------------------
 
@@ -147,6 +160,24 @@ void transpose(const From* from, int64_t stride, int64_t rows, int64_t padded, i
     }
 }
 
+// The same for bf16, whose pairs of rows are moved as 4 bytes; `padded` is a multiple of twice LANES.
+inline void transpose(const Half* from, int64_t stride, int64_t rows, int64_t padded, int64_t columns, Half* to,
+                      int64_t to_stride) {
+  for (int64_t r = 0; r < padded; r += 2 * LANES)
+    for (int64_t k = 0; k < columns; k += LANES) {
+      auto bits = [&](int64_t row) {  // in the upper half of 4 bytes
+        return row < rows ? (Unsigned)load(from + row * stride + k) : Unsigned{};
+      };
+      Vector block[LANES];
+#pragma GCC unroll 8
+      for (int i = 0; i < LANES; i++) block[i] = (Vector)(bits(r + 2 * i) >> 16 | bits(r + 2 * i + 1));
+      transpose(block);
+#pragma GCC unroll 8
+      for (int i = 0; i < LANES; i++)
+        if (k + i < columns) *(Vector*)(to + (k + i) * to_stride + r) = block[i];
+    }
+}
+
 // Rows [n][K] as a right operand [K][n], zero beyond n up to a multiple of COLUMNS.
 template <class Stored, class Computed>
 void to_columns(const Stored* rows, int64_t stride, int64_t n, int64_t K, Computed* columns) {
@@ -169,21 +200,27 @@ Matrix<Computed> left(const Stored* rows, int64_t stride, int64_t n, int64_t K, 
   }
 }
 
+// Numbers that `right` needs room for, where the operand is bf16.
+inline int64_t paired(int64_t n, int64_t N) { return round_up(n, 2) * round_up(N, PANEL); }
+
 // A right operand from rows [n][N], its sum over n: these, or in `room` where they must be widened or paired.
 template <class Computed, class Stored>
 Matrix<Computed> right(const Stored* rows, int64_t stride, int64_t n, int64_t N, Computed* room) {
   if constexpr (std::is_same_v<Computed, float>) {
     return left(rows, stride, n, N, room);
   } else {
-    for (int64_t r = 0; r < n; r += 2) {
-      const Half *low = rows + r * stride, *high = r + 1 < n ? low + stride : nullptr;
-      uint32_t* pairs = (uint32_t*)(room + r * N);
-      if (high)
-        for (int64_t k = 0; k < N; k++) pairs[k] = low[k] | (uint32_t)high[k] << 16;
-      else
-        for (int64_t k = 0; k < N; k++) pairs[k] = low[k];
-    }
-    return {room, N};
+    const int64_t panel = round_up(n, 2) * PANEL;
+    for (int64_t r = 0; r < n; r += 2)
+      for (int64_t k = 0; k < N; k += PANEL) {
+        const Half *low = rows + r * stride + k, *high = low + stride;
+        uint32_t* pairs = (uint32_t*)(room + k / PANEL * panel + r * PANEL);
+        const int64_t width = std::min(PANEL, N - k);
+        if (r + 1 < n)
+          for (int64_t i = 0; i < width; i++) pairs[i] = low[i] | (uint32_t)high[i] << 16;
+        else
+          for (int64_t i = 0; i < width; i++) pairs[i] = low[i];
+      }
+    return {room, PANEL, panel};
   }
 }
 

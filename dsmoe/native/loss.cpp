@@ -69,7 +69,7 @@ void rows_of(const Loss& loss, int64_t count, int64_t* next) {
   auto layout = [&](Workspace& memory) {
     RowSpace<Computed> space;
     space.columns = memory.take<Computed>(H * most);
-    space.room = memory.take<Computed>(bf16 ? BLOCK * H : 0);
+    space.room = memory.take<Computed>(bf16 ? paired(BLOCK, H) : 0);
     space.block = memory.take<Computed>(most * BLOCK);
     space.grad = memory.take<float>(bf16 ? most * H : 0);
     for (float** p : {&space.largest, &space.sum, &space.scale}) *p = memory.take<float>(most);
@@ -108,7 +108,7 @@ void weights_of(const Loss& loss, int64_t count, int64_t* next) {
   const int64_t H = loss.hidden, V = loss.vocabulary, B = loss.rows, stride = loss.stride();
   const bool bf16 = std::is_same_v<Stored, Half>;
   auto layout = [&](Workspace& memory) {
-    return WeightSpace<Computed>{memory.take<Computed>(bf16 ? round_up(B, 2) * H : 0),
+    return WeightSpace<Computed>{memory.take<Computed>(bf16 ? paired(B, H) : 0),
                                  memory.take<Computed>(bf16 ? BLOCK * stride : 0)};
   };
   each_item(count, next, layout, [&](int64_t i, const WeightSpace<Computed>& space) {

@@ -2,9 +2,8 @@
 //
 //     h = [G x, U x];   inner = p silu(h_gate) h_up;   out = D inner
 //
-// Forward, products are transposed: a weight is the left operand as it lies in memory, up to GROUP rows are columns.
-// Backward, gradients of rows have the weight on the right as it lies, and gradients of weights the rows. So no weight is
-// transposed, and each is read in order, BLOCK of its rows at a time.
+// Rows are left operands as they lie. A right operand is made of a weight once for all chunks of an expert's rows: its
+// transpose forward, and what it is backward. Gradients of weights have the rows on the right.
 //
 // bf16 is what is *stored* of rows, weights, h and gradients. What is *computed* with is bf16 too where the CPU has fast
 // products of it (AMX), otherwise fp32 made of it block by block; sums, and what lies between two products, are fp32.
@@ -20,8 +19,8 @@
 
 namespace {
 
-constexpr int64_t FORWARD_CHUNK = 256, BACKWARD_CHUNK = 128;  // rows at a time
-constexpr int64_t SLICE = 512;                                // of F at a time
+constexpr int64_t CHUNK = 256;  // rows at a time
+constexpr int64_t SLICE = 512;  // of F at a time
 constexpr int64_t PAD = 16;  // numbers between rows, so that they do not lie a power of two apart
 
 struct Source {  // of a part of h: the gate, the values it multiplies ("up"), or both, gate first
@@ -78,6 +77,8 @@ struct Expert {
  private:
   int64_t index_;
 };
+
+INLINE Vector swiglu(Vector gate, Vector up) { return gate * sigmoid(gate) * up; }
 
 // ---- forward, few rows ----------------------------------------------------------------------------------------------
 //
@@ -145,8 +146,7 @@ void forward_few(const Layer& layer, const Item& item, const FewSpace& space) {
   for (int64_t r = 0; r < padded; r++) {
     const float *gate = space.h + r * 2 * F, *up = gate + F, p = r < n ? layer.probs[item.low + r] : 0;
     float* inner = space.inner + r * (F + PAD);
-#pragma omp simd
-    for (int64_t f = 0; f < F; f++) inner[f] = gate[f] * sigmoid(gate[f]) * up[f] * p;
+    for (int64_t f = 0; f < F; f += LANES) store(inner + f, swiglu(load(gate + f), load(up + f)) * p);
   }
   times_lines(space.inner, padded, expert.down, H, F, space.out, H);
   for (int64_t i = 0; i < n * H; i++) narrow(space.out[i], out[i]);
@@ -156,74 +156,73 @@ void forward_few(const Layer& layer, const Item& item, const FewSpace& space) {
 
 template <class Computed>
 struct ForwardSpace {
-  Computed *x[2], *inner, *room[2];  // x^T and inner^T by groups
-  float *h[2], *out, *probs;         // parts of h^T; out^T by groups
+  Computed *x[2];                   // rows that must be widened
+  Computed *weight[2], *down;       // columns of a slice of weights, gate and up
+  Computed *inner;                  // [n][f]
+  float *h[2], *out;                // a block of gate and up; [n][H]
 };
 
-// inner^T [m][c] as a right operand, from two parts of h^T [m][c] and weights of rows [c].
-template <class Computed>
-void activate(const float* gate, const float* up, const float* p, int64_t m, int64_t c, Computed* inner) {
-  auto value = [&](int64_t f, int64_t r) {
-    const float g = gate[f * c + r];
-    return g * sigmoid(g) * up[f * c + r] * p[r];
-  };
-  if constexpr (std::is_same_v<Computed, float>) {
-    for (int64_t f = 0; f < m; f++)
-      for (int64_t r = 0; r < c; r++) inner[f * c + r] = value(f, r);
-  } else {
-    uint32_t* pairs = (uint32_t*)inner;
-    for (int64_t f = 0; f < m; f += 2)
-      for (int64_t r = 0; r < c; r++) pairs[f / 2 * c + r] = to_half(value(f, r)) | to_half(value(f + 1, r)) << 16;
-  }
+// A block of h and of inner from the products [n][m] of gate and up, whose rows are BLOCK apart.
+template <class Stored, class Computed>
+void activate(const float* gate, const float* up, const float* p, int64_t n, int64_t m, Stored* h, int64_t ffn,
+              Computed* inner, int64_t stride) {
+  for (int64_t r = 0; r < n; r++, gate += BLOCK, up += BLOCK, h += 2 * ffn, inner += stride)
+    for (int64_t f = 0; f < m; f += LANES) {
+      const Vector g = load(gate + f), u = load(up + f);
+      store(h + f, g), store(h + ffn + f, u), store(inner + f, swiglu(g, u) * p[r]);
+    }
+}
+
+// Lines [L][K] of a weight as right operands [K][BLOCK or less], one after another.
+template <class Stored, class Computed>
+void lines_to_columns(const Stored* lines, int64_t stride, int64_t L, int64_t K, Computed* columns) {
+  for (int64_t l = 0; l < L; l += BLOCK) to_columns(lines + l * stride, stride, std::min(BLOCK, L - l), K, columns + l * K);
 }
 
 template <class Stored, class Computed>
 void forward(const Layer& layer, const Item& item, const ForwardSpace<Computed>& space) {
   const Expert<Stored> expert(layer, item.expert);
-  const int64_t H = expert.H, F = expert.F;
-  for (int64_t start = item.low; start < item.high; start += FORWARD_CHUNK) {
-    const int64_t rows = std::min(FORWARD_CHUNK, item.high - start);
-    auto each_group = [&](auto work) {
-      for (int64_t low = 0; low < rows; low += GROUP) {
-        const int64_t n = std::min(GROUP, rows - low);
-        work(low, n, round_up(n, COLUMNS));
-      }
+  const int64_t H = expert.H, F = expert.F, stride = expert.slice + PAD;
+  for (int64_t start = item.low; start < item.high; start += CHUNK) {
+    const int64_t rows = std::min(CHUNK, item.high - start);
+    // A block of columns, in the cache, meets all rows, GROUP at a time.
+    auto each_block = [&](int64_t columns, auto work) {
+      for (int64_t column = 0; column < columns; column += BLOCK)
+        for (int64_t low = 0; low < rows; low += GROUP)
+          work(column, std::min(BLOCK, columns - column), low, std::min(GROUP, rows - low));
     };
-    std::copy_n(layer.probs + start, rows, space.probs);
-    std::fill_n(space.probs + rows, COLUMNS, 0.0f);
-    for (int s = 0; s < layer.sources; s++)
-      each_group([&](int64_t low, int64_t n, int64_t) {
-        const int64_t K = layer.source[s].width;
-        to_columns(expert.rows(s, start + low), K, n, K, space.x[s] + low * K);
-      });
+    Matrix<Computed> x[2];
+    for (int s = 0; s < layer.sources; s++) {
+      const int64_t K = layer.source[s].width;
+      x[s] = left(expert.rows(s, start), K, rows, K, space.x[s]);
+    }
     for (int64_t slice = 0; slice < F; slice += expert.slice) {
-      const int64_t here = std::min(expert.slice, F - slice);
-      for (int64_t f = 0; f < here; f += BLOCK) {
-        const int64_t m = std::min(BLOCK, here - f);
-        Matrix<Computed> weight[2];
+      const int64_t f_here = std::min(expert.slice, F - slice);
+      if (start == item.low || expert.slice < F) {
         for (int part : {0, 1}) {
           const int64_t K = expert.width(part);
-          weight[part] = left(expert.weight(part) + (slice + f) * K, K, m, K, space.room[part]);
+          lines_to_columns(expert.weight(part) + slice * K, K, f_here, K, space.weight[part]);
         }
-        each_group([&](int64_t low, int64_t n, int64_t c) {
-          for (int part : {0, 1}) {
-            const int64_t K = expert.width(part);
-            multiply(m, c, K, weight[part], {space.x[part * (layer.sources - 1)] + low * K, c}, space.h[part], c);
-            Stored* h = (Stored*)layer.h + (start + low) * 2 * F + part * F + slice + f;
-            transpose(space.h[part], c, m, m, n, h, 2 * F);
-          }
-          activate(space.h[0], space.h[1], space.probs + low, m, c, space.inner + low * expert.slice + f * c);
-        });
+        lines_to_columns(expert.down + slice, F, H, f_here, space.down);
       }
-      for (int64_t o = 0; o < H; o += BLOCK) {
-        const int64_t m = std::min(BLOCK, H - o);
-        const auto down = left(expert.down + o * F + slice, F, m, here, space.room[0]);
-        each_group([&](int64_t low, int64_t n, int64_t c) {
-          float* out = space.out + low * H + o * c;
-          multiply(m, c, here, down, {space.inner + low * expert.slice, c}, out, c, slice > 0);
-          if (slice + here == F) transpose(out, c, m, m, n, (Stored*)layer.out + (start + low) * H + o, H);
-        });
-      }
+      each_block(f_here, [&](int64_t f, int64_t m, int64_t low, int64_t n) {
+        for (int part : {0, 1}) {
+          const int64_t K = expert.width(part);
+          multiply(n, m, K, {x[part * (layer.sources - 1)].data + low * K, K},
+                   {space.weight[part] + f * K, round_up(m, COLUMNS)}, space.h[part], BLOCK);
+        }
+        activate(space.h[0], space.h[1], layer.probs + start + low, n, m,
+                 (Stored*)layer.h + (start + low) * 2 * F + slice + f, F, space.inner + low * stride + f, stride);
+      });
+      each_block(H, [&](int64_t o, int64_t m, int64_t low, int64_t n) {
+        Stored* out = (Stored*)layer.out + (start + low) * H + o;
+        float* sums = std::is_same_v<Stored, float> ? (float*)out : space.out + low * H + o;
+        multiply(n, m, f_here, {space.inner + low * stride, stride}, {space.down + o * f_here, round_up(m, COLUMNS)}, sums,
+                 H, slice > 0);
+        if (std::is_same_v<Stored, Half> && slice + f_here == F)
+          for (int64_t r = 0; r < n; r++)
+            for (int64_t k = 0; k < m; k += LANES) store(out + r * H + k, load(sums + r * H + k));
+      });
     }
   }
 }
@@ -231,16 +230,17 @@ void forward(const Layer& layer, const Item& item, const ForwardSpace<Computed>&
 template <class Stored, class Computed>
 void forward_items(const Layer& layer, const Item* items, int64_t count, int64_t* next) {
   const Expert<Stored> any(layer, 0);
-  const int64_t most = std::min(FORWARD_CHUNK, round_up(items->high - items->low, COLUMNS));  // the largest comes first
+  const int64_t most = std::min(CHUNK, items->high - items->low);  // the largest comes first
   const bool widens = !std::is_same_v<Stored, Computed>;
   auto layout = [&](Workspace& memory) {
     ForwardSpace<Computed> space;
-    for (int s : {0, 1}) space.x[s] = memory.take<Computed>(s < layer.sources ? most * layer.source[s].width : 0);
-    space.inner = memory.take<Computed>(most * any.slice);
-    for (auto& room : space.room) room = memory.take<Computed>(widens ? BLOCK * any.widest() : 0);
+    for (int s : {0, 1})
+      space.x[s] = memory.take<Computed>(widens && s < layer.sources ? most * layer.source[s].width : 0);
+    for (int part : {0, 1}) space.weight[part] = memory.take<Computed>(round_up(any.slice, COLUMNS) * any.width(part));
+    space.down = memory.take<Computed>(any.slice * round_up(any.H, COLUMNS));
+    space.inner = memory.take<Computed>(most * (any.slice + PAD));
     for (auto& h : space.h) h = memory.take<float>(BLOCK * GROUP);
-    space.out = memory.take<float>(most * any.H);
-    space.probs = memory.take<float>(most + COLUMNS);
+    space.out = memory.take<float>(std::is_same_v<Stored, Half> ? most * any.H : 0);
     FewSpace few;
     const int64_t n = round_up(layer.few, QUAD);
     for (int s : {0, 1}) few.x[s] = memory.take<float>(s < layer.sources ? n * (layer.source[s].width + PAD) : 0);
@@ -251,7 +251,7 @@ void forward_items(const Layer& layer, const Item* items, int64_t count, int64_t
   };
   each_item(count, next, layout, [&](int64_t i, auto& space) {
     if (items[i].high - items[i].low <= layer.few) forward_few<Stored>(layer, items[i], space.second);
-    else forward<Stored, Computed>(layer, items[i], space.first);
+    else forward<Stored>(layer, items[i], space.first);
   });
 }
 
@@ -262,7 +262,8 @@ struct BackwardSpace {
   Computed *out, *out_columns;      // gradient of out, [n][H] and [H][n]
   Computed *h, *h_columns;          // gradient of a slice of h, [n][2f] and [2f][n]
   Computed *inner, *inner_room;     // [n][f]
-  Computed *x_room[2], *room;       // right operands from rows of sources and from a block of a weight
+  Computed *x_room[2];              // right operands from rows of sources,
+  Computed *weight[2], *down;       // and from a slice of weights, gate and up
   float *grad_inner, *grad_x;       // [n][f], [n][K]
   float *block, *sums;              // gradients of a block of a weight; of the slices of all weights
   int64_t stride;                   // of what has columns
@@ -272,16 +273,17 @@ struct BackwardSpace {
 template <class Stored, class Computed>
 float activate_backward(const Stored* gate, const Stored* up, float p, int64_t f, const float* grad, Computed* grad_gate,
                         Computed* grad_up, Computed* inner) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < f; i++) {
-    const float g = widen(gate[i]), u = widen(up[i]), s = sigmoid(g), silu = g * s, weighted = grad[i] * p;
-    sum += grad[i] * silu * u;
-    narrow(weighted * u * s * (1.0f + g * (1.0f - s)), grad_gate[i]);
-    narrow(weighted * silu, grad_up[i]);
-    narrow(silu * u * p, inner[i]);
+  Vector sum = {};
+  for (int64_t i = 0; i < f; i += LANES) {
+    const Vector g = load(gate + i), u = load(up + i), s = sigmoid(g), silu = g * s, d = load(grad + i), weighted = d * p;
+    sum += d * silu * u;
+    store(grad_gate + i, weighted * u * s * (1.0f + g * (1.0f - s)));
+    store(grad_up + i, weighted * silu);
+    store(inner + i, silu * u * p);
   }
-  return sum;
+  float total = 0;
+  for (int i = 0; i < LANES; i++) total += sum[i];
+  return total;
 }
 
 // A weight's gradient where it lies: set, added to, or, where nothing will be read of it soon, written past the cache.
@@ -310,11 +312,17 @@ template <class Stored, class Computed>
 void backward(const Layer& layer, const Item& item, const BackwardSpace<Computed>& space) {
   const Expert<Stored> expert(layer, item.expert);
   const int64_t H = expert.H, F = expert.F, stride = space.stride;
-  const bool one_chunk = item.high - item.low <= BACKWARD_CHUNK;
+  const bool one_chunk = item.high - item.low <= CHUNK;
   for (int64_t slice = 0; slice < F; slice += expert.slice) {
     const int64_t f = std::min(expert.slice, F - slice), h_stride = 2 * f + PAD;
-    for (int64_t start = item.low; start < item.high; start += BACKWARD_CHUNK) {
-      const int64_t n = std::min(BACKWARD_CHUNK, item.high - start);
+    const auto down = right(expert.down + slice, F, H, f, space.down);
+    Matrix<Computed> weight[2];
+    for (int part : {0, 1}) {
+      const int64_t K = expert.width(part);
+      weight[part] = right(expert.weight(part) + slice * K, K, f, K, space.weight[part]);
+    }
+    for (int64_t start = item.low; start < item.high; start += CHUNK) {
+      const int64_t n = std::min(CHUNK, item.high - start);
       const bool first = start == item.low, last = start + n == item.high;
       float* sums = space.sums;
       // The gradient of lines of a weight, [rows][N] += L^T [rows][n] R [n][N], which lies `offset` into `gradient`.
@@ -341,11 +349,7 @@ void backward(const Layer& layer, const Item& item, const BackwardSpace<Computed
       };
 
       const auto grad_out = left((const Stored*)layer.out + start * H, H, n, H, space.out);
-      for (int64_t o = 0; o < H; o += BLOCK) {
-        const int64_t m = std::min(BLOCK, H - o);
-        const auto down = right(expert.down + o * F + slice, F, m, f, space.room);
-        multiply(n, f, m, {grad_out.data + o, grad_out.stride}, down, space.grad_inner, f, o > 0);
-      }
+      multiply(n, f, H, grad_out, down, space.grad_inner, f);
       for (int64_t r = 0; r < n; r++) {
         const Stored* h = (const Stored*)layer.h + (start + r) * 2 * F + slice;
         Computed* grad = space.h + r * h_stride;
@@ -354,7 +358,7 @@ void backward(const Layer& layer, const Item& item, const BackwardSpace<Computed
                                             grad + f, space.inner + r * f);
         grad_prob = slice ? grad_prob + sum : sum;
       }
-      const int64_t padded = round_up(n, LANES);
+      const int64_t padded = round_up(n, 2 * LANES);
       transpose(grad_out.data, grad_out.stride, n, padded, H, space.out_columns, stride);
       transpose(space.h, h_stride, n, padded, 2 * f, space.h_columns, stride);
 
@@ -369,11 +373,8 @@ void backward(const Layer& layer, const Item& item, const BackwardSpace<Computed
         const auto x = right(expert.rows(s, start), K, n, K, space.x_room[s]);
         for (int part : {0, 1}) {
           if (part * (layer.sources - 1) != s) continue;
-          for (int64_t k = 0; k < f; k += BLOCK, add = true) {
-            const int64_t m = std::min(BLOCK, f - k);
-            const auto weight = right(expert.weight(part) + (slice + k) * K, K, m, K, space.room);
-            multiply(n, K, m, {space.h + part * f + k, h_stride}, weight, grad_x, K, add);
-          }
+          multiply(n, K, f, {space.h + part * f, h_stride}, weight[part], grad_x, K, add);
+          add = true;
           add_gradient(item.grad_weight[s], (expert.first(part) + slice) * K, f, K, K,
                        space.h_columns + part * f * stride, x);
         }
@@ -388,7 +389,7 @@ template <class Stored, class Computed>
 void backward_items(const Layer& layer, const Item* items, int64_t count, int64_t* next) {
   const Expert<Stored> any(layer, 0);
   const int64_t H = any.H, f = any.slice, largest = items->high - items->low;
-  const int64_t n = round_up(std::min(BACKWARD_CHUNK, largest), LANES);
+  const int64_t n = round_up(std::min(CHUNK, largest), 2 * LANES);
   const bool widens = !std::is_same_v<Stored, Computed>, pairs = std::is_same_v<Computed, Half>;
   const bool bf16 = std::is_same_v<Stored, Half>;
   auto layout = [&](Workspace& memory) {
@@ -399,18 +400,19 @@ void backward_items(const Layer& layer, const Item* items, int64_t count, int64_
     space.h = memory.take<Computed>(n * (2 * f + PAD));
     space.h_columns = memory.take<Computed>(2 * f * space.stride);
     space.inner = memory.take<Computed>(n * f);
-    space.inner_room = memory.take<Computed>(pairs ? n * f : 0);
+    space.inner_room = memory.take<Computed>(pairs ? paired(n, f) : 0);
     int64_t widths = 0;
     for (int s : {0, 1}) {
       const int64_t K = s < layer.sources ? layer.source[s].width : 0;
-      space.x_room[s] = memory.take<Computed>(bf16 ? n * K : 0);
+      space.x_room[s] = memory.take<Computed>(bf16 ? paired(n, K) : 0);
       widths += K * (3 - layer.sources);
     }
-    space.room = memory.take<Computed>(bf16 ? BLOCK * any.widest() : 0);
+    for (int part : {0, 1}) space.weight[part] = memory.take<Computed>(bf16 ? paired(f, any.width(part)) : 0);
+    space.down = memory.take<Computed>(bf16 ? paired(H, f) : 0);
     space.grad_inner = memory.take<float>(n * f);
     space.grad_x = memory.take<float>(bf16 ? n * any.widest() : 0);
     space.block = memory.take<float>(BLOCK * any.widest());
-    space.sums = memory.take<float>(bf16 && largest > BACKWARD_CHUNK ? (H + widths) * f : 0);
+    space.sums = memory.take<float>(bf16 && largest > CHUNK ? (H + widths) * f : 0);
     return space;
   };
   each_item(count, next, layout, [&](int64_t i, auto& space) { backward<Stored, Computed>(layer, items[i], space); });
