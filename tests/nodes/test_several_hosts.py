@@ -23,8 +23,9 @@ def test_a_rank_on_each_host_and_experts_on_both(launcher, hosts, train, of_one_
 def test_two_ranks_on_each_host(launcher, experts, hosts, train, of_one_host):
     """Experts shared inside each host, or by all ranks over both; sums run in another order than on two ranks. How many
     ranks a host gets, sbatch learns from Slurm."""
+    dispatcher = "two_level" if experts == 4 else "auto"
     run_dir, arguments = train(
-        launcher.__name__, f"parallel.expert_parallel={experts}", "model.token_dispatcher=two_level"
+        launcher.__name__, f"parallel.expert_parallel={experts}", f"model.token_dispatcher={dispatcher}"
     )
     output = check(launcher(hosts, 2, arguments))
     assert f"4 processes, expert parallel {experts}" in output
