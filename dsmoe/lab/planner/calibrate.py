@@ -30,6 +30,7 @@ from dsmoe.runtime.device import device_name, gpu_memory_bytes, on_gpu, synchron
 VOCABULARY = 2048
 ON_GPU = 8192  # rows and columns of the products that are timed on one
 TYPICAL = 0.05  # relative error that is nothing unusual
+NOTICEABLE = 1e-4  # share of a run's time
 FEATURES = ("flops", "activation_bytes", "weight_bytes", "calls")
 
 
@@ -169,7 +170,8 @@ def _rate(seconds_per_unit: float, unit: float) -> float | None:
 
 
 def robust_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray) -> np.ndarray:
-    """`non_negative_fit` with Huber's loss: a run that something else disturbed counts less."""
+    """`non_negative_fit` with Huber's loss: a run that something else disturbed counts less. What explains no
+    time of a run stays at `least`: none could have told it from another value."""
     scale = _scale(rows)
     start = np.maximum(non_negative_fit(rows, times, least) * scale, least * scale + 1e-9)
 
@@ -177,7 +179,8 @@ def robust_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray) -> np.nda
         return rows / scale @ scaled / times - 1
 
     fitted = least_squares(relative_errors, start, bounds=(least * scale, np.inf), loss="huber", f_scale=TYPICAL)
-    return fitted.x / scale
+    share = (rows / scale * fitted.x / times[:, None]).max(0)
+    return np.where(share > NOTICEABLE, fitted.x / scale, least)
 
 
 def non_negative_fit(rows: np.ndarray, times: np.ndarray, least: np.ndarray | None = None) -> np.ndarray:
