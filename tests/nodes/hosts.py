@@ -187,6 +187,19 @@ class Hosts:
                 self.run(name, "tc", "qdisc", "del", "dev", "eth0", "root")
 
     @contextmanager
+    def lossy(self, percent: int) -> Iterator[None]:
+        """So many of the packets that reach a host from the other are dropped, by chance."""
+        chain = "add table inet lossy; add chain inet lossy input { type filter hook input priority 0; }"
+        drop = f"add rule inet lossy input iifname eth0 numgen random mod 100 < {percent} drop"
+        for name in NAMES:
+            self.run(name, "nft", f"{chain}; {drop}")
+        try:
+            yield
+        finally:
+            for name in NAMES:
+                self.run(name, "nft", "delete table inet lossy")
+
+    @contextmanager
     def hide(self, name: str, folder: Path, size: str = "50%") -> Iterator[None]:
         """An empty disk of that size in the place of a folder, on one host."""
         self.run(name, "mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder))

@@ -4,11 +4,12 @@ gone: test_supervise.py."""
 from __future__ import annotations
 
 import re
+import signal
 import time
 from pathlib import Path
 
 from hosts import NAMES
-from jobs import DEADLINE, FAULT, finish_all, losses, on_one_host, torchrun, wait_for_step, wait_until
+from jobs import DEADLINE, FAULT, finish_all, losses, metrics, on_one_host, torchrun, wait_for_step, wait_until
 
 from dsmoe.training.metrics import read_lines
 
@@ -20,13 +21,30 @@ def warned(run_dir: Path, text: str) -> bool:
     return any(text in event.get("text", "") for event in read_lines(run_dir / "events.jsonl"))
 
 
-def test_a_slow_link_is_warned_about_and_a_cut_one_told_on_both_sides(hosts, train):
+def job_over_a_link(hosts, train, name: str, limit: float = LIMIT) -> tuple[Path, list]:
     """15 s without a fault first: what an exchange usually takes is known after 20 steps. So many tokens that exchanges
     are most of what is sent, and a pause in each step, so that they are a small share of it before."""
-    steps = [f"training.timeout.step={LIMIT}", "training.steps=100000", "training.global_batch_size=64"]
-    run_dir, arguments = train("link", *steps)
+    steps = [f"training.timeout.step={limit}", "training.steps=100000", "training.global_batch_size=64"]
+    run_dir, arguments = train(name, *steps)
     jobs = torchrun(hosts, 1, arguments, PAUSE="0.4")
     wait_for_step(run_dir, 24, jobs)
+    return run_dir, jobs
+
+
+def test_a_lossy_link_is_warned_about_and_the_run_goes_on(hosts, train):
+    """20 s: see `job_over_a_link`. What TCP sends again arrives late."""
+    run_dir, jobs = job_over_a_link(hosts, train, "lossy", limit=60)
+    with hosts.lossy(10):
+        wait_until(lambda: warned(run_dir, "is a link slow or lossy?"), "warning", jobs)
+    reached = len(metrics(run_dir))
+    wait_for_step(run_dir, reached + 5, jobs)
+    hosts.kill("nodeA", f"-u\0{FAULT}", signal.SIGTERM)
+    assert "stopped by a signal at step" in finish_all(jobs)[0].output
+
+
+def test_a_slow_link_is_warned_about_and_a_cut_one_told_on_both_sides(hosts, train):
+    """30 s: see `job_over_a_link`, then the limit of a step."""
+    run_dir, jobs = job_over_a_link(hosts, train, "link")
     with hosts.slow("2mbit"):
         wait_until(lambda: warned(run_dir, "is a link slow or lossy?"), "warning", jobs)
     with hosts.cut():
