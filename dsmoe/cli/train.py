@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         return Start.read(config, arguments.fit)
 
     place, start = meet(read)
-    start.agree(place, arguments.check)
+    from dsmoe.lab.planner.memory import expected_bytes
+
+    start.agree(place, arguments.check, expected_bytes)
     if arguments.check:
         return FINISHED
     from dsmoe.training.run import train

@@ -47,6 +47,7 @@ class Report:
     device_needed: int
     disk_free: int
     disk_needed: int
+    expected: int = 0  # of memory by this rank, with activations, on its GPU or else the host: an estimate
     clock: float = 0.0  # seconds that this host's clock is ahead of rank 0's
     problems: list[str] = field(default_factory=list)
 
@@ -131,12 +132,15 @@ def join(place: Place, limits: Limits) -> None:
 _kept: list = []  # the store lives as long as the process
 
 
-def find_report(place: Place, run_dir: Path, equal: dict[str, str], state_bytes: int, checkpoint_bytes: int) -> Report:
+def find_report(
+    place: Place, run_dir: Path, equal: dict[str, str], state_bytes: int, checkpoint_bytes: int, expected_bytes: int = 0
+) -> Report:
     """What this rank finds.
 
     Args:
         equal: beside the versions of packages, what must be the same on all ranks.
         state_bytes: weights, gradients and optimizer state of a rank.
+        expected_bytes: an estimate of all that it holds at a time, activations too.
     """
     gpu = on_gpu()
     address, interface, problem = (None, None, None) if gpu else peer_address()
@@ -148,7 +152,7 @@ def find_report(place: Place, run_dir: Path, equal: dict[str, str], state_bytes:
         memory_free=memory_free(), memory_needed=0 if gpu else state_bytes,
         device_free=accelerator().available_memory() if gpu else None, device_needed=state_bytes if gpu else 0,
         disk_free=shutil.disk_usage(_existing(run_dir)).free, disk_needed=checkpoint_bytes, clock=time.time(),
-        problems=problems,
+        expected=expected_bytes, problems=problems,
     )  # fmt: skip
 
 
@@ -212,12 +216,23 @@ def judge(reports: list[Report]) -> Verdict:
     warnings = []
     for host, own in by_host.items():
         free, needed = min(report.memory_free for report in own), sum(report.memory_needed for report in own)
+        expected = sum(report.expected for report in own if report.device_free is None)
         if needed > free:
             problems.append(f"{host}: {_gib(free)} of memory are free, and its {len(own)} ranks need {_gib(needed)}")
+        elif expected > free:
+            more = f"its {len(own)} ranks may need {_gib(expected)} with activations (dsmoe plan)"
+            warnings.append(f"{host}: {_gib(free)} of memory are free, and {more}")
         for report in own:
-            if report.device_free is not None and report.device_needed > report.device_free:
+            if report.device_free is None:
+                continue
+            if report.device_needed > report.device_free:
                 memory = f"its GPU has {_gib(report.device_free)} free, and it needs {_gib(report.device_needed)}"
                 problems.append(f"rank {report.rank} on {host}: {memory}")
+            elif report.expected > report.device_free:
+                more = f"it may need {_gib(report.expected)} with activations (dsmoe plan)"
+                warnings.append(
+                    f"rank {report.rank} on {host}: its GPU has {_gib(report.device_free)} free, and {more}"
+                )
         clock = max((report.clock for report in own), key=abs)
         if abs(clock) > CLOCK_TOLERANCE:
             warnings.append(f"{host}: its clock is {abs(clock):.0f} s {'ahead of' if clock > 0 else 'behind'} rank 0's")
@@ -265,7 +280,8 @@ def _table(by_host: dict[str, list[Report]]) -> list[str]:
         ranks = f"{first.rank}-{own[-1].rank}" if len(own) > 1 else str(first.rank)
         address = f"{first.address} ({first.interface})" if first.interface else str(first.address or "-")
         free = min(report.device_free if report.device_free is not None else report.memory_free for report in own)
-        needed = sum(report.memory_needed for report in own) or max(report.device_needed for report in own)
+        on_host = sum(max(report.memory_needed, report.expected) for report in own)
+        needed = on_host if own[0].device_free is None else max(max(r.device_needed, r.expected) for r in own)
         row = [host, ranks, address, _gib(free), _gib(needed), _gib(min(report.disk_free for report in own))]
         rows.append([*row, f"{first.clock:+.2f} s"])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

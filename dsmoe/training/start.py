@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,11 +63,13 @@ class Start:
         timeout = self.config.training.timeout
         return Limits(timeout.start, timeout.step, timeout.save)
 
-    def agree(self, place: Place, check: bool = False) -> None:
+    def agree(self, place: Place, check: bool = False, estimate: Callable[[RunConfig, int], int] | None = None) -> None:
         """Compare with all other ranks; collective.
 
         Args:
             check: show what was found on every host, also where all is well.
+            estimate: of a rank's memory with activations, from `settled` and the number of ranks; where less is
+                free, the start warns.
 
         Raises:
             ParallelError: on every rank, if the run cannot start on any.
@@ -77,7 +80,9 @@ class Start:
                     training.gradient_accumulation)  # fmt: skip
         run_dir = Path(self.config.logging.run_dir)
         needed = state_bytes(self.settled, world), BYTES_SAVED * model_size(self.settled).total
-        verdict = agree(find_report(place, run_dir, self.equal, *needed), run_dir, training.timeout.start or 10**6)
+        expected = estimate(self.settled, world) if estimate else 0
+        report = find_report(place, run_dir, self.equal, *needed, expected)
+        verdict = agree(report, run_dir, training.timeout.start or 10**6)
         if place.rank == 0:
             _show(verdict, world, check)
         if verdict.problems:

@@ -9,11 +9,14 @@ layer is at work.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
+from dsmoe.config import RunConfig
+from dsmoe.lab.planner.hardware import Hardware, Link, Speed
 from dsmoe.lab.planner.layout import Layout
 from dsmoe.optim.registry import optimizer_class
 from dsmoe.routers import get
+from dsmoe.runtime.device import on_gpu
 
 MASTER = STATE = 4  # of a master weight, and of each state of the optimizer, fp32
 REDUCED = 4  # of the flat gradient that the optimizer reads, fp32
@@ -80,6 +83,25 @@ def memory(layout: Layout) -> Memory:
         logits=logits(layout),
         overheads=(layout.hardware.state_overhead, layout.hardware.activation_overhead),
     )
+
+
+def expected_bytes(config: RunConfig, ranks: int) -> int:
+    """What a rank's tensors take at the worst moment of its first steps, without the process itself and what its
+    allocator holds beside them: on a machine of which nothing is known.
+
+    Args:
+        config: with its vocabulary and precision.
+        ranks: of the kind that this process is one of, on GPUs or on the host.
+    """
+    precision = config.training.precision
+    machine = Hardware(
+        name="unknown", devices_per_node=ranks, memory_gib=1, cpu=not on_gpu(), peak_tflops={precision: 1.0},
+        speeds={"default": Speed(tflops={precision: 1.0})}, within_node=Link(gb_s=1.0),
+    )  # fmt: skip
+    layout = Layout(config, machine, ranks)
+    dense = layout.options.initial_experts_per_token(config.model)
+    needed = memory(replace(layout, experts_per_token=dense))
+    return int(needed.state + needed.transient)
 
 
 def layer_parameters(layout: Layout) -> float:

@@ -52,6 +52,19 @@ def test_what_does_not_fit_is_a_problem_with_its_rank_and_host(other, problem):
     assert judge([GOOD, on(1, "b", **other)]).problems == [problem]
 
 
+def test_what_may_not_fit_with_activations_is_a_warning_and_what_the_table_says_is_needed():
+    host = judge([on(0, "a", expected=5 * GIB), on(1, "a", expected=5 * GIB)])
+    assert not host.problems and host.warnings == [
+        "a: 8.0 GiB of memory are free, and its 2 ranks may need 10.0 GiB with activations (dsmoe plan)"
+    ]
+    assert "10.0 GiB" in host.table[1]
+    gpu = judge([on(0, "a", memory_needed=0, device_free=80 * GIB, device_needed=GIB, expected=90 * GIB)])
+    assert not gpu.problems and gpu.warnings == [
+        "rank 0 on a: its GPU has 80.0 GiB free, and it may need 90.0 GiB with activations (dsmoe plan)"
+    ]
+    assert not judge([on(0, "a", expected=7 * GIB)]).warnings
+
+
 def test_ranks_of_a_host_share_its_memory():
     assert judge([GOOD, on(1, "a", memory_needed=8 * GIB)]).problems == [
         "a: 8.0 GiB of memory are free, and its 2 ranks need 9.0 GiB"

@@ -13,7 +13,7 @@ from dsmoe.data.megatron import indexed_dataset
 from dsmoe.errors import ParallelError
 from dsmoe.lab.planner.hardware import load_hardware
 from dsmoe.lab.planner.layout import Layout
-from dsmoe.lab.planner.memory import memory
+from dsmoe.lab.planner.memory import expected_bytes, memory
 from dsmoe.routers.registry import option_classes
 from dsmoe.training.start import Start, fit_plan, state_bytes
 
@@ -34,6 +34,10 @@ def test_the_memory_a_rank_needs_at_least_is_the_planners_state(stage, precision
     config = validate_config(tree, option_classes())
     layout = Layout(config, load_hardware(Path("configs/hardware/h100.yaml")), ranks=8)
     assert state_bytes(config, 8) == pytest.approx(memory(layout).state, rel=0.01)
+    expected = expected_bytes(config, 8)
+    assert expected > memory(layout).state
+    longer = config.model_copy(update={"model": config.model.model_copy(update={"sequence_length": 4096})})
+    assert expected_bytes(longer, 8) > 2 * expected
 
 
 @pytest.mark.parametrize(
