@@ -9,6 +9,7 @@ import ast
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -568,8 +569,12 @@ def test_a_flat_tensor_is_a_key_of_the_optimizers_state():
     )
 
 
-def test_starting_a_process_does_not_load_a_compiler():
-    """Megatron and DeepSpeed call `torch.compile` at import; `dsmoe/runtime/megatron.py` avoids that cost."""
-    script = "import sys, dsmoe.training.run; print('torch._inductor.lowering' in sys.modules)"
+def test_starting_a_process_does_not_load_a_compiler_or_a_monitor():
+    """Megatron and DeepSpeed call `torch.compile` at import, and Megatron's inference engine imports W&B where there is
+    one; `dsmoe/runtime/megatron.py` avoids that cost, and forbids no later import."""
+    script = (
+        "import sys, importlib.util as util, dsmoe.training.run;"
+        "print(*({'torch._inductor.lowering', 'wandb'} & sys.modules.keys()), util.find_spec('wandb') is not None)"
+    )
     said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said.split()[-1] == "False"
+    assert said.splitlines()[-1] == str(importlib.util.find_spec("wandb") is not None)
