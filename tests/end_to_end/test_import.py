@@ -77,12 +77,14 @@ def test_a_trained_import_leaves_and_comes_back_with_another_router(imported, pl
     run_dir, _ = imported
     if not (run_dir / "checkpoints" / "step_00000001").is_dir():  # the test before trains it
         train(run_dir, corpus, 1)
-    assert "held to the run" in convert("export", run_dir, place / "exported")
-    card = (place / "exported" / "README.md").read_text()
+    assert "held to the run" in convert("export", run_dir, place / "imported again" / "exported")
+    card = (place / "imported again" / "exported" / "README.md").read_text()
     assert "Fine-tuned from `a model of the hub`: 1 optimizer steps, 128 tokens" in card
     operated = place / "runs" / "operated"
     options = ["--router", "relu", "--skip-check", "--set", "training.global_batch_size=4"]
-    assert "router relu from the gates of topk" in convert("import", place / "exported", operated, *options)
+    assert "router relu from the gates of topk" in convert(
+        "import", place / "imported again" / "exported", operated, *options
+    )
     train(operated, corpus, 2)
     assert [line["step"] for line in metrics(operated)] == [1, 2]
     convert("export", operated, place / "of relu")
