@@ -46,14 +46,13 @@ def main(argv: list[str] | None = None) -> int:
 
         path = find_config(arguments.config)
         config = load_config(path, arguments.overrides, router_options, optimizer_options)
+        from dsmoe.lab.planner.memory import expected_bytes
         from dsmoe.training.start import Start
 
-        return Start.read(config, arguments.fit)
+        return Start.read(config, arguments.fit, expected_bytes)
 
     place, start = meet(read)
-    from dsmoe.lab.planner.memory import expected_bytes
-
-    start.agree(place, arguments.check, expected_bytes)
+    start.agree(place, arguments.check)
     if arguments.check:
         return FINISHED
     from dsmoe.training.run import train

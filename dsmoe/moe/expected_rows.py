@@ -36,8 +36,8 @@ def resolve_dispatcher(
     if ranks_per_node is None or not 1 < ranks_per_node < expert_parallel:
         return "all_to_all"
     direct, relayed = (
-        expected_rows(way, num_experts, experts_per_token, expert_parallel, ranks_per_node).between_nodes
-        for way in ("all_to_all", "two_level")
+        expected_rows(dispatcher, num_experts, experts_per_token, expert_parallel, ranks_per_node).between_nodes
+        for dispatcher in ("all_to_all", "two_level")
     )
     return "two_level" if relayed <= TWO_LEVELS_PAY * direct else "all_to_all"
 

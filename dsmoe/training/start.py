@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from dsmoe.checkpoint.files import find_checkpoint
 from dsmoe.config import RunConfig
@@ -29,6 +30,9 @@ from dsmoe.training.run import with_vocabulary
 BYTES_SAVED = 12  # of a parameter in a checkpoint: weight and both moments in fp32
 
 
+Estimate: TypeAlias = Callable[[RunConfig, int], int]
+
+
 @dataclass(frozen=True)
 class Start:
     """What this process has read of the run that it is to start.
@@ -37,14 +41,17 @@ class Start:
         config: as the user wrote it.
         settled: with what data and device decide.
         equal: what all ranks must have the same.
+        estimate: of a rank's memory with activations, from `settled` and the number of ranks; where less is free, the
+            start warns.
     """
 
     config: RunConfig
     settled: RunConfig
     equal: dict[str, str]
+    estimate: Estimate | None = None
 
     @classmethod
-    def read(cls, config: RunConfig, fit: bool = False) -> Start:
+    def read(cls, config: RunConfig, fit: bool = False, estimate: Estimate | None = None) -> Start:
         """Look at the data and the run folder; `fit`: as `fit_plan`. Raises `DsmoeError`."""
         if fit:
             config = fit_plan(config, find_place().world)
@@ -56,20 +63,18 @@ class Start:
             "configuration": _digest(settled.model_dump_json()),
             "data": _digest(json.dumps(data_identity(corpus))),
             "checkpoint to resume": str(checkpoint),
-        })  # fmt: skip
+        }, estimate)  # fmt: skip
 
     @property
     def limits(self) -> Limits:
         timeout = self.config.training.timeout
         return Limits(timeout.start, timeout.step, timeout.save)
 
-    def agree(self, place: Place, check: bool = False, estimate: Callable[[RunConfig, int], int] | None = None) -> None:
+    def agree(self, place: Place, check: bool = False) -> None:
         """Compare with all other ranks; collective.
 
         Args:
             check: show what was found on every host, also where all is well.
-            estimate: of a rank's memory with activations, from `settled` and the number of ranks; where less is
-                free, the start warns.
 
         Raises:
             ParallelError: on every rank, if the run cannot start on any.
@@ -80,7 +85,7 @@ class Start:
                     training.gradient_accumulation)  # fmt: skip
         run_dir = Path(self.config.logging.run_dir)
         needed = state_bytes(self.settled, world), BYTES_SAVED * model_size(self.settled).total
-        expected = estimate(self.settled, world) if estimate else 0
+        expected = self.estimate(self.settled, world) if self.estimate else 0
         report = find_report(place, run_dir, self.equal, *needed, expected)
         verdict = agree(report, run_dir, training.timeout.start or 10**6)
         if place.rank == 0:
