@@ -49,6 +49,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parallel", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     parser.add_argument("--retry", action="store_true", help="also run again what failed")
     parser.add_argument(
+        "--reported", type=user_path, metavar="DIR", help="a study's folder of a report, whose cells are not run again"
+    )
+    parser.add_argument(
         "--before",
         metavar="COMMAND",
         help="run before each cell, which starts when it ends: to wait for a quiet machine",
@@ -71,10 +74,17 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
 def run_study(arguments: argparse.Namespace) -> int:
     from dsmoe.lab.study.check import load_study
     from dsmoe.lab.study.runner import run_study
+    from dsmoe.lab.study.saved import reported_cells
 
     study = load_study(arguments.study)
     before = shlex.split(arguments.before) if arguments.before else None
-    failed = run_study(study, arguments.out, arguments.parallel, arguments.retry, before=before)
+    reported = set()
+    if arguments.reported is not None:
+        reported = reported_cells(arguments.reported, study)
+        print(f"{len(reported)} of {len(study.cells())} cells are in {arguments.reported} and are not run again")
+    failed = run_study(
+        study, arguments.out, arguments.parallel, arguments.retry, before=before, reported=reported
+    )  # fmt: skip
     if failed:
         print(f"{failed} of {len(study.cells())} cells failed; their errors are in {arguments.out}/*/*/*/cell.json")
     return 1 if failed else 0

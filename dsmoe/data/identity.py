@@ -29,6 +29,13 @@ def data_identity(corpus: Corpus | Blend) -> dict[str, Any]:
     }
 
 
+def name_of(split: Any) -> str:
+    """A split of an identity, as messages name it."""
+    if not isinstance(split, dict):
+        return "none"
+    return f"{split.get('tokens', 0):,} tokens ({str(split.get('fingerprint'))[:12]})"
+
+
 def _blend_identity(blend: Blend) -> dict[str, Any]:
     each = [data_identity(part) for part in blend.corpora]
     identity: dict[str, Any] = {"tokenizer": each[0]["tokenizer"]}

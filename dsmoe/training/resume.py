@@ -19,6 +19,7 @@ from typing import Any
 from dsmoe.checkpoint.files import Manifest, Position
 from dsmoe.config import ModelConfig, RunConfig, validate_config
 from dsmoe.config.validate import is_allowed
+from dsmoe.data.identity import name_of
 from dsmoe.errors import CheckpointError, ConfigError
 from dsmoe.routers.registry import option_classes
 
@@ -101,13 +102,13 @@ def _refusal(key: str, manifest: Manifest, config: RunConfig) -> str | None:
 
 def _changed_data(manifest: Manifest, data: dict[str, Any]) -> list[Change]:
     if manifest.data is None:
-        return [] if manifest.samples == 0 else [Change("data", "not recorded", _named(data["train"]))]
+        return [] if manifest.samples == 0 else [Change("data", "not recorded", name_of(data["train"]))]
     changes, before = [], manifest.data
     if _differ(before, data, "train"):
         reason = "the run's place in it means nothing in other data"
-        changes.append(Change("data", _named(before.get("train")), _named(data["train"]), reason))
+        changes.append(Change("data", name_of(before.get("train")), name_of(data["train"]), reason))
     if _differ(before, data, "valid"):
-        changes.append(Change("held-out data", _named(before.get("valid")), _named(data["valid"])))
+        changes.append(Change("held-out data", name_of(before.get("valid")), name_of(data["valid"])))
     if before.get("tokenizer") != data["tokenizer"]:
         reason = "the same ids stand for other text"
         was, now = (str(sha)[:12] if sha else "none" for sha in (before.get("tokenizer"), data["tokenizer"]))
@@ -117,12 +118,6 @@ def _changed_data(manifest: Manifest, data: dict[str, Any]) -> list[Change]:
 
 def _differ(before: dict[str, Any], data: dict[str, Any], split: str) -> bool:
     return before.get(split) != data[split]
-
-
-def _named(split: Any) -> str:
-    if not isinstance(split, dict):
-        return "none"
-    return f"{split.get('tokens', 0):,} tokens ({str(split.get('fingerprint'))[:12]})"
 
 
 def _position(

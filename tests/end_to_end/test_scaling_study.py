@@ -41,6 +41,15 @@ def test_a_study_runs_and_reports(place, config):
     text = (place / "report" / "report.md").read_text()
     assert "2 of 2 runs finished" in text and "all-to-all per token" in text
     assert (place / "report" / "index.html").read_text().endswith("</html>\n")
+    carried_on = ["--out", str(place / "runs" / "elsewhere"), "--reported", str(place / "report" / "study")]
+    again = forked(TOOL, "run", str(path), *carried_on)
+    assert again.code == 0 and "2 of 2 cells are in" in again.output, again.output
+    about = place / "report" / "study" / "about.json"
+    data = json.loads(about.read_text())["data"]
+    assert list(data) == [yaml.safe_load(config.read_text())["data"]["path"]]
+    about.write_text(json.dumps({"data": {path: "100 tokens (abc)" for path in data}}))
+    refused = forked(TOOL, "run", str(path), *carried_on)
+    assert refused.code == 2 and "expected 100 tokens (abc), which the cells before" in " ".join(refused.output.split())
 
 
 PICTURES = """() => [...document.querySelectorAll("figure svg")].filter((svg) => svg.checkVisibility()).map((svg) => {

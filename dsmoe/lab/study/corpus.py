@@ -1,24 +1,28 @@
 """A study corpus from what any Debian machine can install: Python, English and C.
 
-    python   *.py of the interpreter's standard library and of its site-packages
+    python   *.py of the interpreter's standard library and of the packages that dsmoe requires, and that those require
     docs     Documentation/ of the package linux-source-6.1, without translations
     c        *.c and *.h of the same package, a share of the folders
 
 A document is a file. Files with equal content count once. Whole folders are held out, so that a held-out file has no
-neighbour in the training text. The packages of another machine differ, and so does its corpus: `corpus.json` holds, for
-each kind, the number of documents and a hash over all of them. Needs about 3 bytes of memory for each byte of text.
+neighbour in the training text. The same versions of Python, of its packages (`constraints.txt`) and of the kernel give
+the same corpus on every machine, whatever else is installed: `corpus.json` names them, and holds, for each kind, the
+number of documents and a hash over all of them. Needs about 3 bytes of memory for each byte of text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sysconfig
+import platform
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path, PurePosixPath
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 
 from dsmoe.data.description import DatasetDescription, TokenizerDescription, file_sha256
@@ -69,7 +73,8 @@ def build_corpus(
     """
     console = console or Console(quiet=True)
     console.print("reading")
-    documents, duplicates = without_duplicates(read_documents(linux or newest_linux(), c_share))
+    linux, packages = linux or newest_linux(), required_packages()
+    documents, duplicates = without_duplicates(read_documents(linux, c_share, packages))
     documents.sort(key=lambda document: (_hash(document.name), document.kind))
     documents = _first_bytes(documents, limit_bytes)
     held = held_out_groups(documents, valid_fraction)
@@ -87,7 +92,11 @@ def build_corpus(
                 for text, ids in zip(texts_of_group, encoded, strict=True):
                     writer.add(text, ids)
             splits[split] = writer.finish()
-        summary = {**_summary(documents, held), "duplicates_removed": duplicates}
+        summary = {
+            **_summary(documents, held), "duplicates_removed": duplicates, "python": platform.python_version(),
+            "packages": {name: package.version for name, package in packages.items()},
+            "linux": None if linux is None else file_sha256(linux),
+        }  # fmt: skip
         (folder / CORPUS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         description = DatasetDescription(
             name=output.resolve().name,
@@ -113,13 +122,42 @@ def newest_linux() -> Path | None:
     return max(Path("/").glob(LINUX.removeprefix("/")), default=None)
 
 
-def read_documents(linux: Path | None, c_share: float) -> Iterator[Document]:
+def required_packages(root: str = "dsmoe") -> dict[str, metadata.Distribution]:
+    """The installed packages that `root` requires, directly or not, by canonical name; itself and extras that nothing
+    asks for left out."""
+    found: dict[str, metadata.Distribution] = {}
+    waiting = [Requirement(root)]
+    visited: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        wanted = waiting.pop()
+        name, extras = canonicalize_name(wanted.name), frozenset(wanted.extras)
+        if (name, extras) in visited:
+            continue
+        visited.add((name, extras))
+        try:
+            package = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        found[name] = package
+        for line in package.requires or []:
+            requirement = Requirement(line)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                waiting.append(requirement)
+    found.pop(canonicalize_name(root), None)
+    return dict(sorted(found.items()))
+
+
+def read_documents(
+    linux: Path | None, c_share: float, packages: dict[str, metadata.Distribution]
+) -> Iterator[Document]:
     """Every file that counts as a document, duplicates included."""
     for file in find_files([STDLIB]):
         yield from _document("python", f"stdlib/{file.name}", file.path.read_bytes())
-    for root in sorted({sysconfig.get_path(scheme) for scheme in ("purelib", "platlib")}):
-        for path in sorted(Path(root).rglob("*.py")):
-            yield from _document("python", path.relative_to(root).as_posix(), path.read_bytes())
+    for package in packages.values():
+        for module in sorted(package.files or [], key=str):
+            if module.suffix == ".py" and ".." not in module.parts:
+                yield from _document("python", module.as_posix(), Path(str(module.locate())).read_bytes())
     if linux is not None:
         yield from _linux_documents(linux, c_share)
 

@@ -166,6 +166,13 @@ class Study(Section):
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
+    def needed_by(self, cell: Cell) -> Cell | None:
+        """The cell whose run this one branches off, or whose compute it takes."""
+        if cell.length != 1:
+            return cell.whole
+        name = self.arm(cell.arm).match_compute_of
+        return None if name is None or cell.gate is not None else Cell(name, cell.point, cell.seed)
+
     @property
     def reference(self) -> str:
         """The arm that others are measured against."""

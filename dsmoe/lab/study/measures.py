@@ -15,7 +15,17 @@ import numpy
 from dsmoe.config import RunConfig
 from dsmoe.lab.study.grid import MEASURED, Cell, Study
 from dsmoe.lab.study.inside import REPLAYED, Inside
-from dsmoe.lab.study.results import END, finished, flops_per_token, history, read_result, run_config, sized
+from dsmoe.lab.study.results import (
+    END,
+    finished,
+    flops_per_token,
+    history,
+    read_result,
+    run_config,
+    same_data,
+    sized,
+    trained_on,
+)
 from dsmoe.lab.study.runner import read_record
 
 SMOOTH = 0.02  # of a run, each way
@@ -107,6 +117,7 @@ class StudyResults:
     missing: list[tuple[Cell, str]]  # cells without a result, and why
     machine: str
     commits: list[str]
+    data: dict[str, str] = field(default_factory=dict)  # what each `data.path` was, where it is known
 
     @property
     def full(self) -> list[Measured]:
@@ -148,8 +159,9 @@ def at(point) -> str:
 
 
 def read_results(study: Study, out: Path) -> StudyResults:
-    """All cells of a study."""
+    """All cells of a study. Raises `ConfigError` where they were not trained on the same data."""
     measured, missing, machines, commits = [], [], [], []
+    data: dict[str, str] = {}
     for cell in study.cells():
         if cell.gate is not None:
             continue
@@ -163,9 +175,10 @@ def read_results(study: Study, out: Path) -> StudyResults:
         machines.append(record.get("machine", ""))
         commits.append(record.get("commit", ""))
         measured.append(measure(study, cell, folder, record))
-    return StudyResults(
-        study, out, measured, missing, next(iter(machines), ""), list(dict.fromkeys(filter(None, commits)))
-    )
+        if (known := trained_on(folder)) is not None:
+            data = same_data(data, {str(run_config(folder).data.path): known}, str(folder))
+    commits = list(dict.fromkeys(filter(None, commits)))
+    return StudyResults(study, out, measured, missing, next(iter(machines), ""), commits, data)
 
 
 def measure(study: Study, cell: Cell, folder: Path, record: dict) -> Measured:

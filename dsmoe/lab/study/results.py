@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 
+from dsmoe.checkpoint.files import newest_checkpoint, read_manifest
 from dsmoe.config import RunConfig, load_config
+from dsmoe.data.identity import name_of
+from dsmoe.errors import ConfigError
 from dsmoe.model.size import ModelSize, model_size
 from dsmoe.routers import get
 from dsmoe.routers.registry import option_classes
@@ -65,6 +68,26 @@ def history(run_dir: Path, config: RunConfig) -> list[dict]:
 def run_config(run_dir: Path) -> RunConfig:
     """The resolved configuration that a run wrote."""
     return load_config(run_dir / "config.yaml", (), option_classes())
+
+
+def trained_on(run_dir: Path) -> str | None:
+    """What a run's training data is called in messages, from its newest checkpoint; None: it has none that tells."""
+    newest = newest_checkpoint(run_dir)
+    data = None if newest is None else read_manifest(newest).data
+    return None if data is None else name_of(data["train"])
+
+
+def same_data(first: dict[str, str], second: dict[str, str], place: str) -> dict[str, str]:
+    """`data.path` -> data, of both. Raises `ConfigError` where one path was not the same data: losses on two corpora
+    cannot be compared."""
+    problems = [
+        f"{path}: found {second[path]}, expected {first[path]}, which the cells before were trained on"
+        for path in sorted(first.keys() & second.keys())
+        if first[path] != second[path]
+    ]
+    if problems:
+        raise ConfigError(problems, place)
+    return first | second
 
 
 def finished(lines: list[dict], steps: int) -> bool:

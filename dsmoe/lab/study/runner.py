@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ ERROR_LINES = 20  # of a failed run's output that are kept
 
 def run_study(
     study: Study, out: Path, parallel: int, retry: bool = False, console: Console | None = None,
-    before: list[str] | None = None,
+    before: list[str] | None = None, reported: Collection[Cell] = (),
 ) -> int:  # fmt: skip
     """Run what is not finished yet.
 
@@ -53,6 +53,7 @@ def run_study(
         parallel: cells at a time; each gets its share of the cores.
         retry: also run again what failed.
         before: a command that is run before each cell, which starts when it has ended.
+        reported: cells that are not run, as their results are elsewhere (`dsmoe.lab.study.saved.reported_cells`).
 
     Returns:
         How many cells have failed, earlier calls included.
@@ -62,7 +63,7 @@ def run_study(
         TrainingError: another study is running in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
-    runner = StudyRunner(study, out, parallel, retry, console, before)
+    runner = StudyRunner(study, out, parallel, retry, console, before, reported)
     write_atomically(out / COPY, yaml.safe_dump(study.model_dump(), sort_keys=False, allow_unicode=True).encode())
     return runner.run()
 
@@ -116,9 +117,10 @@ class StudyRunner:
 
     def __init__(
         self, study: Study, out: Path, parallel: int, retry: bool = False, console: Console | None = None,
-        before: list[str] | None = None,
+        before: list[str] | None = None, reported: Collection[Cell] = (),
     ):  # fmt: skip
-        self.study, self.cells, self.out, self.parallel = study, study.cells(), out, parallel
+        self.study, self.out, self.parallel = study, out, parallel
+        self.cells = [cell for cell in study.cells() if cell not in reported]
         self.console = console or make_console(soft_wrap=True)
         self.before = before
         self.notes = {"machine": machine(), "commit": commit()}
@@ -140,7 +142,7 @@ class StudyRunner:
                 return None
             if reason := reason_to_skip(self.study, cell.arm, {gate: self._loss(gate) for gate in gates}):
                 return {"status": "skipped", "error": reason}
-        needed = cell.whole if cell.length != 1 else self._matched(cell)
+        needed = self.study.needed_by(cell)
         if needed is None:
             return self._launch(cell, None)
         if needed not in self.ended:
@@ -170,11 +172,6 @@ class StudyRunner:
             notes={**self.notes, "cores": min(cores(), self.study.ranks), "alone": self.parallel == 1}
             | ({} if steps is None else {"matched_steps": steps}),
         )
-
-    def _matched(self, cell: Cell) -> Cell | None:
-        """The cell whose compute this one matches."""
-        name = self.study.arm(cell.arm).match_compute_of
-        return None if name is None or cell.gate is not None else Cell(name, cell.point, cell.seed)
 
     def _loss(self, cell: Cell) -> float | None:
         return read_result(cell.folder(self.out)).val_loss if self.ended[cell]["status"] == "done" else None

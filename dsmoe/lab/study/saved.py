@@ -3,7 +3,7 @@
 study.yaml    what was run
 cells.csv     a line for each finished cell: arm, seed, length, axes, shape, and every quantity of `MEASURES`
 curves.csv    loss, evaluations and cost over training, at most `POINTS` steps of each cell and its evaluations
-about.json    machine, commits, and the cells without a result with the reason
+about.json    machine, commits, what each `data.path` was, and the cells without a result with the reason
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from typing import Any
 
 import yaml
 
+from dsmoe.data.dataset import open_corpus
+from dsmoe.data.identity import data_identity, name_of
 from dsmoe.errors import ConfigError
 from dsmoe.lab.study.check import load_study
 from dsmoe.lab.study.grid import Cell, Study
 from dsmoe.lab.study.measures import CURVE, MEASURES, Measured, StudyResults, x_of
+from dsmoe.lab.study.results import same_data
+from dsmoe.lab.study.runner import same_run
+from dsmoe.lab.study.settings import cell_config
 from dsmoe.runtime.files import write_atomically
 
 STUDY, CELLS, CURVES, ABOUT = "study.yaml", "cells.csv", "curves.csv", "about.json"
@@ -32,7 +37,7 @@ def save_results(results: StudyResults, folder: Path) -> list[Path]:
     study = yaml.safe_dump(results.study.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
     missing = [[cell.arm, [list(axis) for axis in cell.point], cell.seed, cell.length, why]
                for cell, why in results.missing]  # fmt: skip
-    about = {"machine": results.machine, "commits": results.commits, "missing": missing}
+    about = {"machine": results.machine, "commits": results.commits, "data": results.data, "missing": missing}
     write_atomically(folder / STUDY, study.encode())
     write_atomically(folder / ABOUT, (json.dumps(about) + "\n").encode())
     axes = list(dict.fromkeys(axis for run in results.measured for axis, _ in run.cell.point))
@@ -80,7 +85,8 @@ def read_saved(folder: Path) -> StudyResults:
         measured.append(Measured(cell, values, x, shape, curves.get(cell, [])))
     missing = [(Cell(arm, tuple((axis, value) for axis, value in point), seed, length), why)
                for arm, point, seed, length, why in about.get("missing", [])]  # fmt: skip
-    return StudyResults(study, folder, measured, missing, about.get("machine", ""), about.get("commits", []))
+    machine, commits, data = about.get("machine", ""), about.get("commits", []), about.get("data", {})
+    return StudyResults(study, folder, measured, missing, machine, commits, data)
 
 
 def _cell(study: Study, row: dict[str, str], folder: Path) -> Cell:
@@ -93,12 +99,40 @@ def _cell(study: Study, row: dict[str, str], folder: Path) -> Cell:
 
 
 def merged(first: StudyResults, second: StudyResults) -> StudyResults:
-    """The cells of both, the second's where both have one: a study that was run in two places."""
+    """The cells of both, the second's where both have one: a study that was run in two places. Raises `ConfigError`
+    where they were not trained on the same data."""
     cells = {run.cell: run for run in (*first.measured, *second.measured)}
     missing = [(cell, why) for cell, why in second.missing if cell not in cells]
     commits = list(dict.fromkeys([*first.commits, *second.commits]))
     machine = first.machine or second.machine
-    return replace(second, measured=list(cells.values()), missing=missing, commits=commits, machine=machine)
+    data = same_data(first.data, second.data, str(second.out))
+    return replace(second, measured=list(cells.values()), missing=missing, commits=commits, machine=machine, data=data)
+
+
+def reported_cells(folder: Path, study: Study) -> set[Cell]:
+    """The cells of `study` that need not be run again, as a report in `folder` has them: not those that a cell which it
+    lacks branches off or takes its compute from.
+
+    Raises:
+        ConfigError: the report is of another study, or of other data than this machine has.
+    """
+    results = read_saved(folder)
+    cells = {cell: cell_config(study, cell, folder) for cell in study.cells() if cell.gate is None}
+    found = {run.cell for run in results.measured} & cells.keys()
+    problems = [
+        f"{cell}: found the result of another configuration"
+        for cell in sorted(found, key=str)
+        if not same_run(cell_config(results.study, cell, folder).model_dump(mode="json"), cells[cell])
+    ]
+    if problems:
+        raise ConfigError(problems, str(folder))
+    here = {}
+    for config in {str(config.data.path): config for config in cells.values()}.values():
+        if str(config.data.path) in results.data:
+            here[str(config.data.path)] = name_of(data_identity(open_corpus(config.data))["train"])
+    same_data(results.data, here, str(folder))
+    needed = {study.needed_by(cell) for cell in cells if cell not in found}
+    return found - needed - {study.needed_by(cell) for cell in needed if cell is not None}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,14 @@ from dsmoe.config import DataConfig
 from dsmoe.data.corpus import open_corpus
 from dsmoe.errors import DataError
 from dsmoe.lab.study import corpus
-from dsmoe.lab.study.corpus import Document, build_corpus, held_out_groups, read_documents, without_duplicates
+from dsmoe.lab.study.corpus import (
+    Document,
+    build_corpus,
+    held_out_groups,
+    read_documents,
+    required_packages,
+    without_duplicates,
+)
 
 TEXT = "int main(void) { return NUMBER; }\n" * 20
 
@@ -27,7 +35,6 @@ def archive(path: Path, files: dict[str, bytes]) -> Path:
 
 def test_kinds_come_from_the_kernel_archive(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "find_files", lambda sources: [])
-    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda scheme: str(tmp_path / "nothing"))
     long_enough = TEXT.encode()
     linux = archive(
         tmp_path / "linux.tar.xz",
@@ -42,11 +49,54 @@ def test_kinds_come_from_the_kernel_archive(tmp_path, monkeypatch):
             "kernel/table.h": b"#define A 1\n" * 20_000,
         },
     )
-    actual = {(document.kind, document.name) for document in read_documents(linux, c_share=1.0)}
+    actual = {(document.kind, document.name) for document in read_documents(linux, 1.0, {})}
     assert actual == {("c", "kernel/fork.c"), ("c", "include/linux/list.h"), ("docs", "Documentation/mm/slub.rst")}
-    assert {document.kind for document in read_documents(linux, c_share=0.0)} == {"docs"}
+    assert {document.kind for document in read_documents(linux, 0.0, {})} == {"docs"}
     with pytest.raises(DataError, match="linux-source"):
-        list(read_documents(tmp_path / "missing.tar.xz", 1.0))
+        list(read_documents(tmp_path / "missing.tar.xz", 1.0, {}))
+
+
+def install(folder: Path, name: str, requires: list[str], **files: str) -> None:
+    """A package as an installer leaves it."""
+    information = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    information.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0", *(f"Requires-Dist: {line}" for line in requires)]
+    (information / "METADATA").write_text("\n".join(lines) + "\n")
+    recorded = [f"{name}/{module}.py" for module in files] + [f"../../bin/{name}.py", f"{name}/data.json"]
+    (information / "RECORD").write_text("".join(f"{path},,\n" for path in recorded))
+    (folder / name).mkdir()
+    for module, text in files.items():
+        (folder / name / f"{module}.py").write_text(text)
+
+
+def test_python_is_that_of_required_packages_whatever_else_is_installed(tmp_path, monkeypatch):
+    requires = [
+        "a_library>=1",
+        "with_extra[fast]",
+        "missing",
+        "unwanted ; extra == 'more'",
+        "off ; python_version < '3'",
+    ]
+    install(tmp_path, "program", requires, main=TEXT)
+    install(tmp_path, "A-Library", ["program"], one=TEXT + "1", two=TEXT + "2", stub="")  # and in a circle
+    install(tmp_path, "with_extra", ["speedup ; extra == 'fast'"], three=TEXT + "3")
+    install(tmp_path, "speedup", [], four=TEXT + "4")
+    for name in ("unwanted", "off", "beside"):
+        install(tmp_path, name, [], module=TEXT + name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(corpus, "find_files", lambda sources: [])
+    packages = required_packages("program")
+    assert {name: package.version for name, package in packages.items()} == {
+        "a-library": "1.0", "speedup": "1.0", "with-extra": "1.0"
+    }  # fmt: skip
+    names = [document.name for document in read_documents(None, 1.0, packages)]
+    assert names == ["A-Library/one.py", "A-Library/two.py", "speedup/four.py", "with_extra/three.py"]
+
+
+def test_the_packages_of_dsmoe_are_those_it_names_and_theirs():
+    packages = required_packages()
+    assert {"torch", "deepspeed", "megatron-core", "numpy", "sympy"} <= packages.keys()  # sympy: torch's
+    assert not {"dsmoe", "pytest", "lm-eval"} & packages.keys()
 
 
 def test_equal_files_count_once_whatever_their_last_line_end():
@@ -76,11 +126,12 @@ def test_whole_folders_of_every_kind_are_held_out():
 
 
 def test_a_corpus_is_a_dataset_that_training_reads(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "read_documents", lambda linux, c_share: iter([*documents(), documents()[0]]))
+    monkeypatch.setattr(corpus, "read_documents", lambda linux, c_share, packages: iter([*documents(), documents()[0]]))
     description = build_corpus(tmp_path / "study", vocab_size=300, valid_fraction=0.1)
     assert description.splits["train"].documents + description.splits["valid"].documents == 240
     summary = json.loads((tmp_path / "study" / "corpus.json").read_text())
     assert summary["duplicates_removed"] == 1 and set(summary["kinds"]) == {"c", "python"}
+    assert summary["packages"]["megatron-core"] == "0.16.1" and summary["python"] == platform.python_version()
     assert "corpus.json" in description.files
     read = open_corpus(DataConfig(path=str(tmp_path / "study")))
     assert read.train.tokens == description.splits["train"].tokens
