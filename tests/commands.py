@@ -141,18 +141,26 @@ def _own_folder() -> Path:
 
 
 def loaded_programs(folder: Path | None = None) -> dict[str, str]:
-    """Make `python` and `deepspeed`, whose processes have the libraries loaded, in a folder.
+    """Make `python`, `deepspeed` and `torchrun`, whose processes have the libraries loaded, in a folder.
 
     Returns the environment in which they are that, and in which a forked process takes this python for its own.
     """
     folder = folder or _own_folder()
     python = [sys.executable, "-S", "-E", warm.__file__]
-    for name, command in {"python": python, "deepspeed": [*python, str(beside_python("deepspeed"))]}.items():
+    launchers = {name: [*python, str(beside_python(name))] for name in ("deepspeed", "torchrun")}
+    for name, command in {"python": python, **launchers}.items():
         program = folder / name
         program.unlink(missing_ok=True)
         program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         program.chmod(0o755)
     return {warm.NAME: _server(), PYTHON: str(folder / "python")}
+
+
+def run_loaded(command: list[str]) -> Result:
+    """`run` for a launcher: it and what it starts have the libraries loaded."""
+    environment = loaded_programs()
+    folder = Path(environment[PYTHON]).parent
+    return run([str(folder / Path(command[0]).name), *command[1:]], environment=environment)
 
 
 def _first_failure(processes: list, end: float) -> int | None:

@@ -162,7 +162,8 @@ def train_on_nodes(name: str, nodes: str) -> list[tuple]:
     for router, kind in TRAINED:
         parallel = {"expert_parallel": RANKS, **KINDS[kind].get("parallel", {})}
         model = {"num_layers": 1, "token_dispatcher": name, **KINDS[kind].get("model", {})}
-        configs.append(tiny_config(router=ROUTED[router], model=model, parallel=parallel))
+        training = {"gradient_accumulation": 2 if kind == "plain" else 1}
+        configs.append(tiny_config(router=ROUTED[router], model=model, parallel=parallel, training=training))
     return train_each(configs, 2)
 
 

@@ -46,9 +46,9 @@ def test_a_run_that_spares_copies_is_deepspeeds(expert_parallel, case):
 def train_both_ways(configs):
     from dsmoe.training import engine
 
-    ours, spare = train_each(configs), engine.spare_copies
+    ours, spare = train_each(configs, 3), engine.spare_copies
     engine.spare_copies = lambda *args: None
-    plain = train_each(configs)
+    plain = train_each(configs, 3)
     engine.spare_copies = spare
     return ours, plain
 

@@ -1,4 +1,7 @@
-"""The layout must not change the mathematics: one rank, expert parallel, expert and data parallel, every ZeRO stage."""
+"""The layout must not change the mathematics: one rank, expert parallel, expert and data parallel, every ZeRO stage.
+
+Gradients are accumulated over two micro-steps; every router, with one: test_router_layouts.py.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,30 @@ import functools
 
 import pytest
 from ranks import run_ranks
-from steps import tiny_config, train, whole_tensors
+from steps import as_numbers, joined, tiny_config, train, train_each
 
-ROUTERS = {"relu": {"name": "relu", "k": 1.0, "lambda_initial": 1e-2}, "topk": {"name": "topk", "k": 2}}
-
-
-def run(router: str, world: int, expert_parallel: int, stage: int):
-    config = tiny_config(router=ROUTERS[router], parallel={"expert_parallel": expert_parallel, "zero_stage": stage})
-    results = run_ranks(world, train, config)
-    return results[0][0], whole_tensors([owned for _, owned in results]), results
+ROUTERS = {
+    "relu": {"name": "relu", "k": 1.0, "lambda_initial": 1e-2},
+    "topk": {"name": "topk", "k": 2},
+    "topk_bias": {"name": "topk_bias", "k": 2, "bias_update_rate": 0.05},  # moves by what all micro-steps counted
+}
+STAGES = (1, 2, 3)
 
 
 @functools.cache
-def one_rank(router: str):
-    return run(router, world=1, expert_parallel=1, stage=1)
+def trained(world: int, expert_parallel: int, stages: tuple[int, ...] = STAGES) -> dict[tuple[str, int], tuple]:
+    """(router, ZeRO stage) -> history and whole tensors, and the histories of all ranks."""
+    cases = {
+        (router, stage): tiny_config(
+            router=options, parallel={"expert_parallel": expert_parallel, "zero_stage": stage},
+            training={"gradient_accumulation": 2},
+        )
+        for router, options in ROUTERS.items()
+        for stage in stages
+    }  # fmt: skip
+    ranks = run_ranks(world, train_each, list(cases.values()), 3)
+    histories = [[history for history, _ in case] for case in zip(*ranks, strict=True)]
+    return dict(zip(cases, zip(joined(ranks), histories, strict=True), strict=True))
 
 
 def test_rows_in_bf16_between_ranks_halve_the_traffic_and_nearly_keep_the_step():
@@ -67,16 +80,16 @@ def train_and_count(configs) -> list[tuple[list[dict], int]]:
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize(("world", "expert_parallel"), [(2, 2), (4, 2)])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_layout_and_zero_stage_change_nothing(router, world, expert_parallel, stage):
-    expected_history, expected, _ = one_rank(router)
-    history, actual, results = run(router, world, expert_parallel, stage)
+    (expected_history, expected), _ = trained(1, 1, (1,))[router, 1]
+    (history, actual), (_, *others) = trained(world, expert_parallel)[router, stage]
     for before, after in zip(expected_history, history, strict=True):
         for quantity in ("loss", "router_loss", "grad_norm", "density"):
             assert after[quantity] == pytest.approx(before[quantity], abs=1e-5), quantity
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (actual[name] - tensor).abs().max() <= 1e-5, name
-    for other, _ in results[1:]:
-        for here, there in zip(history, other, strict=True):
-            assert here["state"] == there["state"]  # bit-identical lambda
+    for other in others:
+        for here, there in zip(as_numbers(history), as_numbers(other), strict=True):
+            assert here["state"] == there["state"]  # bit-identical lambda and biases

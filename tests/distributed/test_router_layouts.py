@@ -1,7 +1,8 @@
 """Every router under every layout: expert parallel 1, 2 and 4 on four ranks, ZeRO 1 to 3, recompute and bf16.
 
-The ranks keep their tokens whatever the layout, so losses, routes, gradients, weights and controllers must agree, also
-for a router that looks at one rank's tokens. Every registered router is here; a new one comes with its defaults.
+One micro-step; with two: test_layouts.py. The ranks keep their tokens whatever the layout, so losses, routes,
+gradients, weights and controllers must agree, also for a router that looks at one rank's tokens. Every registered
+router is here; a new one comes with its defaults.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ PER_RANK = ("expert_threshold",)
 
 
 def configs_of(sections: dict) -> list:
+    sections = {**sections, "training": {"gradient_accumulation": 1, **sections.get("training", {})}}
     return [tiny_config(router={"name": name, **OPTIONS.get(name, {})}, **sections) for name in ROUTERS]
 
 

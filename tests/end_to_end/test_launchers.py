@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import yaml
-from commands import TRAIN, beside_python, deepspeed, forked, metrics, python, run, torchrun
+from commands import TRAIN, beside_python, deepspeed, forked, metrics, python, run, run_loaded, torchrun
 
 from dsmoe.training.metrics import read_lines
 from dsmoe.training.trace import path_of, read_trace
@@ -51,7 +51,8 @@ def test_launcher(launcher, place, config, alone):
             pytest.skip("no mpirun in this environment; pip install -c constraints.txt -e '.[mpi]' brings one")
         options = ["--allow-run-as-root", "--oversubscribe"]  # what a container with few cores asks for
         command = [mpirun, *options, "-n", "2", *python(*command), *BOTH]
-    result = run(command)
+    # A module is another command line alone: its processes have the libraries loaded.
+    result = run_loaded(command) if launcher.endswith("module") else run(command)
     assert result.code == 0, result.output
     check_three_steps(run_dir, alone[0])
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import ROOT, TRAIN, Result, forked, metrics, python, run, torchrun
+from commands import ROOT, TRAIN, Result, forked, metrics, python, run, run_loaded, torchrun
 from safetensors.torch import load_file, save_file
 
 from dsmoe.checkpoint.files import checksum, read_manifest
@@ -104,7 +104,9 @@ def test_a_process_of_its_own_says_no_more_than_the_message(config, overrides):
 
 
 def test_a_world_that_does_not_fit_is_refused_at_once(config, overrides, place):
-    result = run(torchrun(2, TRAIN, "--config", str(config), "parallel.expert_parallel=4", overrides["no data"][-1]))
+    result = run_loaded(
+        torchrun(2, TRAIN, "--config", str(config), "parallel.expert_parallel=4", overrides["no data"][-1])
+    )
     assert result.code != 0
     assert str(ROOT / "dsmoe") not in result.output, "a stack trace of ours; torchrun always shows one of its own"
     assert "2 processes were launched, but parallel.expert_parallel is 4" in result.output
