@@ -22,8 +22,9 @@ LATE = ("test_pretended_model.py", "test_pretended_training.py")  # what they ne
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker per core this process may use, and no more than the memory of a usual machine can hold."""
-    return min(len(os.sched_getaffinity(0)), 8)
+    """One worker more than cores this process may use, as each waits a seventh of its time for launchers, timeouts and
+    files; and no more than the memory of a usual machine can hold."""
+    return min(len(os.sched_getaffinity(0)) + 1, 8)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
