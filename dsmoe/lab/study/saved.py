@@ -100,13 +100,39 @@ def _cell(study: Study, row: dict[str, str], folder: Path) -> Cell:
 
 def merged(first: StudyResults, second: StudyResults) -> StudyResults:
     """The cells of both, the second's where both have one: a study that was run in two places. Raises `ConfigError`
-    where they were not trained on the same data."""
+    where they were not trained on the same data, or those that only the first has not with the same settings."""
+    kept = {run.cell.arm for run in first.measured if run.cell not in {run.cell for run in second.measured}}
+    if problems := _other_settings(first.study, second.study, kept):
+        raise ConfigError(problems, str(first.out))
     cells = {run.cell: run for run in (*first.measured, *second.measured)}
     missing = [(cell, why) for cell, why in second.missing if cell not in cells]
     commits = list(dict.fromkeys([*first.commits, *second.commits]))
     machine = first.machine or second.machine
     data = same_data(first.data, second.data, str(second.out))
     return replace(second, measured=list(cells.values()), missing=missing, commits=commits, machine=machine, data=data)
+
+
+def _other_settings(before: Study, now: Study, arms: set[str]) -> list[str]:
+    """What of the settings of these arms' runs differs between two versions of a study."""
+
+    def settings(study: Study, name: str) -> dict[str, Any]:
+        arm = next((arm for arm in study.arms if arm.name == name), None)
+        if arm is None:
+            return {}
+        keys = {key: value for key, value in {**study.set, **arm.set}.items() if not key.startswith("logging.")}
+        compute = None if study.compute is None else study.compute.model_dump()
+        return {**keys, "config": arm.config or study.config, "compute": compute, "width": arm.derive_width}
+
+    problems = []
+    for name in sorted(arms):
+        old, new = settings(before, name), settings(now, name)
+        problems += [
+            f"{name}: {key} was {old.get(key, 'not set')} in the cells that the report has, and is "
+            f"{new.get(key, 'not set')} now; write another report, or delete that folder"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+    return problems
 
 
 def reported_cells(folder: Path, study: Study) -> set[Cell]:

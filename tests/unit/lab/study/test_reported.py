@@ -71,6 +71,17 @@ def test_results_of_another_configuration_are_refused(study_file, more):
         reported_cells(more, load_study(study_file))
 
 
+def test_a_report_does_not_mix_settings(study_file, tmp_path, more):
+    edit(study_file, lambda tree: tree.update(seeds=[2]))
+    edit(study_file, lambda tree: tree["arms"][1]["set"].update({"router.lambda_factor": 1.1, "logging.interval": 5}))
+    out = tmp_path / "there" / "more"
+    run_study(load_study(study_file), out, 4, console=QUIET)
+    with pytest.raises(ConfigError) as caught:
+        write_report([out], more.parent)
+    (problem,) = caught.value.problems
+    assert problem.startswith("relu: router.lambda_factor was not set in the cells that the report has, and is 1.1 now")
+
+
 def test_other_data_are_refused_before_a_run_and_in_a_report(study_file, tmp_path, more, monkeypatch):
     edit(study_file, lambda tree: tree["set"].update({"data.path": "data/study"}))
     edit(more / "study.yaml", lambda tree: tree["set"].update({"data.path": "data/study"}))
