@@ -26,8 +26,8 @@ setup: .venv/.installed ## make .venv with everything dsmoe needs; once it is th
 quickstart: setup ## train a small mixture-of-experts model on this machine and look at it
 	$(VENV_PYTHON) tools/quickstart.py $(ARGS)
 
-# One worker more than cores, a file's tests on one worker (they share fixtures), one thread per process. Files start in order:
-# those with few and long tests, which xdist would put last, are in the first folders.
+# One worker more than cores, a file's tests on one worker (they share fixtures), one thread per process. Files start in
+# order: those with few and long tests, which xdist would put last, are in the first folders.
 PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10
 
 lint: setup ## check style, formatting, imports and types with ruff and mypy

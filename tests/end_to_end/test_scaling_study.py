@@ -42,8 +42,8 @@ def test_a_study_runs_and_reports(place, config):
     assert "2 of 2 runs finished" in text and "all-to-all per token" in text
     assert (place / "report" / "index.html").read_text().endswith("</html>\n")
     carried_on = ["--out", str(place / "runs" / "elsewhere"), "--reported", str(place / "report" / "study")]
-    again = forked(TOOL, "run", str(path), *carried_on)
-    assert again.code == 0 and "2 of 2 cells are in" in again.output, again.output
+    second = forked(TOOL, "run", str(path), *carried_on)
+    assert second.code == 0 and "2 of 2 cells are in" in second.output, second.output
     about = place / "report" / "study" / "about.json"
     data = json.loads(about.read_text())["data"]
     assert list(data) == [yaml.safe_load(config.read_text())["data"]["path"]]

@@ -5,9 +5,9 @@
     c        *.c and *.h of the same package, a share of the folders
 
 A document is a file. Files with equal content count once. Whole folders are held out, so that a held-out file has no
-neighbour in the training text. The same versions of Python, of its packages (`constraints.txt`) and of the kernel give
-the same corpus on every machine, whatever else is installed: `corpus.json` names them, and holds, for each kind, the
-number of documents and a hash over all of them. Needs about 3 bytes of memory for each byte of text.
+neighbour in the training text. The corpus depends on the versions of Python, of these packages (`constraints.txt`) and
+of the kernel, and not on what else is installed: `corpus.json` names them, and holds, for each kind, the number of
+documents and a hash over all of them. Needs about 3 bytes of memory for each byte of text.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def newest_linux() -> Path | None:
 def required_packages(root: str = "dsmoe") -> dict[str, metadata.Distribution]:
     """The installed packages that `root` requires, directly or not, by canonical name; itself and extras that nothing
     asks for left out."""
-    found: dict[str, metadata.Distribution] = {}
+    packages: dict[str, metadata.Distribution] = {}
     waiting = [Requirement(root)]
     visited: set[tuple[str, frozenset[str]]] = set()
     while waiting:
@@ -138,14 +138,14 @@ def required_packages(root: str = "dsmoe") -> dict[str, metadata.Distribution]:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        found[name] = package
+        packages[name] = package
         for line in package.requires or []:
             requirement = Requirement(line)
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
                 waiting.append(requirement)
-    found.pop(canonicalize_name(root), None)
-    return dict(sorted(found.items()))
+    packages.pop(canonicalize_name(root), None)
+    return dict(sorted(packages.items()))
 
 
 def read_documents(

@@ -174,9 +174,10 @@ def read_results(study: Study, out: Path) -> StudyResults:
             continue
         machines.append(record.get("machine", ""))
         commits.append(record.get("commit", ""))
-        measured.append(measure(study, cell, folder, record))
-        if (known := trained_on(folder)) is not None:
-            data = same_data(data, {str(run_config(folder).data.path): known}, str(folder))
+        run = measure(study, cell, folder, record)
+        measured.append(run)
+        if run.config is not None and (trained := trained_on(folder)) is not None:
+            data = same_data(data, {str(run.config.data.path): trained}, str(folder))
     commits = list(dict.fromkeys(filter(None, commits)))
     return StudyResults(study, out, measured, missing, next(iter(machines), ""), commits, data)
 

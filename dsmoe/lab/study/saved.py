@@ -101,8 +101,9 @@ def _cell(study: Study, row: dict[str, str], folder: Path) -> Cell:
 def merged(first: StudyResults, second: StudyResults) -> StudyResults:
     """The cells of both, the second's where both have one: a study that was run in two places. Raises `ConfigError`
     where they were not trained on the same data, or those that only the first has not with the same settings."""
-    kept = {run.cell.arm for run in first.measured if run.cell not in {run.cell for run in second.measured}}
-    if problems := _other_settings(first.study, second.study, kept):
+    replaced = {run.cell for run in second.measured}
+    arms = {run.cell.arm for run in first.measured if run.cell not in replaced}
+    if problems := _other_settings(first.study, second.study, arms):
         raise ConfigError(problems, str(first.out))
     cells = {run.cell: run for run in (*first.measured, *second.measured)}
     missing = [(cell, why) for cell, why in second.missing if cell not in cells]
@@ -144,21 +145,21 @@ def reported_cells(folder: Path, study: Study) -> set[Cell]:
     """
     results = read_saved(folder)
     cells = {cell: cell_config(study, cell, folder) for cell in study.cells() if cell.gate is None}
-    found = {run.cell for run in results.measured} & cells.keys()
+    reported = {run.cell for run in results.measured} & cells.keys()
     problems = [
         f"{cell}: found the result of another configuration"
-        for cell in sorted(found, key=str)
+        for cell in sorted(reported, key=str)
         if not same_run(cell_config(results.study, cell, folder).model_dump(mode="json"), cells[cell])
     ]
     if problems:
         raise ConfigError(problems, str(folder))
-    here = {}
+    local_data = {}
     for config in {str(config.data.path): config for config in cells.values()}.values():
         if str(config.data.path) in results.data:
-            here[str(config.data.path)] = name_of(data_identity(open_corpus(config.data))["train"])
-    same_data(results.data, here, str(folder))
-    needed = {study.needed_by(cell) for cell in cells if cell not in found}
-    return found - needed - {study.needed_by(cell) for cell in needed if cell is not None}
+            local_data[str(config.data.path)] = name_of(data_identity(open_corpus(config.data))["train"])
+    same_data(results.data, local_data, str(folder))
+    needed = {study.needed_by(cell) for cell in cells if cell not in reported}
+    return reported - needed - {study.needed_by(cell) for cell in needed if cell is not None}
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
