@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -58,12 +59,11 @@ def wandb_monitor(groups, tmp_path, monkeypatch):
     return MonitorMaster(get_monitor_config({"wandb": {"enabled": True, "project": "dsmoe"}}))
 
 
-def wandb_history(folder) -> list[dict]:
-    """Every row in W&B's file: after seven bytes, a LevelDB log of records in blocks of 32 KiB."""
+def wandb_records(content: bytes) -> list:
+    """Of a file of W&B: after seven bytes, a LevelDB log of records in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    [path] = folder.glob("wandb/offline-run-*/*.wandb")
-    content, position, data, rows = path.read_bytes(), 7, b"", []
+    position, data, records = 7, b"", []
     while position + 7 <= len(content):
         if 0x8000 - position % 0x8000 < 7:  # no piece begins in the last bytes of a block
             position += 0x8000 - position % 0x8000
@@ -71,13 +71,25 @@ def wandb_history(folder) -> list[dict]:
         length, kind = struct.unpack_from("<HB", content, position + 4)
         data += content[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind not in (1, 4):  # not the last piece of a record
-            continue
-        record, data = Record.FromString(data), b""
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return rows
+        if kind in (1, 4) and position <= len(content):  # the last piece of a record, and all of it
+            records.append(Record.FromString(data))
+            data = b""
+    return records
+
+
+def wandb_history(folder) -> list[dict]:
+    """Every row in W&B's file. The process that writes it may be done with it a while after `wandb.finish`."""
+    [path] = folder.glob("wandb/offline-run-*/*.wandb")
+    until, records = time.monotonic() + 60, []
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):
+        assert time.monotonic() < until, f"{path} has no end"
+        time.sleep(0.05)
+        records = wandb_records(path.read_bytes())
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
 
 
 def read_events(folder):
