@@ -29,8 +29,12 @@ context.set_forkserver_preload(
     [
         "dsmoe.training.run", "dsmoe.hf.importing", "dsmoe.hf.observe", "dsmoe.moe.dispatchers.two_level",
         *(f"dsmoe.routers.{path.stem}" for path in Path(dsmoe.routers.__file__).parent.glob("*.py")),
+        *("dsmoe.optim.adamw", "dsmoe.optim.lion"),
         "megatron.core.datasets.gpt_dataset",
-        "torch._dynamo",  # which activation checkpointing imports: more than a small training takes by itself
+        # What is imported at first use, and takes longer than a small training does by itself.
+        *("torch._dynamo", "torch._subclasses.schema_check_mode", "torch.utils.serialization.config"),
+        "deepspeed.runtime.superoffload.superoffload_stage3",
+        "pytest",  # of the module in which a function is
     ]
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ so each of its copies finds source and target to be the same memory.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -82,9 +83,15 @@ def share_expert_groups(
     return deepspeed_groups._get_data_parallel_group()
 
 
-def skip_shared_memory_op() -> None:
-    """Keep `init_distributed` from compiling an operator (45 s) that serves inference on one CPU node only."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def spare_probes(local_ranks: int) -> None:
+    """Say beforehand what DeepSpeed would find out by starting other programs.
+
+    `init_distributed` asks which of its operators a compiler can build here, to build (45 s) one that serves inference
+    on one CPU node only: none. On CPUs ZeRO-3 asks numactl for the number of devices at every reduction, unless
+    DeepSpeed's launcher has put it into the environment.
+    """
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_SIZE", str(local_ranks))
 
 
 # --- What a rank owns of a parameter ---------------------------------------------------------------------------------

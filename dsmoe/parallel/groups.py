@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 
 from dsmoe.errors import ParallelError
-from dsmoe.optim.deepspeed import share_expert_groups, skip_shared_memory_op
+from dsmoe.optim.deepspeed import share_expert_groups, spare_probes
 from dsmoe.parallel.collectives import traffic
 from dsmoe.parallel.place import find_place
 from dsmoe.parallel.topology import ONE_NODE, Topology, expert_parallel_ranks, find_topology
@@ -73,24 +73,29 @@ class ParallelGroups:
 
 def start_processes(timeout_minutes: float = 30) -> None:
     """Join the processes of this job: any launcher's (`dsmoe.parallel.place`), or this one alone without a launcher."""
-    skip_shared_memory_op()
     if torch.distributed.is_initialized():
+        spare_probes(_local_ranks())
         use_local_device()
         return
     find_place()
+    spare_probes(_local_ranks())
     _share_cores()
     use_local_device()
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def _local_ranks() -> int:
+    """Ranks of this job on this host; all of them where the launcher does not say."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def _share_cores() -> None:
     """On a CPU host, give each local rank its share of the cores: oversubscribed threads slow all of them down."""
     if on_gpu() or "OMP_NUM_THREADS" in os.environ:
         return
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
-    local_ranks = int(next((os.environ[name] for name in names if name in os.environ), "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // local_ranks))
+    torch.set_num_threads(max(1, cores // _local_ranks()))
 
 
 def check_world(world_size: int, expert_parallel: int, global_batch_size: int, gradient_accumulation: int) -> None:

@@ -30,7 +30,8 @@ class Place:
 
 
 def find_place() -> Place:
-    """Find out, and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not.
+    """Find out, and set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not; of srun's
+    tasks also LOCAL_WORLD_SIZE, by which ranks share the cores of their host.
 
     Under mpirun it is collective. A process that nobody launched is a job of one and needs no MPI library.
 
@@ -104,8 +105,17 @@ def _ask_slurm() -> None:
         "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": str(20000 + job % 20000),  # two jobs may share a node
     }
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
+    if per_node and "SLURM_NODEID" in environ:
+        variables["LOCAL_WORLD_SIZE"] = str(tasks_of_node(per_node, int(environ["SLURM_NODEID"])))
     for name, value in variables.items():
         environ.setdefault(name, value)
+
+
+def tasks_of_node(per_node: str, node: int) -> int:
+    """Of Slurm's list of tasks by node, such as `8(x3),4`."""
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
+    return [int(tasks) for tasks, nodes in runs for _ in range(int(nodes or 1))][node]
 
 
 def first_host(nodes: str) -> str:

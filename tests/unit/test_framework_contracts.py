@@ -411,18 +411,23 @@ def test_groups_are_found_under_the_names_deepspeed_gives_them(groups):
     assert of_deepspeed._get_data_parallel_group().size() == 1
 
 
-def test_the_shared_memory_op_can_be_switched_off(groups):
-    import deepspeed.ops
+def test_deepspeed_starts_no_other_programs(groups, monkeypatch):
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False, (
-        "deepspeed.ops.__compatible_ops__ no longer has deepspeed_shm_comm; dsmoe/optim/deepspeed.py "
-        "switches it off there (skip_shared_memory_op), and without that every start needs a C++ compiler"
-    )
+    from dsmoe.optim.deepspeed import spare_probes
+
+    def refuse(arguments, *_, **__):
+        raise AssertionError(
+            f"DeepSpeed starts {arguments}, which dsmoe/optim/deepspeed.py:spare_probes is to keep it from"
+        )
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    spare_probes(local_ranks=3)
+    assert CPU_Accelerator().device_count() == 3
     backend = importlib.import_module("deepspeed.comm.torch")
-    assert "__compatible_ops__" in inspect.getsource(backend.build_shm_op), (
-        "DeepSpeed no longer looks into __compatible_ops__ before it builds deepspeed_shm_comm at start-up; see "
-        "dsmoe/optim/deepspeed.py:skip_shared_memory_op"
-    )
+    assert backend.build_shm_op() is None
+    assert "__compatible_ops__" in inspect.getsource(backend.build_shm_op)
 
 
 def test_autoep_layers_can_be_built_without_their_own_constructor():

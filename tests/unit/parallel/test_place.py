@@ -7,9 +7,9 @@ import os
 import pytest
 
 from dsmoe.errors import ParallelError
-from dsmoe.parallel.place import find_place, first_host
+from dsmoe.parallel.place import find_place, first_host, tasks_of_node
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture
@@ -39,10 +39,20 @@ def test_the_tasks_of_srun_find_each_other(environment):
     port = os.environ["MASTER_PORT"]
     assert 20000 <= int(port) < 40000
     for name in VARIABLES:
-        os.environ.pop(name)
+        os.environ.pop(name, None)
     environment.setenv("SLURM_PROCID", "0")
     find_place()
     assert os.environ["MASTER_PORT"] == port
+
+
+@pytest.mark.parametrize(("per_node", "tasks"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("1,3(x2)", [1, 3, 3])])
+def test_slurm_says_how_many_tasks_a_node_has(per_node, tasks, environment):
+    assert [tasks_of_node(per_node, node) for node in range(len(tasks))] == tasks
+    slurm = {"NTASKS": str(sum(tasks)), "PROCID": "0", "STEP_NODELIST": "a", "TASKS_PER_NODE": per_node}
+    for name, value in {**slurm, "NODEID": str(len(tasks) - 1)}.items():
+        environment.setenv(f"SLURM_{name}", value)
+    find_place()
+    assert os.environ["LOCAL_WORLD_SIZE"] == str(tasks[-1])
 
 
 @pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_STEP_NODELIST"])
