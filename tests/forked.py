@@ -33,7 +33,10 @@ context.set_forkserver_preload(
         "megatron.core.datasets.gpt_dataset",
         # What is imported at first use, and takes longer than a small training does by itself.
         *("torch._dynamo", "torch._subclasses.schema_check_mode", "torch.utils.serialization.config"),
-        "deepspeed.runtime.superoffload.superoffload_stage3",
+        *("deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.compile.backend"),
+        *("transformers.generation.utils", "transformers.modeling_layers", "transformers.integrations.moe"),
+        *(f"transformers.models.{name}.modeling_{name}" for name in ("mixtral", "olmoe", "qwen3_moe")),
+        *("dsmoe.lab.inspect.report", "matplotlib.figure", "matplotlib.backends.backend_svg", "scipy.optimize"),
         "pytest",  # of the module in which a function is
     ]
 )  # fmt: skip
