@@ -1,11 +1,13 @@
 """ReMoE: ReLU routing with an adaptive, load-balanced L1 penalty (arXiv 2412.14711v2, ICLR 2025).
 
-    R(x) = ReLU(x W)                                              Eq. 5    expert e is active where R_e > 0
+    R(x) = route_scale * ReLU(x W)                                Eq. 5    expert e is active where R_e > 0
     y    = sum_e R(x)_e FFN_e(x)                                  Eq. 1    no softmax, no top-k, no renormalisation
     L1   = lambda * E / (k T^2) * sum_e count_e sum_t R_te        Eq. 10-11, one layer; counts carry no gradient
     lambda <- lambda * alpha^sign(density - k/E)                  Eq. 7-8, one lambda for all layers
 
-`threshold` also closes gates below it, for inference with fewer experts; trained models have 0, as the paper.
+`route_scale` is 1 in the paper. A smaller one lets experts grow more slowly than attention does, which matters in the
+first few thousand steps (docs/studies.md). `threshold` also closes gates below it, for inference with fewer experts;
+trained models have 0, as the paper.
 
 `form: code` sums L1 over layers and shrinks lambda at exact equality, as the released code does. `form: paper` averages
 L1 over layers, so that its lambda is the code's times the number of MoE layers, and keeps lambda at equality, since
@@ -37,6 +39,7 @@ class ReLUOptions(RouterOptions):
     lambda_factor: float = Field(1.2, gt=1)  # alpha
     load_balanced: bool = True  # weight each expert's L1 by its load (Eq. 10) or not (Eq. 9)
     form: Literal["code", "paper"] = "code"  # L1 summed over layers; averaged, and lambda stays at equality
+    route_scale: float = Field(1.0, gt=0)  # factor on all gates
     threshold: float = Field(0.0, ge=0)  # gates below it are closed; for inference with fewer experts
     balance_scope: BalanceScope = "micro_batch"  # of the counts in L1; the released code: rank
 
@@ -84,7 +87,10 @@ class ReLURouter(Router):
         return in_blocks(self._decide, self.gate_scores(hidden_TH))
 
     def _decide(self, logits_tE: Tensor, *_) -> Decision:
-        probs_tE, threshold = logits_tE.relu(), self.options.threshold
+        scale, threshold = self.options.route_scale, self.options.threshold
+        probs_tE = logits_tE.relu()
+        if scale != 1:
+            probs_tE = probs_tE * scale
         if threshold:
             probs_tE = probs_tE.where(probs_tE >= threshold, 0)
         return Decision(probs_tE, probs_tE > 0, {"probs_sum_E": probs_tE.sum(0)})

@@ -127,7 +127,7 @@ class ReLU(GateRouting):
 
     def forward(self, hidden_TH: Tensor) -> Decision:
         logits_TE = self.logits(hidden_TH)
-        probs_TE = F.relu(logits_TE)
+        probs_TE = F.relu(logits_TE) * getattr(self.options, "route_scale", 1.0)
         probs_TE = probs_TE.where(probs_TE >= getattr(self.options, "threshold", 0.0), 0)
         return probs_TE, probs_TE > 0, None, logits_TE
 

@@ -35,6 +35,7 @@ VARIANTS = [
     ("dtop_p", {"k": 2.5, "rule": "reach", "epsilon": 1e-2}),
     ("relu", {"k": 2.0}),
     ("relu", {"k": 2.0, "threshold": 0.1}),
+    ("relu", {"k": 2.0, "threshold": 0.1, "route_scale": 0.25}),
     ("expert_threshold", {"k": 2.0}),
     ("quantile", {"k": 2.0}),
     ("aoe", {"k": 3, "rank": 4}),

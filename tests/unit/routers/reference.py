@@ -78,7 +78,8 @@ def relu(x, own, options, state, batch):
     r = logits(x, own["weight"])
     tokens, experts = len(r), len(own["weight"])
     active = [[float(r[t][e]) > 0 for e in range(experts)] for t in range(tokens)]
-    gate = [[r[t][e] if active[t][e] else 0.0 for e in range(experts)] for t in range(tokens)]
+    scale = options.route_scale
+    gate = [[scale * r[t][e] if active[t][e] else 0.0 for e in range(experts)] for t in range(tokens)]
     if options.load_balanced:
         loss = balance(gate, active, batch, options, options.k)
     else:

@@ -10,6 +10,7 @@ from harness import HIDDEN, Routers
 CASES = {
     "relu": ("relu", {"k": 2, "lambda_initial": 0.1}, 6),
     "relu paper": ("relu", {"k": 1.5, "lambda_initial": 0.1, "form": "paper", "balance_scope": "global_batch"}, 5),
+    "relu scaled": ("relu", {"k": 1, "lambda_initial": 0.1, "route_scale": 0.125}, 5),
     "relu plain": ("relu", {"k": 1, "lambda_initial": 0.1, "load_balanced": False}, 5),
     "topk": ("topk", {"k": 1, "z_coefficient": 1e-3}, 5),
     "topk renormalized": ("topk", {"k": 3, "renormalize": True, "balance_scope": "rank"}, 7),
