@@ -91,7 +91,7 @@ def spare_probes(local_ranks: int) -> None:
     DeepSpeed's launcher has put it into the environment.
     """
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_SIZE", str(local_ranks))
+    os.environ["LOCAL_SIZE"] = str(local_ranks)
 
 
 # --- What a rank owns of a parameter ---------------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def test_deepspeed_starts_no_other_programs(groups, monkeypatch):
         )
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "1")
     spare_probes(local_ranks=3)
     assert CPU_Accelerator().device_count() == 3
     backend = importlib.import_module("deepspeed.comm.torch")
