@@ -83,15 +83,16 @@ def share_expert_groups(
     return deepspeed_groups._get_data_parallel_group()
 
 
-def spare_probes(local_ranks: int) -> None:
+def spare_probes(local_ranks: int | None) -> None:
     """Say beforehand what DeepSpeed would find out by starting other programs.
 
     `init_distributed` asks which of its operators a compiler can build here, to build (45 s) one that serves inference
     on one CPU node only: none. On CPUs ZeRO-3 asks numactl for the number of devices at every reduction, unless
-    DeepSpeed's launcher has put it into the environment.
+    DeepSpeed's launcher has put it into the environment; `local_ranks` None leaves it to ask.
     """
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
-    os.environ["LOCAL_SIZE"] = str(local_ranks)
+    if local_ranks is not None:
+        os.environ["LOCAL_SIZE"] = str(local_ranks)
 
 
 # --- What a rank owns of a parameter ---------------------------------------------------------------------------------

@@ -84,10 +84,13 @@ def start_processes(timeout_minutes: float = 30) -> None:
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
 
 
-def _local_ranks() -> int:
-    """Ranks of this job on this host; all of them where the launcher does not say."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+def _local_ranks() -> int | None:
+    """Ranks of this job on this host; None where the launcher does not say."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    told = next((os.environ[name] for name in names if name in os.environ), None)
+    if told is None:
+        return 1 if os.environ.get("WORLD_SIZE", "1") == "1" else None
+    return int(told)
 
 
 def _share_cores() -> None:
@@ -95,7 +98,8 @@ def _share_cores() -> None:
     if on_gpu() or "OMP_NUM_THREADS" in os.environ:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // _local_ranks()))
+    local_ranks = _local_ranks() or int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(max(1, cores // local_ranks))
 
 
 def check_world(world_size: int, expert_parallel: int, global_batch_size: int, gradient_accumulation: int) -> None:

@@ -105,17 +105,18 @@ def _ask_slurm() -> None:
         "MASTER_ADDR": first_host(nodes),
         "MASTER_PORT": str(20000 + job % 20000),  # two jobs may share a node
     }
-    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
-    if per_node and "SLURM_NODEID" in environ:
-        variables["LOCAL_WORLD_SIZE"] = str(tasks_of_node(per_node, int(environ["SLURM_NODEID"])))
+    per_node = tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or "")
+    node = int(environ.get("SLURM_NODEID") or len(per_node))
+    if node < len(per_node):
+        variables["LOCAL_WORLD_SIZE"] = str(per_node[node])
     for name, value in variables.items():
         environ.setdefault(name, value)
 
 
-def tasks_of_node(per_node: str, node: int) -> int:
-    """Of Slurm's list of tasks by node, such as `8(x3),4`."""
-    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", per_node)
-    return [int(tasks) for tasks, nodes in runs for _ in range(int(nodes or 1))][node]
+def tasks_per_node(counts: str) -> list[int]:
+    """Of Slurm's text for them, such as `8(x3),4`."""
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    return [int(tasks) for tasks, nodes in runs for _ in range(int(nodes or 1))]
 
 
 def first_host(nodes: str) -> str:

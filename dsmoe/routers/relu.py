@@ -5,9 +5,8 @@
     L1   = lambda * E / (k T^2) * sum_e count_e sum_t R_te        Eq. 10-11, one layer; counts carry no gradient
     lambda <- lambda * alpha^sign(density - k/E)                  Eq. 7-8, one lambda for all layers
 
-`route_scale` is 1 in the paper. A smaller one lets experts grow more slowly than attention does, which matters in the
-first few thousand steps (docs/studies.md). `threshold` also closes gates below it, for inference with fewer experts;
-trained models have 0, as the paper.
+`route_scale` is 1 in the paper; short runs ended lower with a smaller one (docs/studies.md). `threshold` also closes
+gates below it, for inference with fewer experts; trained models have 0, as the paper.
 
 `form: code` sums L1 over layers and shrinks lambda at exact equality, as the released code does. `form: paper` averages
 L1 over layers, so that its lambda is the code's times the number of MoE layers, and keeps lambda at equality, since

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from dsmoe.errors import ParallelError
-from dsmoe.parallel.place import find_place, first_host, tasks_of_node
+from dsmoe.parallel.place import find_place, first_host, tasks_per_node
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -47,7 +47,7 @@ def test_the_tasks_of_srun_find_each_other(environment):
 
 @pytest.mark.parametrize(("per_node", "tasks"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("1,3(x2)", [1, 3, 3])])
 def test_slurm_says_how_many_tasks_a_node_has(per_node, tasks, environment):
-    assert [tasks_of_node(per_node, node) for node in range(len(tasks))] == tasks
+    assert tasks_per_node(per_node) == tasks
     slurm = {"NTASKS": str(sum(tasks)), "PROCID": "0", "STEP_NODELIST": "a", "TASKS_PER_NODE": per_node}
     for name, value in {**slurm, "NODEID": str(len(tasks) - 1)}.items():
         environment.setenv(f"SLURM_{name}", value)
